@@ -1,0 +1,55 @@
+"""regrow: cut a large language model back to the size its hardware can carry, and regrow its skill through LoRA.
+
+    import regrow
+    result = regrow.prune("Qwen/Qwen3-0.6B", "out", sparsity=0.3, data="wikitext")
+
+The public names are imported when they are first used, so that `import regrow` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regrow.criteria.evidence import Evidence
+    from regrow.errors import InputError
+    from regrow.measure import bench, evaluate
+    from regrow.planning.plan import Plan
+    from regrow.recipe import Recipe, load_recipe
+    from regrow.run import Result, prune
+    from regrow.structure.groups import Group, Groups, find_groups
+
+_HOMES = {
+    "Evidence": "regrow.criteria.evidence",
+    "Group": "regrow.structure.groups",
+    "Groups": "regrow.structure.groups",
+    "InputError": "regrow.errors",
+    "Plan": "regrow.planning.plan",
+    "Recipe": "regrow.recipe",
+    "Result": "regrow.run",
+    "bench": "regrow.measure",
+    "evaluate": "regrow.measure",
+    "find_groups": "regrow.structure.groups",
+    "load_recipe": "regrow.recipe",
+    "prune": "regrow.run",
+}
+
+__all__ = [
+    "Evidence",
+    "Group",
+    "Groups",
+    "InputError",
+    "Plan",
+    "Recipe",
+    "Result",
+    "bench",
+    "evaluate",
+    "find_groups",
+    "load_recipe",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regrow' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

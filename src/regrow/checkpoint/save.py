@@ -1,0 +1,80 @@
+"""Write a cut and merged model as a plain Hugging Face checkpoint."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from regrow.checkpoint.files import new_folder
+
+MODELING_FILE = "modeling_regrow.py"
+
+UNEVEN_MODEL = '''"""A {stock} whose layers have widths of their own, as `per_layer_config` in the config says."""
+
+from transformers import {stock}
+
+
+class UnevenForCausalLM({stock}):
+    """Built at one width throughout, then each layer anew at its own."""
+
+    def __init__(self, config):
+        super().__init__(even(config))
+        config._attn_implementation = self.config._attn_implementation
+        self.config = self.model.config = config
+        layers = self.model.layers
+        for number, layer in enumerate(layers):
+            layers[number] = type(layer)(config.per_layer_config[number], number)
+            for module in layers[number].modules():
+                if "config" in vars(module):
+                    module.config = config  # one place says which attention kernel all layers use
+        self.post_init()
+
+
+def even(config):
+    """The config without what differs between layers."""
+    described = config.to_dict()
+    del described["per_layer_config"]
+    return type(config)(**described)
+'''
+"""Remote code that goes with a checkpoint of uneven layers, which no stock class can describe."""
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    shard_size: str,
+    card: str,
+) -> None:
+    """Write weights, config, generation config, tokenizer and model card; the folder appears whole or not at all.
+
+    The model is converted to `dtype` in place: what is in memory afterwards is what was saved.
+    """
+    model.to(dtype)  # type: ignore[arg-type]
+    model.config.dtype = dtype
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial, max_shard_size=shard_size)
+        _name_the_class(partial, model.config)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _name_the_class(folder: Path, config: PretrainedConfig) -> None:
+    """Say in the config which class loads the checkpoint; `save_pretrained` names the one in memory."""
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["architectures"] = [stock]
+    if config.is_heterogeneous:
+        (folder / MODELING_FILE).write_text(UNEVEN_MODEL.format(stock=stock), encoding="utf-8")
+        written["architectures"] = ["UnevenForCausalLM"]
+        written["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.UnevenForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def needs_remote_code(folder: Path) -> bool:
+    """Whether a checkpoint of ours brings its own modeling file."""
+    return (folder / MODELING_FILE).is_file()

@@ -1,0 +1,285 @@
+"""The command line. Nothing heavy is imported before it is needed: `regrow --help` is instant."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regrow.errors import InputError
+
+if TYPE_CHECKING:
+    from regrow.progress import Progress
+
+app = typer.Typer(
+    name="regrow",
+    help="Cut a large language model back to the size its hardware can carry, and regrow its skill through LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a repository on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto: the first GPU, else the CPU.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")]
+SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data set on the hub (wikitext, c4)."
+
+
+def main() -> None:
+    """Run the command line: an `InputError` is one line on standard error and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"regrow: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(f"regrow {version('regrow')}")
+        raise typer.Exit
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    recipe: Annotated[
+        str, typer.Option(help="A shipped recipe (see [b]regrow recipes[/b]) or a YAML file.")
+    ] = "regrow",
+    sparsity: Annotated[
+        str | None, typer.Option(help="Share of the block parameters to remove, for example 0.5.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"Text to score and train on. {SOURCE_HELP}")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text to evaluate on; by default documents held out of --data.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps of LoRA training.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Source of all chance in the run.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="What a unit is worth: a name, or your own FILE.py:FUNCTION.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="uniform: same widths in every layer, loads everywhere. free: each its own.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
+    ] = None,
+) -> None:
+    """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.md in --out."""
+    from regrow.recipe import load_recipe, parse_assignments
+
+    given = {
+        "pruning.sparsity": _number("--sparsity", sparsity, float),
+        "data.source": data,
+        "data.eval_source": eval_data,
+        "training.steps": _number("--steps", steps, int),
+        "seed": _number("--seed", seed, int),
+        "pruning.criterion": criterion,
+        "pruning.shape": shape,
+    }
+    settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
+    chosen = load_recipe(recipe, settings)
+    _quiet()
+    with _progress() as progress:
+        from regrow.run import prune as run
+
+        result = run(model, out, chosen, progress=progress)
+    _summary(result.results, result.folder)
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+    """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
+    _quiet()
+    from regrow.checkpoint.load import load_skeleton
+    from regrow.structure.groups import find_groups
+
+    groups = find_groups(load_skeleton(model, trust_remote_code))
+    if as_json:
+        print(json.dumps(groups.to_json(), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "kind", "units", "parameters a unit", "share of total", "slices")
+    for group in groups:
+        share = group.units * group.cost / groups.total_parameters
+        names = ", ".join(
+            f"{s.parameter.split('.')[-2]}{'[:, …]' if s.is_input else '[…]'}"
+            for s in group.slices
+            if "bias" not in s.parameter
+        )
+        table.add_row(str(group.layer), group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+    console = Console()
+    console.print(table, markup=False)
+    console.print(
+        f"{groups.total_parameters:,} parameters, {groups.block_parameters:,} in the blocks "
+        f"({groups.block_parameters / groups.total_parameters:.1%}); {len(groups.layers)} layers as depth units "
+        f"of {groups.layers[0].parameters:,} parameters"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help=f"Text to evaluate on. {SOURCE_HELP}")],
+    window: Annotated[list[int] | None, typer.Option(help="Tokens in a window (default 256); may be repeated.")] = None,
+    bos: Annotated[
+        str, typer.Option(help="Where BOS goes: document, once (as the literature does with WikiText-2), none.")
+    ] = "document",
+    text_field: Annotated[str, typer.Option(help="The field of a record that holds its text.")] = "text",
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many windows.")] = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure MODEL's perplexity on a text."""
+    lengths = window or [256]
+    if min(lengths) < 2:
+        raise InputError(f"--window {min(lengths)}: a window needs at least 2 tokens")
+    if bos not in ("document", "once", "none"):
+        raise InputError(f"--bos {bos!r}: choose document, once or none")
+    _quiet()
+    with _progress() as progress:
+        from regrow.measure import evaluate as measure
+
+        results = measure(
+            model, data, windows=lengths, bos=bos, text_field=text_field, max_windows=max_windows,  # type: ignore[arg-type]
+            device=device, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for name, one in results["perplexity"].items():
+        print(
+            f"{name}: perplexity {one['value']:.4f} ({one['tokens']:,} tokens in {one['windows']:,} windows, BOS {one['bos']})"
+        )
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [MODEL …]", help="Checkpoints; ratios are to the first.")
+    ],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size (default 1 and 4); may be repeated.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median is shown.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; pin them for ratios to trust.")] = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure size, prefill and decode speed, and peak memory of one or more models, in turns."""
+    _quiet()
+    with _progress() as progress:
+        from regrow.measure import bench as measure
+
+        results = measure(
+            models, batches=batch or [1, 4], prompt=prompt, new_tokens=new_tokens, repeats=repeats, threads=threads,
+            device=device, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "parameters", "batch", "prefill tokens/s", "decode tokens/s", "peak memory")
+    for name in models:
+        for one in results["speed"][name]:
+            table.add_row(
+                name, f"{results['size'][name]['total']:,}", str(one["batch"]), f"{one['prefill']['median']:,.0f}",
+                f"{one['decode']['median']:,.0f}", f"{results['memory'][name]['peak_bytes'] / 2**20:,.0f} MiB",
+            )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for name, each in results["speedup"].items():
+        for one in each:
+            console.print(f"{name}: batch {one['batch']}: prefill {one['prefill']:.2f}×, decode {one['decode']:.2f}×")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, every key written out.")] = None,
+    explain: Annotated[bool, typer.Option(help="List every key with its meaning and default.")] = False,
+) -> None:
+    """List the shipped recipes, print one, or explain every key."""
+    from regrow.recipe import dump_recipe, explain_fields, load_recipe, shipped_recipes
+
+    if explain:
+        for path, description, default in explain_fields():
+            print(f"{path} = {default!r}\n    {description}")
+    elif name is not None:
+        print(dump_recipe(load_recipe(name)), end="")
+    else:
+        for known in shipped_recipes():
+            print(f"{known:12} {load_recipe(known).description}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("regrow-demo"),
+    sparsity: Annotated[str, typer.Option(help="Share of the block parameters to remove.")] = "0.5",
+    steps: Annotated[str, typer.Option(help="Optimizer steps of LoRA training.")] = "150",
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "regrow",
+) -> None:
+    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, about two minutes."""
+    settings = {"sparsity": _number("--sparsity", sparsity, float), "steps": _number("--steps", steps, int)}
+    _quiet()
+    with _progress() as progress:
+        from regrow.demo.show import run_demo
+
+        result = run_demo(out, recipe, settings["sparsity"], settings["steps"], progress)
+    _summary(result.results, result.folder)
+
+
+def _number(option: str, text: str | None, kind: Callable[[str], Any]) -> Any:
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: give a number") from error
+
+
+def _quiet() -> None:
+    """Keep the libraries' chatter off the screen; what matters of it comes back as an error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress]":
+    from regrow.terminal import terminal_progress
+
+    with terminal_progress() as progress:
+        yield progress
+
+
+def _summary(results: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from regrow.report.terminal import show
+
+    show(results, folder, Console())

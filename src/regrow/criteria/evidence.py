@@ -1,0 +1,69 @@
+"""What a criterion may look at: the tensors of one group, and what was measured of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from regrow.structure.gates import GateMoments
+
+ROWS_AT_ONCE = 256
+"""Scores that need a weight-shaped intermediate compute it for this many rows at a time."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One base weight that a group has a share in, with the LoRA factors around it."""
+
+    name: str
+    weight: Float[Tensor, "out in"]
+    axis: int
+    """0: the units own rows of `weight` (q, k, v, gate, up). 1: they own columns (o, down)."""
+    positions: Int[Tensor, "units per_unit"]
+    """The rows or columns that each unit owns."""
+    weight_grad: Float[Tensor, "out in"] | None = None
+    lora_a: Float[Tensor, "rank in"] | None = None
+    lora_b: Float[Tensor, "out rank"] | None = None
+    lora_a_grad: Float[Tensor, "rank in"] | None = None
+    lora_b_grad: Float[Tensor, "out rank"] | None = None
+    scaling: float = 0.0
+    """The adapter's s = alpha / rank."""
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Slices of rows that cover the weight, `ROWS_AT_ONCE` at a time."""
+        for start in range(0, self.weight.shape[0], ROWS_AT_ONCE):
+            yield slice(start, start + ROWS_AT_ONCE)
+
+    def effective_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
+        """`W + s B A` of some rows, float32: what the layer computes with."""
+        weight = self.weight[rows].float()
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        return torch.addmm(weight, self.lora_b[rows], self.lora_a, alpha=self.scaling)
+
+    def per_unit(self, per_position: Float[Tensor, " positions"]) -> Float[Tensor, " units"]:
+        """Sum a value per row (axis 0) or per column (axis 1) over the positions of each unit."""
+        return per_position[self.positions].sum(1)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One group, as a criterion sees it. Scores are comparable within a group unless a criterion says more."""
+
+    name: str
+    kind: str
+    """`attention` or `ffn`."""
+    units: int
+    linears: tuple[Linear, ...]
+    gate: GateMoments | None = None
+    """Moments of the gate derivatives since the last scoring, if the criterion needs them."""
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    """The run's own source of chance."""
+
+    @cached_property
+    def consumers(self) -> tuple[Linear, ...]:
+        """The linears of which the units own columns."""
+        return tuple(linear for linear in self.linears if linear.axis == 1)

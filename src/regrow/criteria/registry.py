@@ -1,0 +1,79 @@
+"""Criteria by name, and a user's own by file."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from regrow.criteria import gate, lora, simple, taylor
+from regrow.criteria.evidence import Evidence
+from regrow.errors import InputError
+
+Need = Literal["lora", "gate", "weight"]
+"""What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
+of the gate derivatives, or gradients of the frozen weights (as large as the weights)."""
+
+Score = Callable[[Evidence], Float[Tensor, " units"]]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A scoring function and what it needs."""
+
+    name: str
+    score: Score
+    needs: frozenset[Need]
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("lora", lora.lora, frozenset({"lora"})),
+        Criterion("lora-squared", lora.lora_squared, frozenset({"lora"})),
+        Criterion("taylor", taylor.taylor, frozenset({"weight"})),
+        Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
+        Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"})),
+        Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"})),
+        Criterion("magnitude", simple.magnitude, frozenset()),
+        Criterion("random", simple.random, frozenset()),
+    )
+}
+
+
+def find_criterion(name: str) -> Criterion:
+    """The criterion of that name; `my_file.py:my_score` loads the function `my_score` from the user's file.
+
+    A user's function takes an `Evidence` and returns one score per unit. It is given LoRA gradients and gate
+    moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
+    of `{"lora", "gate", "weight"}`).
+
+    Raises:
+        InputError: if there is no such criterion, file or function.
+    """
+    if name in CRITERIA:
+        return CRITERIA[name]
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        close = get_close_matches(name, CRITERIA, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(CRITERIA)}"
+        raise InputError(f"unknown criterion {name!r}; {hint} Your own function is FILE.py:FUNCTION.")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"criterion {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"criterion {name!r}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"criterion {name!r}: {path} fails to load: {type(error).__name__}: {error}") from error
+    score = vars(module).get(function)
+    if not callable(score):
+        raise InputError(f"criterion {name!r}: {path} has no function {function!r}")
+    return Criterion(name, score, frozenset(vars(module).get("NEEDS", {"lora", "gate"})))

@@ -1,0 +1,1 @@
+"""A small corpus and a small model that ship with the package, for trying everything offline."""

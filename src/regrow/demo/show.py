@@ -1,0 +1,37 @@
+"""The demo: a small LLaMA, trained on Python's own documentation, pruned and regrown on the same."""
+
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from regrow.demo.corpus import write_corpus
+from regrow.progress import Progress
+from regrow.run import Result, prune
+
+
+def model_folder() -> Path:
+    """Where the demo's checkpoint lies in the package."""
+    folder = resources.files("regrow") / "demo" / "model"
+    assert isinstance(folder, Path)
+    return folder
+
+
+def run_demo(out: Path, recipe: str, sparsity: float, steps: int, progress: Progress) -> Result:
+    """Prune the demo's model on the documentation that every Python carries.
+
+    Raises:
+        InputError: as `regrow.prune` does.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        train, held_out = write_corpus(Path(scratch))
+        return prune(
+            str(model_folder()),
+            out,
+            recipe,
+            data=str(train),
+            eval_data=str(held_out),
+            sparsity=sparsity,
+            steps=steps,
+            overrides={"evaluation.max_windows": 256},
+            progress=progress,
+        )

@@ -1,0 +1,135 @@
+"""Dense against pruned: the same text, windows, prompts and clock for both."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regrow.checkpoint.load import load_model
+from regrow.checkpoint.save import needs_remote_code
+from regrow.data.tokens import Windows, make_windows
+from regrow.evaluation.generate import complete
+from regrow.evaluation.memory import measure_memory
+from regrow.evaluation.perplexity import perplexity, window_losses
+from regrow.evaluation.size import measure_size
+from regrow.evaluation.speed import measure_speed, ratios
+from regrow.planning.plan import Plan
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.structure.gates import Gates
+from regrow.structure.groups import find_groups
+
+PROMPT_TOKENS = 16
+EVAL_BATCH = 8
+
+
+def held_out_nll(model: PreTrainedModel, windows: Windows, batch_size: int) -> float:
+    """Mean NLL per scored token, nats; not finite if the model is broken (the caller decides what that means)."""
+    losses = window_losses(model, windows.ids_NT, batch_size, None)
+    return float(losses.sum()) / windows.ids_NT[:, 1:].numel()
+
+
+def protocol_windows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: str, recipe: Recipe
+) -> list[Windows]:
+    """The text to evaluate, cut as each of the recipe's protocols says."""
+    wanted = recipe.evaluation
+    return [
+        make_windows(documents, tokenizer, length, bos=wanted.bos, source=source).first(wanted.max_windows)
+        for length in wanted.windows
+    ]
+
+
+def measure_perplexities(model: PreTrainedModel, protocols: Sequence[Windows], progress: Progress) -> dict[str, Any]:
+    """Perplexity by protocol name (`window-256`), with what is needed to compare it with others'."""
+    found = {}
+    for windows in protocols:
+        progress.stage(f"perplexity, window {windows.length}", len(windows))
+        measured = perplexity(model, windows.ids_NT, EVAL_BATCH, progress.advance)
+        found[f"window-{windows.length}"] = {
+            **asdict(measured),
+            "bos": windows.bos,
+            "source": windows.source,
+            "tokens_sha256": windows.sha256,
+        }
+    return found
+
+
+def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
+    """The gates that make a whole model compute what it would after the plan's cut."""
+    groups = find_groups(model)
+    gates = Gates(model, groups.groups)
+    for group in groups:
+        present = torch.zeros(group.units)
+        present[np.array(plan.groups[group.name].keep)] = 1.0
+        gates.set(group.name, present)
+    return gates
+
+
+def compare(
+    dense_name: str,
+    pruned_name: str,
+    plan: Plan,
+    documents: Sequence[str],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Perplexity, size, speed, memory and completions of the dense and the pruned checkpoint.
+
+    Perplexity is also measured of the plan alone: the dense weights with the removed units gated off, without
+    any recovery.
+    """
+    wanted = recipe.evaluation
+    protocols = protocol_windows(documents, tokenizer, source, recipe)
+    own_code = needs_remote_code(Path(pruned_name))
+    dense, pruned = load_model(dense_name, device), load_model(pruned_name, device, trust_remote_code=own_code)
+    quality = {"dense": measure_perplexities(dense, protocols, progress)}
+    with plan_as_gates(dense, plan):
+        quality["cut"] = measure_perplexities(dense, protocols, progress)
+    quality["pruned"] = measure_perplexities(pruned, protocols, progress)
+    results: dict[str, Any] = {
+        "perplexity": quality,
+        "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
+        "size": {"dense": asdict(measure_size(dense)), "pruned": asdict(measure_size(pruned))},
+    }
+    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
+    results["completions"] = [
+        {
+            "prompt": prompt,
+            "dense": complete(dense, tokenizer, prompt),
+            "pruned": complete(pruned, tokenizer, prompt),
+        }
+        for prompt in prompts
+    ]
+    if wanted.speed:
+        progress.stage("speed")
+        speed = measure_speed({"dense": dense, "pruned": pruned}, batches=wanted.speed_batches)
+        results["speed"] = {name: [asdict(one) for one in each] for name, each in speed.items()}
+        results["speedup"] = [asdict(one) for one in ratios(speed["dense"], speed["pruned"])]
+    del dense, pruned
+    if wanted.memory:
+        progress.stage("memory")
+        results["memory"] = {
+            "dense": asdict(measure_memory(local_folder(dense_name))),
+            "pruned": asdict(measure_memory(Path(pruned_name), trust_remote_code=own_code)),
+        }
+    return results
+
+
+def local_folder(name: str) -> Path:
+    """Where a model's files lie on this machine; they have been loaded before."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+
+
+def start_of(document: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first tokens of a document, as text to complete."""
+    ids = tokenizer(document, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+    return str(tokenizer.decode(ids))

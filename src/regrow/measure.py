@@ -1,0 +1,97 @@
+"""Measure checkpoints as they are: the verbs `evaluate` and `bench`, and what `inspect` prints (floor 4)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from regrow.checkpoint.load import check_vocabulary, load_model, load_tokenizer, pick_device
+from regrow.data.source import load_documents
+from regrow.data.tokens import Bos, make_windows
+from regrow.errors import InputError
+from regrow.evaluation.compare import local_folder, measure_perplexities
+from regrow.evaluation.memory import measure_memory
+from regrow.evaluation.size import measure_size
+from regrow.evaluation.speed import measure_speed, ratios
+from regrow.progress import Progress, Silent
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    windows: Sequence[int] = (256,),
+    bos: Bos = "document",
+    text_field: str = "text",
+    max_windows: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint on a text, by window length, and the checkpoint's size.
+
+    Args:
+        model: a folder, or a repository on the hub.
+        data: text; see `regrow.data.source.load_documents`.
+        bos: where the tokenizer's BOS goes; `once` with windows of 128 or 2048 is the literature's protocol.
+
+    Raises:
+        InputError: if something given cannot work.
+    """
+    tokenizer = load_tokenizer(model)
+    documents = load_documents(data, text_field, split="test")
+    protocols = [
+        make_windows(documents, tokenizer, length, bos=bos, source=data).first(max_windows) for length in windows
+    ]
+    loaded = load_model(model, pick_device(device), trust_remote_code=trust_remote_code)
+    check_vocabulary(loaded, tokenizer, model)
+    return {
+        "model": model,
+        "perplexity": measure_perplexities(loaded, protocols, progress or Silent()),
+        "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
+        "size": asdict(measure_size(loaded)),
+    }
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    batches: Sequence[int] = (1, 4),
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    threads: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Size, speed and peak memory of checkpoints, measured in turns; ratios are to the first one.
+
+    Raises:
+        InputError: if a model cannot be loaded or is named twice.
+    """
+    if len(set(models)) != len(models):
+        raise InputError("bench: the same model is named twice; ratios to itself say nothing")
+    progress = progress or Silent()
+    if threads:
+        torch.set_num_threads(threads)
+    where = pick_device(device)
+    progress.stage("load models")
+    loaded = {name: load_model(name, where, trust_remote_code=trust_remote_code) for name in models}
+    sizes = {name: asdict(measure_size(model)) for name, model in loaded.items()}
+    progress.stage("speed")
+    speed = measure_speed(loaded, batches=batches, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
+    del loaded
+    progress.stage("memory", len(models))
+    memory = {}
+    for name in models:
+        memory[name] = asdict(measure_memory(local_folder(name), trust_remote_code=trust_remote_code))
+        progress.advance()
+    first = models[0]
+    return {
+        "size": sizes,
+        "speed": {name: [asdict(one) for one in each] for name, each in speed.items()},
+        "speedup": {name: [asdict(one) for one in ratios(speed[first], speed[name])] for name in models[1:]},
+        "memory": memory,
+    }

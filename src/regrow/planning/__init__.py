@@ -1,0 +1,1 @@
+"""Which units go, when, and how the choice is written down (floor 2)."""

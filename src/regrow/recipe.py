@@ -1,0 +1,304 @@
+"""The recipe: a whole run as one validated document.
+
+Every field documents itself once; that text is what `regrow recipes --explain` and the docs show.
+"""
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regrow.errors import InputError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Text: where it comes from and how it is cut into windows."""
+
+    source: str | None = Field(
+        default=None,
+        description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, or a data set on the hub.",
+    )
+    eval_source: str | None = Field(
+        default=None, description="Text to evaluate on; without it, documents held out of `source`."
+    )
+    text_field: str = Field(default="text", description="The field of a record that holds its text.")
+    held_out: Share = Field(
+        default=0.05, gt=0, description="Share of the documents of `source` held out for the validation loss."
+    )
+    sequence_length: int = Field(default=256, ge=8, description="Tokens in a training window.")
+    bos: Literal["document", "once", "none"] = Field(
+        default="document",
+        description="Where the tokenizer's BOS goes: before each document, once at the start of the text, nowhere.",
+    )
+    max_tokens: Count | None = Field(
+        default=None, description="Read at most this many tokens of `source`; by default what the run can use."
+    )
+
+
+class Lora(Section):
+    """The adapters that regrow the skill."""
+
+    rank: Count = Field(default=8, description="Rank r of the factors.")
+    alpha: float = Field(default=16, gt=0, description="The adapter's output is scaled by alpha / rank.")
+    dropout: Share = Field(default=0.05, description="Dropout on the adapter's input.")
+    targets: tuple[str, ...] = Field(
+        default=(), description="Last parts of the names of the linears to adapt; empty: all linears of the blocks."
+    )
+
+
+class Pruning(Section):
+    """What is removed, by which measure, and when."""
+
+    sparsity: float = Field(default=0.5, gt=0, lt=1, description="Share to remove.")
+    basis: Literal["block", "units", "total"] = Field(
+        default="block",
+        description="What the share is of: parameters of the blocks, units of each kind, or all parameters.",
+    )
+    shape: Literal["uniform", "free"] = Field(
+        default="uniform",
+        description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
+    )
+    criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
+    allocation: Literal["local", "global"] = Field(
+        default="local",
+        description="local: the same share in every layer. global: lowest score per parameter first, across layers.",
+    )
+    floor: Share = Field(default=0.0, description="Least share of a group's units that stays (one unit always does).")
+    cap: float = Field(default=1.0, gt=0, le=1, description="Largest share of a group's units that may go.")
+    multiple: Count = Field(default=1, description="FFN widths are multiples of this.")
+    protect_first: Share = Field(
+        default=0.0, description="Share of the layers, from the first, that is left alone (free shape only)."
+    )
+    protect_last: int = Field(
+        default=0, ge=0, description="Number of last layers that are left alone (free shape only)."
+    )
+    schedule: Literal["one-shot", "cubic"] = Field(
+        default="one-shot", description="one-shot: everything before training. cubic: step by step during training."
+    )
+    warm_up: Share = Field(default=0.1, description="cubic: share of the steps before the first cut.")
+    cool_down: Share = Field(default=0.1, description="cubic: share of the steps after the last cut.")
+    interval: Count = Field(default=10, description="cubic: optimizer steps between cuts.")
+    decay_steps: int = Field(
+        default=0, ge=0, description="Steps over which a chosen unit's gate fades from 1 to 0 before it is cut."
+    )
+    calibration_batches: int = Field(default=16, ge=0, description="Batches scored before the first training step.")
+    ema: float | None = Field(
+        default=0.9, ge=0, lt=1, description="Decay of the scores' moving average; null: plain mean."
+    )
+
+
+class Training(Section):
+    """LoRA training: recovery, and the steps between cuts."""
+
+    steps: int = Field(default=400, ge=0, description="Optimizer steps, those between cuts included.")
+    batch_size: Count = Field(default=8, description="Sequences in a forward pass.")
+    accumulate: Count = Field(default=1, description="Forward passes in an optimizer step.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of AdamW; null: 3e-4 · sqrt(4096 / hidden_size)."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Learning rate after warm-up."
+    )
+    warm_up: Share = Field(default=0.03, description="Share of the steps over which the learning rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 autocast on hardware that has it, else float32."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
+    eval_windows: Count = Field(default=32, description="Windows of held-out text in a validation loss.")
+    patience: int = Field(
+        default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
+    )
+    max_skipped: Count = Field(
+        default=10, description="Stop with an error after so many updates in a row were not finite."
+    )
+
+
+class Evaluation(Section):
+    """What is measured, of the dense and of the pruned model alike."""
+
+    windows: tuple[int, ...] = Field(
+        default=(256,), description="Perplexity's window lengths; 128 and 2048 are the literature's."
+    )
+    bos: Literal["document", "once", "none"] = Field(
+        default="document", description="Where BOS goes in the text evaluated."
+    )
+    max_windows: Count | None = Field(
+        default=None, description="Evaluate at most so many windows; null: all of the text."
+    )
+    speed: bool = Field(default=True, description="Measure prefill and decode speed.")
+    speed_batches: tuple[int, ...] = Field(default=(1, 4), description="Batch sizes for the speed.")
+    memory: bool = Field(default=True, description="Measure peak memory, each checkpoint in a process of its own.")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="Prompts to complete; by default the start of a held-out document."
+    )
+
+
+class Output(Section):
+    """The checkpoint."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: as the original checkpoint."
+    )
+    shard_size: str = Field(default="5GB", description="Largest size of a safetensors file.")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(default="custom", description="Shown in reports.")
+    description: str = Field(default="", description="One line on what it is.")
+    seed: int = Field(default=0, ge=0, description="Source of all chance in the run.")
+    device: str = Field(default="auto", description="auto: the first GPU, else the CPU.")
+    data: Data = Data()
+    lora: Lora = Lora()
+    pruning: Pruning = Pruning()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+
+    def override(self, settings: Mapping[str, Any]) -> "Recipe":
+        """This recipe with `key.path` -> value changed, validated anew."""
+        tree = self.model_dump(mode="json")
+        for path, value in settings.items():
+            _set(tree, path, value)
+        return parse_recipe(tree, self.name)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes in the package, and their YAML text."""
+    folder = resources.files("regrow") / "recipes"
+    return {
+        file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".yaml")
+    }
+
+
+def load_recipe(name: str = "regrow", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A shipped recipe by name, or a YAML file, with `key.path` overrides.
+
+    Raises:
+        InputError: if there is no such recipe, it is not valid YAML, or a key or value is wrong.
+    """
+    shipped = shipped_recipes()
+    if name in shipped:
+        text = shipped[name]
+    elif Path(name).is_file():
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe {name}: cannot be read: {error}") from error
+    else:
+        raise InputError(
+            f"there is no recipe {name!r}{_suggest(name, shipped)}; shipped: {', '.join(shipped)}; or give a YAML file"
+        )
+    try:
+        tree = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise InputError(f"recipe {name}{line}: not valid YAML") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"recipe {name}: must be a mapping of keys to values")
+    for path, value in (overrides or {}).items():
+        _set(tree, path, value)
+    return parse_recipe(tree, name)
+
+
+def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Validate a tree of plain values.
+
+    Raises:
+        InputError: one line that names the key and what was meant.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"recipe {name}: {_explain(error)}") from error
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`key.path=value` strings, values read as YAML.
+
+    Raises:
+        InputError: if one has no `=` or its value is not YAML.
+    """
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        path, separator, value = assignment.partition("=")
+        if not separator or not path.strip():
+            raise InputError(f"--set {assignment!r}: write key.path=value, for example lora.rank=16")
+        try:
+            result[path.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {assignment!r}: the value is not valid YAML") from error
+    return result
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def explain_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """`(key.path, description, default)` of every field."""
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from explain_fields(field.annotation, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", field.description or "", field.default
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {path}: {key!r} is a value, not a section")
+        tree = child
+    tree[last] = value
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _section_at(path: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for key in path:
+        annotation = section.model_fields[key].annotation
+        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return section
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    location = first["loc"]
+    path = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _section_at(location[:-1]).model_fields
+        hint = _suggest(str(location[-1]), known) or f"; known here: {', '.join(known)}"
+        return f"unknown key {path!r}{hint}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{path} = {first['input']!r}: {message}"

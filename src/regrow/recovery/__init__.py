@@ -1,0 +1,1 @@
+"""LoRA training, and the scoring and cutting that happen along with it (floor 3)."""

@@ -1,0 +1,150 @@
+"""One LoRA optimizer step, and the validation loss.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from regrow.errors import InputError
+from regrow.recipe import Training
+from regrow.structure.adapters import adapter_parameters
+
+Recording = Callable[[float], AbstractContextManager[None]]
+"""Given the factor from the loss that runs backward to summed NLL: a context for one backward pass."""
+
+
+class Diverged(InputError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean NLL per token, nats; not finite if the update was skipped."""
+    gradient_norm: float
+    skipped: bool
+
+
+def automatic_learning_rate(hidden_size: int) -> float:
+    """`3e-4 · sqrt(4096 / hidden_size)`: 3e-4 for a 7B model, more for narrower ones."""
+    return 3e-4 * math.sqrt(4096 / hidden_size)
+
+
+def learning_rate_factor(step: int, steps: int, training: Training) -> float:
+    """Share of the peak learning rate at a step (0-based)."""
+    rise = math.ceil(training.warm_up * steps)
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(steps - rise, 1)
+    match training.schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "constant":
+            return 1.0
+
+
+def language_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Mean NLL of tokens 2 to T, in float32."""
+    return functional.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids_BT[:, 1:].flatten())
+
+
+class Learner:
+    """Trains the adapters of a model; everything else is frozen."""
+
+    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Tensor]) -> None:
+        self.model = model
+        self.training = training
+        self.data = data
+        self.parameters = adapter_parameters(model)
+        hidden = model.config.get_text_config().hidden_size
+        self.learning_rate = training.learning_rate or automatic_learning_rate(hidden)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=training.weight_decay)
+        self.step_number = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+
+    @property
+    def autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 where the recipe and the hardware have it."""
+        device = self.model.device.type
+        wanted = self.training.precision
+        if wanted == "bfloat16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
+
+    def backward(self, data: Iterator[Tensor], recording: Recording | None = None) -> float:
+        """Gradients of one step: `accumulate` forward and backward passes.
+
+        Returns:
+            The mean loss; not a number as soon as one is not finite.
+        """
+        self.model.train()
+        total = 0.0
+        for _ in range(self.training.accumulate):
+            ids_BT = next(data).to(self.model.device)
+            tokens = ids_BT[:, 1:].numel() * self.training.accumulate
+            with self.autocast, recording(tokens) if recording else nullcontext():
+                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+                loss = language_loss(logits_BTV, ids_BT) / self.training.accumulate
+                if not torch.isfinite(loss):
+                    return math.nan
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def step(self, recording: Recording | None = None, before_update: Callable[[], bool] | None = None) -> Step:
+        """One optimizer step; skipped, and counted, when the loss or the gradient is not finite.
+
+        Args:
+            before_update: sees the clipped gradients before the weights move; False skips the update.
+
+        Raises:
+            Diverged: after `max_skipped` skipped updates in a row.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * learning_rate_factor(
+                self.step_number, self.training.steps, self.training
+            )
+        loss = self.backward(self.data, recording)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip))
+        fine = math.isfinite(loss) and math.isfinite(norm) and (before_update is None or before_update())
+        if fine:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        self.count(skipped=not fine)
+        return Step(loss, norm, not fine)
+
+    def count(self, skipped: bool) -> None:
+        """Count a skipped update, or the end of a row of them."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self.skipped += skipped
+        if self._skipped_in_a_row >= self.training.max_skipped:
+            raise Diverged(
+                f"{self._skipped_in_a_row} updates in a row were not finite (step {self.step_number}); "
+                "lower training.learning_rate, or check the model and the text"
+            )
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the adapters, on the CPU."""
+        return [parameter.detach().cpu().clone() for parameter in self.parameters]
+
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Put back adapters that `snapshot` copied."""
+        for parameter, saved in zip(self.parameters, snapshot, strict=True):
+            parameter.data.copy_(saved)

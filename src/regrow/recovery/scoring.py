@@ -1,0 +1,168 @@
+"""Measure what a criterion needs during backward passes, score all groups, and keep a moving average."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from regrow.criteria.evidence import Evidence, Linear
+from regrow.criteria.registry import Criterion
+from regrow.errors import InputError
+from regrow.planning.plan import Plan
+from regrow.structure.adapters import ADAPTER
+from regrow.structure.gates import GateMoments, Gates
+from regrow.structure.groups import Group, Groups, Slice
+
+
+class Average:
+    """A moving average with bias correction, or a plain mean, of one score per original unit."""
+
+    def __init__(self, units: Mapping[str, int], decay: float | None) -> None:
+        self.values = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+        self.decay = decay
+        self.count = 0
+        self._weight = 0.0
+
+    def add(self, scores: Mapping[str, Tensor], plan: Plan) -> None:
+        """Count one score per unit that `plan` keeps; removed units keep what they had."""
+        self.count += 1
+        decay = 1 - 1 / self.count if self.decay is None else self.decay
+        self._weight = decay * self._weight + 1 - decay
+        for name, score in scores.items():
+            kept = list(plan.groups[name].keep)
+            self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Bias-corrected averages, one per original unit."""
+        return {name: value / max(self._weight, 1e-12) for name, value in self.values.items()}
+
+
+class Scorer:
+    """Scores the groups of a model as it trains."""
+
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, gates: Gates, criterion: Criterion, decay: float | None, seed: int
+    ) -> None:
+        self.model = model
+        self.gates = gates
+        self.criterion = criterion
+        self.average = Average({name: group.units for name, group in plan.groups.items()}, decay)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._moments: dict[str, GateMoments] = {}
+        if "gate" in criterion.needs:
+            # Gates before the first adapter get a gradient only if the embeddings have one.
+            model.enable_input_require_grads()
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        if "gate" in self.criterion.needs and not self.model.is_gradient_checkpointing:
+            self.model.disable_input_require_grads()
+        self._require_weight_gradients([], False)
+
+    def watch(self, groups: Groups) -> None:
+        """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
+        self._require_weight_gradients(groups, "weight" in self.criterion.needs)
+
+    @contextmanager
+    def recording(self, scale: float) -> Iterator[None]:
+        """A context for one forward and backward pass; see `Gates.recording`."""
+        if "gate" not in self.criterion.needs:
+            yield
+            return
+        with self.gates.recording(scale, self._count):
+            yield
+
+    def _count(self, name: str, c_BU: Tensor) -> None:
+        if name not in self._moments:
+            self._moments[name] = GateMoments.zeros(c_BU.shape[1])
+        self._moments[name].add(c_BU)
+
+    def update(self, groups: Groups, cut_plan: Plan, plan: Plan) -> bool:
+        """Score every group from the gradients of one step, and average.
+
+        Args:
+            groups: as they are now, of a model that has been cut to `cut_plan`.
+            plan: what is to stay of it; units behind closed gates are not scored.
+
+        Returns:
+            False if a score was not finite; then nothing was counted.
+
+        Raises:
+            InputError: if a user's criterion does not give one score per unit.
+        """
+        scores = {}
+        stays = plan.positions_within(cut_plan)
+        for group in groups:
+            moments = self._moments.get(group.name)
+            if (units := stays.get(group.name)) is not None:
+                group = group.only(units)
+                moments = moments and moments.only(torch.from_numpy(units))
+            evidence = gather_evidence(self.model, group, moments, self.generator)
+            with torch.no_grad():
+                score = self.criterion.score(evidence)
+            if not isinstance(score, Tensor) or score.shape != (group.units,):
+                shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+                raise InputError(
+                    f"criterion {self.criterion.name}: wanted a tensor of {group.units} scores "
+                    f"for {group.name}, got {shape}"
+                )
+            scores[group.name] = score
+        self._moments = {}
+        for parameter in self._weights(groups):
+            parameter.grad = None
+        if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
+            return False
+        self.average.add(scores, plan)
+        return True
+
+    def _weights(self, groups: Groups) -> list[nn.Parameter]:
+        names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
+        return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim == 2]
+
+    def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" not in name and not wanted:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        if wanted and isinstance(groups, Groups):
+            for parameter in self._weights(groups):
+                parameter.requires_grad_(True)
+
+
+def gather_evidence(
+    model: PreTrainedModel, group: Group, gate: GateMoments | None, generator: torch.Generator
+) -> Evidence:
+    """What a criterion may look at, of one group."""
+    linears = [
+        _linear(model, piece)
+        for piece in group.slices
+        if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
+    ]
+    return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator)
+
+
+def _linear(model: PreTrainedModel, piece: Slice) -> Linear:
+    parameter = model.get_parameter(piece.parameter)
+    axis = 1 if piece.is_input else 0
+    weight, gradient = parameter.detach(), parameter.grad
+    if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
+        weight, gradient = weight.T, None if gradient is None else gradient.T
+    positions = torch.from_numpy(piece.index).to(weight.device)
+    linear = Linear(piece.module, weight, axis, positions, gradient)
+    module = model.get_submodule(piece.module)
+    if not isinstance(module, LoraLayer):
+        return linear
+    a, b = module.get_parameter(f"lora_A.{ADAPTER}.weight"), module.get_parameter(f"lora_B.{ADAPTER}.weight")
+    return replace(
+        linear,
+        lora_a=a.detach(),
+        lora_b=b.detach(),
+        lora_a_grad=a.grad,
+        lora_b_grad=b.grad,
+        scaling=module.scaling[ADAPTER],
+    )

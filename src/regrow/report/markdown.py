@@ -1,0 +1,163 @@
+"""The report and the model card, from the same facts that `results.json` holds."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from regrow.planning.plan import Plan
+from regrow.recipe import Recipe
+
+
+def write_report(
+    results: dict[str, Any], cuts: Sequence[dict[str, float]], validations: Sequence[dict[str, float]]
+) -> str:
+    """The whole run on one page."""
+    parts = [
+        f"# {results['model']}, pruned with `{results['recipe']}`",
+        _summary(results),
+        "## Before and after",
+        _before_after(results),
+        "## What was removed",
+        _removed(results, cuts),
+        "## Side by side",
+        *(_completion(item) for item in results["completions"]),
+        "## Training",
+        _training(results, validations),
+        "## Checked",
+        _checked(results),
+        "## Where the time went",
+        _table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        "## Measured on",
+        _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_card(name: str, recipe: Recipe, plan: Plan, results: dict[str, Any] | None = None) -> str:
+    """The checkpoint's README: metadata for the hub, then what was done to the model."""
+    metadata = ("---", f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation")
+    head = "\n".join([*metadata, "tags: [pruned, regrow]", "---", ""])
+    body = [
+        f"# {name}, {plan.sparsity.block:.0%} of its block parameters removed",
+        "A plain checkpoint: whole attention heads and FFN channels were cut out with "
+        f"[regrow](https://pypi.org/project/regrow/) (recipe `{recipe.name}`, seed {recipe.seed}) and LoRA "
+        "adapters, trained to make up for them, were merged in. It loads like any other.",
+    ]
+    if results:
+        body += [_before_after(results), _ratios(results)]
+    return head + "\n" + "\n\n".join(body) + "\n"
+
+
+def _summary(results: dict[str, Any]) -> str:
+    protocol, values = next(iter(_perplexities(results).items()))
+    size = results["size"]
+    text = (
+        f"**{_millions(size['dense']['total'])} → {_millions(size['pruned']['total'])} parameters; "
+        f"perplexity {values['dense']:.2f} → {values['pruned']:.2f}** "
+        f"({values['cut']:.2f} before recovery; {protocol})"
+    )
+    if "speedup" in results:
+        text += "".join(
+            f"; batch {one['batch']}: prefill {one['prefill']:.2f}×, decode {one['decode']:.2f}×"
+            for one in results["speedup"]
+        )
+    return text + "."
+
+
+def _perplexities(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    measured = results["perplexity"]
+    return {name: {kind: measured[kind][name]["value"] for kind in measured} for name in measured["dense"]}
+
+
+def _before_after(results: dict[str, Any]) -> str:
+    size, rows = results["size"], []
+    for name, values in _perplexities(results).items():
+        note = f"perplexity, {name}"
+        rows.append([note, f"{values['dense']:.3f}", f"{values['cut']:.3f}", f"{values['pruned']:.3f}"])
+    for key, label in (
+        ("total", "parameters"),
+        ("non_embedding", "… without embeddings"),
+        ("macs_per_token", "multiply-accumulates per token"),
+    ):
+        rows.append([label, _millions(size["dense"][key]), "", _millions(size["pruned"][key])])
+    rows.append(["weights in memory", _bytes(size["dense"]["bytes"]), "", _bytes(size["pruned"]["bytes"])])
+    if "memory" in results:
+        peak = {name: _bytes(item["peak_bytes"]) for name, item in results["memory"].items()}
+        rows.append(["peak memory of a forward pass", peak["dense"], "", peak["pruned"]])
+    for dense, pruned in zip(*(results.get("speed", {}).get(k, []) for k in ("dense", "pruned")), strict=True):
+        for phase in ("prefill", "decode"):
+            label = f"{phase} tokens/s, batch {dense['batch']}"
+            rows.append([label, f"{dense[phase]['median']:.0f}", "", f"{pruned[phase]['median']:.0f}"])
+    return _table(["", "dense", "cut, not recovered", "pruned and recovered"], rows)
+
+
+def _ratios(results: dict[str, Any]) -> str:
+    sparsity = results["sparsity"]
+    return (
+        f"Asked for {sparsity['requested']:.1%} (of {sparsity['basis']}). "
+        f"Removed: {sparsity['units']:.2%} of the units, {sparsity['block']:.2%} of the block parameters, "
+        f"{sparsity['total']:.2%} of all parameters."
+    )
+
+
+def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
+    layers: dict[str, dict[str, int]] = {}
+    for name, width in results["widths"].items():
+        _, layer, kind = name.split(".")
+        layers.setdefault(layer, {})[kind] = width
+    kinds = sorted({kind for widths in layers.values() for kind in widths})
+    widths = _table(
+        ["layer", *kinds], [[layer, *(str(widths.get(kind, "")) for kind in kinds)] for layer, widths in layers.items()]
+    )
+    events = _table(
+        ["before step", "of the target", "block parameters removed"],
+        [[f"{cut['step']:.0f}", f"{cut['fraction']:.1%}", f"{cut['block']:.2%}"] for cut in cuts],
+    )
+    return "\n\n".join([_ratios(results), "Units left in each layer:", widths, "Cuts:", events])
+
+
+def _completion(item: dict[str, str]) -> str:
+    return "\n\n".join(
+        [
+            f"> {_quoted(item['prompt'])}",
+            f"**dense:** {_quoted(item['dense'])}",
+            f"**pruned:** {_quoted(item['pruned'])}",
+        ]
+    )
+
+
+def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) -> str:
+    training = results["training"]
+    lines = (
+        f"{training['steps']} steps, {training['tokens']:,} tokens, "
+        f"peak learning rate {training['learning_rate']:.2e}, "
+        f"{training['trainable_parameters_at_the_end']:,} trainable parameters, "
+        f"{training['skipped_updates']} updates skipped. Best validation loss at step {training['best_step']}."
+    )
+    curve = _table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
+    return f"{lines}\n\n{curve}"
+
+
+def _checked(results: dict[str, Any]) -> str:
+    verification = results["verification"]
+    return (
+        f"A fresh process with stock transformers {verification['transformers']} loaded the checkpoint as "
+        f"`{verification['model_class']}`; its logits differ from those in memory by at most "
+        f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g})."
+    )
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

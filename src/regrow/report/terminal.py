@@ -1,0 +1,51 @@
+"""The results on the screen, at the end of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(results: dict[str, Any], folder: Path, console: Console) -> None:
+    """Before and after, a completion of each model, and where everything lies."""
+    table = Table("", "dense", "cut", "pruned and recovered", title=f"{results['model']} · {results['recipe']}")
+    quality, size = results["perplexity"], results["size"]
+    for name in quality["dense"]:
+        table.add_row(f"perplexity, {name}", *(f"{quality[kind][name]['value']:.2f}" for kind in quality))
+    table.add_row("parameters", f"{size['dense']['total']:,}", "", f"{size['pruned']['total']:,}")
+    table.add_row(
+        "multiply-accumulates a token",
+        f"{size['dense']['macs_per_token']:,}",
+        "",
+        f"{size['pruned']['macs_per_token']:,}",
+    )
+    if "memory" in results:
+        peak = {name: f"{item['peak_bytes'] / 2**20:,.0f} MiB" for name, item in results["memory"].items()}
+        table.add_row("peak memory of a forward pass", peak["dense"], "", peak["pruned"])
+    if "speed" in results:
+        for dense, pruned in zip(results["speed"]["dense"], results["speed"]["pruned"], strict=True):
+            for phase in ("prefill", "decode"):
+                label = f"{phase} tokens/s, batch {dense['batch']}"
+                table.add_row(label, f"{dense[phase]['median']:,.0f}", "", f"{pruned[phase]['median']:,.0f}")
+    console.print(table)
+    sparsity = results["sparsity"]
+    console.print(
+        f"removed {sparsity['units']:.2%} of the units, {sparsity['block']:.2%} of the block parameters, "
+        f"{sparsity['total']:.2%} of all parameters"
+    )
+    for item in results["completions"]:
+        console.print(f"\n[b]prompt[/b] {_one_line(item['prompt'])}")
+        for kind in ("dense", "pruned"):
+            console.print(f"[b]{kind}[/b] ", end="")
+            console.print(_one_line(item[kind]), markup=False, highlight=False)
+    console.print(
+        f"\ncheckpoint {folder / 'model'}\nreport     {folder / 'report.md'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,384 @@
+"""The walk: load → trace → attach LoRA and gates → [score → plan → cut → adapt]* → recover → merge → save →
+verify → evaluate → report.
+
+A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
+`history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
+Every file appears whole or not at all.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as tensors_to_bytes
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from regrow.checkpoint.files import RUN_FILE, claim_folder, storage_errors, write_bytes, write_json, write_text
+from regrow.checkpoint.load import check_vocabulary, load_config, load_model, load_tokenizer, pick_device, stored_dtype
+from regrow.checkpoint.save import save_checkpoint
+from regrow.checkpoint.shape import check_expressible, pruned_config
+from regrow.checkpoint.verify import Verification, verify_checkpoint
+from regrow.criteria.registry import find_criterion
+from regrow.data.source import load_documents, split_documents
+from regrow.data.tokens import Windows, batches, make_windows
+from regrow.errors import InputError
+from regrow.evaluation.compare import compare, held_out_nll
+from regrow.planning.allocation import final_counts
+from regrow.planning.plan import Plan
+from regrow.progress import Progress, Silent
+from regrow.recipe import Recipe, dump_recipe, load_recipe
+from regrow.recovery.learner import Learner
+from regrow.recovery.pruner import CutEvent, Pruner
+from regrow.report.markdown import model_card, write_report
+from regrow.structure.adapters import attach_lora, merge_lora
+from regrow.structure.groups import Groups, find_groups
+
+VALIDATION_AND_TEST = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows for training, for the validation loss, and documents to evaluate on."""
+
+    train: Windows
+    validation: Windows
+    test_documents: list[str]
+    test_source: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    plan: Plan
+    results: dict[str, Any]
+    """What `results.json` holds."""
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint's folder."""
+        return self.folder / "model"
+
+
+@dataclass
+class History:
+    """What happened during training, for the report."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+    cuts: list[dict[str, float]] = field(default_factory=list)
+
+
+def prune(
+    model: str,
+    out: str | Path,
+    recipe: str | Recipe = "regrow",
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    sparsity: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    criterion: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Prune a causal LM, regrow its skill, and leave a plain checkpoint and an honest report in `out`.
+
+    Args:
+        model: a folder, or a repository on the hub.
+        out: a new or empty folder, or that of an earlier run, which is then done afresh.
+        recipe: a shipped recipe's name, a YAML file, or a recipe.
+        data: text to score and train on; see `regrow.data.source.load_documents`.
+        eval_data: text to evaluate on; by default documents held out of `data`.
+        overrides: `key.path` -> value, applied to the recipe last.
+
+    Raises:
+        InputError: if something given cannot work; nothing half-written is left.
+    """
+    chosen = _settle_recipe(recipe, data, eval_data, sparsity, steps, seed, criterion, overrides)
+    with storage_errors():
+        return _Run(model, Path(out), chosen, progress or Silent()).walk()
+
+
+def _settle_recipe(
+    recipe: str | Recipe,
+    data: str | None,
+    eval_data: str | None,
+    sparsity: float | None,
+    steps: int | None,
+    seed: int | None,
+    criterion: str | None,
+    overrides: Mapping[str, Any] | None,
+) -> Recipe:
+    given = {
+        "data.source": data,
+        "data.eval_source": eval_data,
+        "pruning.sparsity": sparsity,
+        "training.steps": steps,
+        "seed": seed,
+        "pruning.criterion": criterion,
+    }
+    settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
+    if isinstance(recipe, Recipe):
+        return recipe.override(settings)
+    return load_recipe(recipe, settings)
+
+
+class _Run:
+    """One walk. Stages are methods, in the order in which `walk` calls them."""
+
+    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress) -> None:
+        self.name = model
+        self.folder = folder
+        self.recipe = recipe
+        self.progress = progress
+        self.history = History()
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._stage = ("", self._started)
+
+    def walk(self) -> Result:
+        """Everything, start to end."""
+        recipe = self.recipe
+        find_criterion(recipe.pruning.criterion)
+        if recipe.data.source is None:
+            raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
+        config = load_config(self.name)
+        check_expressible(config)
+        tokenizer = load_tokenizer(self.name)
+
+        self.begin("read text")
+        text = self.read_text(tokenizer)
+        self.begin("load model")
+        torch.manual_seed(recipe.seed)
+        device = pick_device(recipe.device)
+        model = load_model(self.name, device)
+        check_vocabulary(model, tokenizer, self.name)
+        self.begin("trace groups")
+        whole = find_groups(model)
+        self.check_reach(whole)
+        self.claim(whole)
+
+        self.begin("attach LoRA")
+        lora = recipe.lora
+        attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        plan, groups, training = self.train(model, find_groups(model), text)
+        write_json(self.folder / "plan.json", plan.to_json())
+
+        self.begin("merge and save")
+        merge_lora(model)
+        model.config = pruned_config(model.config, whole, groups)
+        card = model_card(self.name, recipe, plan)
+        save_checkpoint(
+            model, tokenizer, self.folder / "model",
+            dtype=self.output_dtype(), shard_size=recipe.output.shard_size, card=card,
+        )  # fmt: skip
+        self.begin("verify in a fresh process")
+        verification = verify_checkpoint(model, self.folder / "model", text.validation.ids_NT[:2, :128])
+        if not verification.passed:
+            raise InputError(
+                f"the saved checkpoint does not compute what the model in memory does: logits differ by "
+                f"{verification.difference:.3g}, allowed {verification.allowed:.3g}"
+            )
+        del model
+        results = self.evaluate(plan, tokenizer, text, verification, training)
+        return self.report(plan, results)
+
+    def begin(self, stage: str, total: int | None = None) -> None:
+        """Close the books of the stage before, open the next."""
+        now = time.perf_counter()
+        name, since = self._stage
+        if name:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + now - since, 3)
+        self._stage = (stage, now)
+        if stage:
+            self.progress.stage(stage, total)
+
+    def read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Documents, parted once by the seed, as windows."""
+        data, training = self.recipe.data, self.recipe.training
+        assert data.source is not None
+        documents = load_documents(data.source, data.text_field)
+        if data.eval_source is not None:
+            validation, train = split_documents(documents, [data.held_out], self.recipe.seed)
+            test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
+        else:
+            shares = [data.held_out] * VALIDATION_AND_TEST
+            validation, test, train = split_documents(documents, shares, self.recipe.seed)
+            source = f"{data.source} (held-out documents)"
+        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
+        limit = data.max_tokens or (use + 1) * data.sequence_length
+        length, bos = data.sequence_length, data.bos
+        return Text(
+            make_windows(train, tokenizer, length, bos=bos, source=data.source, max_tokens=limit),
+            make_windows(validation, tokenizer, length, bos=bos, source=f"{data.source} (held out)").first(
+                training.eval_windows
+            ),
+            test,
+            source,
+        )
+
+    def check_reach(self, groups: Groups) -> None:
+        """Fail now, not after hours, if the target cannot be reached."""
+        nothing = {group.name: 0 for group in groups}
+        scores = {group.name: torch.zeros(group.units) for group in groups}
+        final_counts(groups, nothing, scores, self.recipe.pruning)
+
+    def claim(self, groups: Groups) -> None:
+        """Take the folder and write down what is about to happen."""
+        if claim_folder(self.folder):
+            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
+        write_json(
+            self.folder / RUN_FILE,
+            {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
+        )
+        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        write_json(self.folder / "groups.json", groups.to_json())
+
+    def train(self, model: PreTrainedModel, groups: Groups, text: Text) -> tuple[Plan, Groups, dict[str, Any]]:
+        """`[score → plan → cut → adapt]*`, then recovery, in one loop of LoRA steps."""
+        recipe, training = self.recipe, self.recipe.training
+        learner = Learner(model, training, batches(text.train, training.batch_size, recipe.seed))
+        calibration = batches(text.train, training.batch_size, recipe.seed + 1)
+        best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])
+        waited = 0
+        with Pruner(model, groups, recipe, learner, calibration, self.record_cut) as pruner:
+            if 0 in pruner.events or recipe.pruning.calibration_batches:
+                self.begin("score", recipe.pruning.calibration_batches)
+                pruner.calibrate(lambda: self.progress.advance())
+            self.begin("train", training.steps)
+            began = time.perf_counter()
+            for step in range(training.steps):
+                pruner.before_step(step)
+                if step % training.eval_interval == 0 and pruner.finished:
+                    best, waited = self.validate(model, text, learner, step, best, waited)
+                    if training.patience and waited >= training.patience:
+                        self.progress.say(f"no better validation loss for {waited} validations; stopped at step {step}")
+                        break
+                loss = pruner.train_step()
+                seconds = time.perf_counter() - began
+                self.history.steps.append({"step": step, "loss": loss, "seconds": round(seconds, 3)})
+                self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+            pruner.before_step(training.steps)
+            pruner.finish()
+        if training.steps:
+            best, _ = self.validate(model, text, learner, training.steps, best, waited)
+            learner.restore(best[2])
+            self.progress.say(f"best validation loss {best[0]:.4f} at step {best[1]}")
+        self.save_training(learner, model)
+        trained = sum(parameter.numel() for parameter in learner.parameters)
+        summary = {
+            "steps": learner.step_number,
+            "tokens": learner.step_number * training.batch_size * training.accumulate * text.train.length,
+            "learning_rate": learner.learning_rate,
+            "trainable_parameters_at_the_end": trained,
+            "skipped_updates": learner.skipped,
+            "best_step": best[1],
+            "best_validation_loss": best[0] if math.isfinite(best[0]) else None,
+            "train_windows": len(text.train),
+            "train_sha256": text.train.sha256,
+        }
+        return pruner.plan, pruner.groups, summary
+
+    def record_cut(self, event: CutEvent) -> None:
+        """Write down an event's plan and scores."""
+        sparsity = event.plan.sparsity
+        self.history.cuts.append({"step": event.step, "fraction": event.fraction, **sparsity.model_dump()})
+        write_bytes(self.folder / "scores.safetensors", tensors_to_bytes(event.scores))
+        write_json(self.folder / "plan.json", event.plan.to_json())
+
+    def validate(
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        learner: Learner,
+        step: int,
+        best: tuple[float, int, list[torch.Tensor]],
+        waited: int,
+    ) -> tuple[tuple[float, int, list[torch.Tensor]], int]:
+        """Validation loss; the best adapters so far, and for how many validations they have been the best."""
+        loss = held_out_nll(model, text.validation, self.recipe.training.batch_size)
+        self.history.validations.append({"step": step, "loss": loss})
+        write_json(self.folder / "history.json", vars(self.history))
+        if loss < best[0]:
+            return (loss, step, learner.snapshot()), 0
+        return best, waited + 1
+
+    def save_training(self, learner: Learner, model: PreTrainedModel) -> None:
+        """Adapters and history, as the merge will use them."""
+        names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+        write_bytes(
+            self.folder / "adapters.safetensors",
+            tensors_to_bytes(dict(zip(names, learner.snapshot(), strict=True))),
+        )
+        write_json(self.folder / "history.json", vars(self.history))
+
+    def output_dtype(self) -> torch.dtype:
+        """What the checkpoint is stored in."""
+        wanted = self.recipe.output.dtype
+        dtype = stored_dtype(self.name) if wanted == "auto" else getattr(torch, wanted)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def evaluate(
+        self,
+        plan: Plan,
+        tokenizer: PreTrainedTokenizerBase,
+        text: Text,
+        verification: Verification,
+        training: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Dense, cut and recovered, all measured alike."""
+        self.begin("evaluate")
+        device = pick_device(self.recipe.device)
+        measured = compare(
+            self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
+            self.recipe, device, self.progress,
+        )  # fmt: skip
+        self.begin("")
+        return {
+            "regrow": version("regrow"),
+            "model": self.name,
+            "recipe": self.recipe.name,
+            "seed": self.recipe.seed,
+            "sparsity": {"requested": self.recipe.pruning.sparsity, "basis": self.recipe.pruning.basis}
+            | plan.sparsity.model_dump(),
+            "widths": {name: len(group.keep) for name, group in plan.groups.items()},
+            **measured,
+            "training": training,
+            "verification": verification.to_json(),
+            "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
+            "machine": machine(device),
+        }
+
+    def report(self, plan: Plan, results: dict[str, Any]) -> Result:
+        """Leave the results in files a person can open."""
+        write_json(self.folder / "results.json", results)
+        text = write_report(results, self.history.cuts, self.history.validations)
+        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, plan, results))
+        write_json(
+            self.folder / RUN_FILE,
+            {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
+        )
+        return Result(self.folder, plan, results)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }

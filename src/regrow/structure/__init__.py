@@ -1,0 +1,1 @@
+"""What hangs together in a model: tracing, groups, gates, adapters and the cut (floor 1)."""

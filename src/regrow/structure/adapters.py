@@ -1,0 +1,90 @@
+"""LoRA on the linears of the decoder blocks, through peft."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from regrow.errors import InputError
+
+ADAPTER = "default"
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    linears: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] = (),
+) -> None:
+    """Wrap linears with trainable LoRA factors in float32 and freeze everything else. Names stay as they are.
+
+    Args:
+        linears: dotted names of all linears of the blocks.
+        rank: columns of B and rows of A, r.
+        alpha: the adapter's output is scaled by alpha / r.
+        targets: last parts of the names to wrap (`q_proj`, …); empty means all of `linears`.
+
+    Raises:
+        InputError: if a target names none of the linears.
+    """
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in linears):
+            known = sorted({name.rpartition(".")[2] for name in linears})
+            raise InputError(f"lora.targets: no linear is called {target!r}; this model has {', '.join(known)}")
+    chosen = [name for name in linears if not targets or name.rpartition(".")[2] in targets]
+    model.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none")  # type: ignore[arg-type]
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All LoRA factors of the model, in the model's order."""
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The linears that LoRA is wrapped around, by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes without its adapters."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merge_lora(model: PreTrainedModel) -> None:
+    """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off."""
+    for name, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        a, b = (
+            model.get_parameter(f"{name}.lora_A.{ADAPTER}.weight"),
+            model.get_parameter(f"{name}.lora_B.{ADAPTER}.weight"),
+        )
+        delta = layer.scaling[ADAPTER] * (b @ a)
+        if isinstance(base, Conv1D):
+            delta = delta.T
+        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
+        model.set_submodule(name, base)
+    model.requires_grad_(True)
+    del model.peft_config
+    model._hf_peft_config_loaded = False

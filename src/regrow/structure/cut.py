@@ -1,0 +1,100 @@
+"""Cutting: making a choice of units true in the tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from regrow.structure.groups import Group, Groups, Slice
+
+
+@torch.no_grad()
+def cut(
+    model: PreTrainedModel,
+    groups: Groups,
+    keep: Mapping[str, NDArray[np.int64]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Groups:
+    """Remove units from the model's tensors, in place.
+
+    Parameters keep their identity (an optimizer's references stay valid) and change their shape; moments that
+    the optimizer holds for them are cut alike. Gradients are dropped: cut between steps.
+
+    Args:
+        groups: the groups as they are now.
+        keep: group name -> numbers (within the group as it is now) of the units that stay, ascending. Groups
+            that are not named stay whole.
+
+    Returns:
+        The groups of the model after the cut.
+    """
+    left = []
+    for group in groups:
+        units = keep.get(group.name)
+        if units is None or len(units) == group.units:
+            left.append(group)
+            continue
+        for piece in group.slices:
+            _cut_slice(model, piece, units, optimizer)
+        left.append(group.keep(units))
+    removed = sum(before.cost * (before.units - after.units) for before, after in zip(groups, left, strict=True))
+    layers = tuple(
+        replace(
+            layer,
+            parameters=layer.parameters
+            - sum(
+                before.cost * (before.units - after.units)
+                for before, after in zip(groups, left, strict=True)
+                if before.layer == layer.number
+            ),
+        )
+        for layer in groups.layers
+    )
+    return replace(
+        groups,
+        groups=tuple(left),
+        layers=layers,
+        block_parameters=groups.block_parameters - removed,
+        total_parameters=groups.total_parameters - removed,
+    )
+
+
+def _cut_slice(
+    model: nn.Module, piece: Slice, units: NDArray[np.int64], optimizer: torch.optim.Optimizer | None
+) -> None:
+    parameter = model.get_parameter(piece.parameter)
+    gone = np.delete(piece.index, units, axis=0).reshape(-1)
+    stay = np.delete(np.arange(parameter.shape[piece.axis]), gone)
+    positions = torch.from_numpy(stay).to(parameter.device)
+
+    def sliced(tensor: Tensor) -> Tensor:
+        return tensor.index_select(piece.axis, positions)
+
+    before = parameter.shape
+    parameter.grad = None
+    if optimizer is not None and parameter in optimizer.state:
+        state = optimizer.state[parameter]
+        for key, moment in state.items():
+            if isinstance(moment, Tensor) and moment.shape == before:
+                state[key] = sliced(moment)
+    parameter.data = sliced(parameter.data)
+    _follow(model.get_submodule(piece.parameter.rpartition(".")[0]), piece)
+
+
+def _follow(module: nn.Module, piece: Slice) -> None:
+    """Let a module's own record of its width say what its weight now is."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+
+
+def widths(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Units that each layer has, by kind: `[{"attention": 4, "ffn": 172}, …]` in the layers' order."""
+    layers: dict[int, dict[str, Any]] = {}
+    for group in groups:
+        layers.setdefault(group.layer, {})[group.name.rpartition(".")[2]] = group.units
+    return [layers[number] for number in sorted(layers)]

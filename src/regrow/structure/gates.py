@@ -1,0 +1,159 @@
+"""Gates: one scalar per unit on the input of its consuming linear; 1 = present, 0 = removed.
+
+With `g` at 1 a gate changes nothing, not even a bit. Its derivative is exactly the first-order effect of
+removing the unit, adapters included: `dL/dg = <x, dL/dx> = <W[:, unit], (dL/dW)[:, unit]>`, without any tensor
+of a weight's shape and whatever precision the frozen weight is kept in.
+
+Shapes: B batch, T time, C input channels of the consumer, U units of the group.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from regrow.structure.groups import Group
+
+Sink = Callable[[str, Tensor], None]
+"""Takes a group's name and the gate gradients of one batch, `[B, U]` float32, unscaled."""
+
+
+class _Gate(torch.autograd.Function):
+    """`x * g`, with the gradient of `g` kept apart for every sample of the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, gate_C: Tensor | None, report: Callable[[Tensor], None] | None) -> Tensor:
+        ctx.report = report
+        ctx.save_for_backward(*([x_BTC] if report else []), *([gate_C] if gate_C is not None else []))
+        return x_BTC.view_as(x_BTC) if gate_C is None else x_BTC * gate_C
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_BTC,) = grads
+        saved = list(ctx.saved_tensors)
+        if ctx.report:
+            x_BTC = saved.pop(0)
+            # One sample at a time: the float32 product stays small.
+            products = [(x.float() * g.float()).sum(0) for x, g in zip(x_BTC, grad_BTC, strict=True)]
+            ctx.report(torch.stack(products))
+        return (grad_BTC * saved[0] if saved else grad_BTC), None, None
+
+
+@dataclass
+class GateMoments:
+    """Sums over sequences n of the gate derivatives `c_n = d(summed NLL of sequence n)/dg`; float64, `[U]`."""
+
+    first: Tensor
+    second: Tensor
+    samples: int = 0
+
+    @classmethod
+    def zeros(cls, units: int) -> "GateMoments":
+        """Nothing seen yet."""
+        return cls(torch.zeros(units, dtype=torch.float64), torch.zeros(units, dtype=torch.float64))
+
+    def add(self, c_BU: Tensor) -> None:
+        """Count a batch of sequences."""
+        c_BU = c_BU.double().cpu()
+        self.first += c_BU.sum(0)
+        self.second += c_BU.square().sum(0)
+        self.samples += len(c_BU)
+
+    def only(self, units: Tensor) -> "GateMoments":
+        """The moments of some of the units."""
+        return GateMoments(self.first[units], self.second[units], self.samples)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean derivative, nats per sequence."""
+        return self.first / max(self.samples, 1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Empirical Fisher information of each gate, nats per sequence."""
+        return self.second / max(self.samples, 1)
+
+
+class Gates:
+    """The gates of a model's groups; a context: the hooks are on the model while it is entered."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        self.model = model
+        self._groups = {group.name: group for group in groups}
+        self._values = {group.name: torch.ones(group.units) for group in groups}
+        self._sink: Sink | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Gates":
+        self._hook()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self) -> None:
+        self.__exit__()
+        for group in self._groups.values():
+            for consumer in group.consumers:
+                module = self.model.get_submodule(consumer.module)
+                unit_of_column = torch.zeros(consumer.index.size, dtype=torch.long)
+                for unit, columns in enumerate(consumer.index):
+                    unit_of_column[torch.from_numpy(columns)] = unit
+                hook = partial(self._gate_input, group.name, unit_of_column)
+                self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        x = args[0]
+        value = self._values[name]
+        gate = None if bool((value == 1).all()) else value[unit_of_column].to(x.device, x.dtype)
+        sink = self._sink
+        if sink is None or not x.requires_grad:
+            return args if gate is None else (x * gate, *args[1:])
+
+        def report(product_BC: Tensor) -> None:
+            units = torch.zeros(len(product_BC), len(value), device=product_BC.device)
+            sink(name, units.index_add_(1, unit_of_column.to(product_BC.device), product_BC))
+
+        return (_Gate.apply(x, gate, report), *args[1:])  # type: ignore[no-untyped-call]
+
+    def value(self, name: str) -> Tensor:
+        """The gates of one group, shape `[U]`."""
+        return self._values[name]
+
+    def set(self, name: str, value: Tensor) -> None:
+        """Set the gates of one group: 0 removes a unit, values between let it fade."""
+        assert value.shape == self._values[name].shape
+        self._values[name] = value.detach().float().cpu().clone()
+
+    def open(self) -> None:
+        """All gates at 1."""
+        for value in self._values.values():
+            value.fill_(1.0)
+
+    def rebuild(self, groups: Sequence[Group], values: Mapping[str, Tensor]) -> None:
+        """Follow a cut: new groups, new gate values."""
+        self._groups = {group.name: group for group in groups}
+        self._values = {group.name: values[group.name].clone() for group in groups}
+        if self._handles:
+            self._hook()
+
+    @contextmanager
+    def recording(self, scale: float, sink: Sink) -> Iterator[None]:
+        """Hand `c_n` of every backward pass to `sink`.
+
+        Args:
+            scale: what the loss that runs backward must be multiplied by to be a plain sum of the sequences'
+                summed NLL (the number of scored tokens for a token mean, times accumulation and AMP scale).
+        """
+        self._sink = lambda name, c_BU: sink(name, c_BU * scale)
+        try:
+            yield
+        finally:
+            self._sink = None

@@ -1,0 +1,227 @@
+"""Groups: what can be removed from a model, unit by unit, and what each unit costs."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from regrow.errors import InputError
+from regrow.structure.trace import Axis, decoder_layers, distinct_layers, skeleton, trace
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The positions along one axis of one parameter that each unit of a group owns."""
+
+    parameter: str
+    """Dotted name of the parameter in the model that was traced."""
+    axis: int
+    is_input: bool
+    """Whether these are columns of a consumer (o_proj, down_proj) rather than rows of a producer."""
+    index: NDArray[np.int64]
+    """Shape `[units, positions per unit]`."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the parameter belongs to a LoRA adapter."""
+        return ".lora_" in self.parameter
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the linear (or norm), the same with and without LoRA around it."""
+        return self.parameter.rpartition(".")[0].removesuffix(".base_layer").partition(".lora_")[0]
+
+    def keep(self, units: NDArray[np.int64]) -> "Slice":
+        """The slice of the same axis once only `units` (numbers within this slice) are left on it."""
+        gone = np.delete(self.index, units, axis=0).reshape(-1)
+        kept = self.index[units]
+        return replace(self, index=kept - np.searchsorted(np.sort(gone), kept))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind in one layer; a unit is a minimally removable structure."""
+
+    name: str
+    """`layers.<number>.attention` or `layers.<number>.ffn`: a plan's key."""
+    layer: int
+    kind: str
+    """`attention`: a unit is a KV head with its query heads. `ffn`: a unit is a channel."""
+    units: int
+    slices: tuple[Slice, ...]
+    cost: int
+    """Parameters that removing one unit removes, adapters not counted."""
+
+    def keep(self, units: NDArray[np.int64]) -> "Group":
+        """The group once only `units` are left."""
+        return replace(self, units=len(units), slices=tuple(s.keep(units) for s in self.slices))
+
+    def only(self, units: NDArray[np.int64]) -> "Group":
+        """Some of the units, nothing being cut: positions stay as they are."""
+        return replace(self, units=len(units), slices=tuple(replace(s, index=s.index[units]) for s in self.slices))
+
+    @property
+    def consumers(self) -> tuple[Slice, ...]:
+        """The base weights whose columns the units own: where the gates sit."""
+        return tuple(s for s in self.slices if s.is_input and not s.is_adapter)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer as a depth unit."""
+
+    name: str
+    number: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Groups(Sequence[Group]):
+    """What a model is made of, as far as pruning goes; a sequence of its groups."""
+
+    groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    linears: tuple[str, ...]
+    """The prunable linears of the decoder layers: where LoRA goes."""
+    block_parameters: int
+    """Parameters of all modules that the groups have a share in."""
+    total_parameters: int
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Group, ...]: ...
+    def __getitem__(self, index: int | slice) -> Group | tuple[Group, ...]:
+        return self.groups[index]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data: what `regrow inspect --json` prints."""
+        return {
+            "total_parameters": self.total_parameters,
+            "block_parameters": self.block_parameters,
+            "groups": [
+                {
+                    "name": group.name,
+                    "layer": group.layer,
+                    "kind": group.kind,
+                    "units": group.units,
+                    "parameters_per_unit": group.cost,
+                    "share_of_total": group.units * group.cost / self.total_parameters,
+                    "slices": [
+                        {"parameter": s.parameter, "axis": s.axis, "per_unit": s.index.shape[1]} for s in group.slices
+                    ],
+                }
+                for group in self
+            ],
+            "layers": [{"name": layer.name, "parameters": layer.parameters} for layer in self.layers],
+        }
+
+    def by_name(self, name: str) -> Group:
+        """The group of that name."""
+        return next(group for group in self.groups if group.name == name)
+
+
+def find_groups(model: PreTrainedModel) -> Groups:
+    """Find the minimally removable structures of a decoder-only language model by tracing it.
+
+    Works on any device, dtype and size (the trace holds no weights), before and after LoRA is attached, before
+    and after a cut. LoRA factors belong to the groups of the linear they are wrapped around: B is cut with the
+    rows, A with the columns, the rank axis never.
+
+    Raises:
+        InputError: if the model cannot be traced; the message names the module and the operator.
+    """
+    path, layers = decoder_layers(model)
+    alike = distinct_layers(layers)
+    found = trace(skeleton(model, [numbers[0] for numbers in alike]))
+
+    inside = [axis for axis in found.axes if axis.parameter.startswith(f"{path}.")]
+    outside = {int(c) for axis in found.axes if axis not in inside for c in np.unique(axis.classes)}
+    groups = []
+    for position, numbers in enumerate(alike):
+        prefix = f"{path}.{position}."
+        own = [axis for axis in inside if axis.parameter.startswith(prefix)]
+        for kind, units, slices in _groups_of_layer(own, outside, found.attention):
+            for number in numbers:
+                moved = tuple(
+                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in slices
+                )
+                groups.append(Group(f"layers.{number}.{kind}", number, kind, units, moved, _cost(model, moved)))
+    if not groups:
+        raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
+    groups.sort(key=lambda group: (group.layer, group.kind))
+
+    base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    pieces = [s for group in groups for s in group.slices if not s.is_adapter]
+    sliced = {s.module for s in pieces}
+    linears = sorted({s.module for s in pieces if model.get_parameter(s.parameter).ndim == 2}, key=_natural)
+    block = sum(p.numel() for name, p in base.items() if _module_of(name) in sliced)
+    return Groups(
+        groups=tuple(groups),
+        layers=tuple(
+            Layer(f"{path}.{i}", i, sum(p.numel() for n, p in base.items() if n.startswith(f"{path}.{i}.")))
+            for i in range(len(layers))
+        ),
+        linears=tuple(linears),
+        block_parameters=block,
+        total_parameters=sum(p.numel() for p in base.values()),
+    )
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
+    cost = 0
+    for piece in slices:
+        if not piece.is_adapter:
+            parameter = model.get_parameter(piece.parameter)
+            cost += piece.index.shape[1] * parameter.numel() // parameter.shape[piece.axis]
+    return cost
+
+
+def _groups_of_layer(
+    axes: Sequence[Axis], outside: set[int], attention: frozenset[int]
+) -> Iterator[tuple[str, int, tuple[Slice, ...]]]:
+    """Put the classes that own the same number of positions on the same axes into one group."""
+    owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
+    for number, axis in enumerate(axes):
+        order = np.argsort(axis.classes, kind="stable")
+        classes, starts = np.unique(axis.classes[order], return_index=True)
+        for c, positions in zip(classes.tolist(), np.split(order, starts[1:]), strict=True):
+            owners[c][number] = positions
+
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+    for c, owned in owners.items():
+        if c == -1 or c in outside:
+            continue
+        base = [number for number in owned if ".lora_" not in axes[number].parameter]
+        if any(axes[n].is_input for n in base) and any(not axes[n].is_input for n in base):
+            alike[tuple((n, len(p)) for n, p in sorted(owned.items()))].append(c)
+
+    seen: dict[str, int] = defaultdict(int)
+    for signature, members in alike.items():
+        consumer = next(n for n, _ in signature if axes[n].is_input)
+        members.sort(key=lambda c: int(owners[c][consumer][0]))
+        kind = "attention" if members[0] in attention else "ffn"
+        seen[kind] += 1
+        slices = tuple(
+            Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
+            for n, _ in signature
+        )
+        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(members), slices

@@ -1,0 +1,281 @@
+"""What each aten operator does to channels.
+
+Two rules carry nearly everything. *Elementwise*: facets that meet in one element are tied. *Reduction*: a
+facet that depends on a reduced axis and on a kept one is tied along the reduced axis; one that depends on
+reduced axes alone is summed away. A matrix product is a broadcast multiplication followed by a reduction, and
+a linear layer is a matrix product with a weight, so neither needs a rule of its own.
+
+An operator is looked up here only if one of its inputs carries a facet: positions, masks and rotary tables
+may be computed by any operator whatever.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from regrow.structure.channels import Channels, Facet, Value, align, narrower, overlap, reshape, varies
+
+
+class UnknownOperator(Exception):
+    """The walk met an operator that has no rule; the message is the operator's name."""
+
+
+class Walk:
+    """The state of one walk over a graph: channels, and what was learnt of them on the way."""
+
+    def __init__(self) -> None:
+        self.channels = Channels()
+        self.attended: list[Facet] = []
+        """Facets that took part in a product of two activations, that is in attention."""
+        self.contracted: set[int] = set()
+        """Channels of weights along whose axis a product sums: a consumer's input axis."""
+        self.shared: list[tuple[Facet, Facet]] = []
+        """A weight's facet and the wider facet it is broadcast over (a per-head norm, say)."""
+
+    def elementwise(self, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
+        """Tie every two facets that name the same elements; keep the widest of each such set."""
+        kept: list[tuple[Facet, bool]] = []
+        for value in values:
+            for facet in value.facets:
+                facet, is_weight = align(facet, len(shape)), value.is_weight
+                rest = []
+                for other, other_is_weight in kept:
+                    if not overlap(facet, other):
+                        rest.append((other, other_is_weight))
+                    elif other_is_weight and not is_weight and narrower(other, facet):
+                        self.shared.append((other, facet))
+                    elif is_weight and not other_is_weight and narrower(facet, other):
+                        self.shared.append((facet, other))
+                        facet, is_weight = other, other_is_weight
+                    else:
+                        self.channels.tie(facet, other)
+                        if other.size > facet.size:
+                            facet = other
+                kept = [*rest, (facet, is_weight)]
+        return Value(shape, tuple(facet for facet, _ in kept))
+
+    def reduce(self, value: Value, axes: Sequence[int], shape: tuple[int, ...], whole: bool = False) -> Value:
+        """Sum over `axes`; with `whole`, a facet that depends on them alone stays as one single channel."""
+        axes = [axis % len(value.shape) for axis in axes]
+        kept_axes = [axis for axis in range(len(value.shape)) if axis not in axes]
+        kept = []
+        for facet in value.facets:
+            first = facet
+            for axis in axes:
+                first = first.take([0], axis)
+            if varies(facet, axes):
+                if not varies(facet, kept_axes) and not whole:
+                    continue
+                self.channels.tie(facet, first)
+            kept.append(first.reshape([first.shape[axis] for axis in kept_axes]))
+        if len(shape) == len(value.shape):
+            kept = [np.expand_dims(facet, tuple(axes)) for facet in kept]
+        return Value(shape, tuple(kept))
+
+    def contract(self, left: Value, right: Value, shape: tuple[int, ...]) -> Value:
+        """`left [..., m, k] @ right [..., k, n]`; a product of two activations is attention."""
+        attention = not (left.is_weight or right.is_weight)
+        rank = max(len(left.shape), len(right.shape)) + 1
+        expanded = []
+        for value, axis in ((left, -1), (right, -3)):
+            own = len(value.shape)
+            facets = [align(np.expand_dims(facet, axis % (own + 1)), rank) for facet in value.facets]
+            expanded.append(Value((1,) * rank, tuple(facets), value.is_weight))
+            for facet in facets:
+                if attention:
+                    self.attended.append(facet)
+                elif value.is_weight and varies(facet, [rank - 2]):
+                    self.contracted.update(facet.reshape(-1).tolist())
+        product = self.elementwise(expanded, (1,) * rank)
+        return self.reduce(product, [rank - 2], shape, whole=attention)
+
+
+Rule = Callable[[Walk, Sequence[Any], dict[str, Any], Any], Any]
+"""`(walk, positional arguments, keyword arguments, output shape or shapes) -> Value or list of Value`."""
+
+
+def _values(arguments: Any) -> list[Value]:
+    if isinstance(arguments, Value):
+        return [arguments]
+    if isinstance(arguments, list | tuple):
+        return [value for argument in arguments for value in _values(argument)]
+    return []
+
+
+def _elementwise(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise(_values(args), shape)
+
+
+def _rearranged(change: Callable[[Facet, tuple[int, ...], Sequence[Any], dict[str, Any], Any], Facet]) -> Rule:
+    """A rule that moves the elements of its first argument without changing them: a weight stays a weight."""
+
+    def rule(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+        value: Value = args[0]
+        facets = tuple(change(facet, value.shape, args[1:], kwargs, shape) for facet in value.facets)
+        return Value(shape, facets, value.is_weight)
+
+    return rule
+
+
+def _reshape(facet: Facet, old: tuple[int, ...], args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    return reshape(facet, old, new)
+
+
+def _transpose(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    first, second = args if args else (0, facet.ndim - 1)
+    return facet.swapaxes(first, second)
+
+
+def _permute(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    return facet.transpose(args[0])
+
+
+def _expand(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    return align(facet, len(new))
+
+
+def _slice(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    axis, start, stop, step = [*args, *[0, None, None, 1][len(args) :]]
+    if facet.shape[axis] == 1:
+        return facet
+    whole = (slice(None),) * (axis % facet.ndim)
+    return np.asarray(facet[(*whole, slice(start, stop, step))])
+
+
+def _select(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    axis, position = args
+    return np.asarray(facet.take(0 if facet.shape[axis] == 1 else position, axis))
+
+
+def _repeat_interleave(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    times = args[0]
+    axis = args[1] if len(args) > 1 else kwargs["dim"]
+    return facet if facet.shape[axis] == 1 else facet.repeat(times, axis)
+
+
+def _reduce(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    value: Value = args[0]
+    axes = args[1] if len(args) > 1 else range(len(value.shape))
+    return walk.reduce(value, [axes] if isinstance(axes, int) else list(axes), shape)
+
+
+def _layer_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise(_values([args[0], *args[2:4]]), shape)
+
+
+def _rms_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise(_values([args[0], *args[2:3]]), shape)
+
+
+def _embedding(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    weight: Value = args[0]
+    columns = [facet for facet in weight.facets if facet.shape[0] == 1]
+    return Value(shape, tuple(align(facet, len(shape)) for facet in columns))
+
+
+def _transposed(value: Value) -> Value:
+    shape = (*value.shape[:-2], value.shape[-1], value.shape[-2])
+    return Value(shape, tuple(facet.swapaxes(-1, -2) for facet in value.facets), value.is_weight)
+
+
+def _linear(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    inputs, weight, *bias = args
+    product = walk.contract(inputs, _transposed(weight), shape)
+    return walk.elementwise([product, *_values(bias)], shape)
+
+
+def _matmul(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.contract(args[0], args[1], shape)
+
+
+def _addmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
+
+
+def _attention(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    query, key, value = args[:3]
+    if kwargs.get("enable_gqa"):
+        times = query.shape[1] // key.shape[1]
+        key, value = (
+            Value(
+                query.shape,
+                tuple(f if f.shape[1] == 1 else f.repeat(times, 1) for f in item.facets),
+            )
+            for item in (key, value)
+        )
+    scores = walk.contract(query, _transposed(key), (*query.shape[:-1], key.shape[-2]))
+    return walk.contract(scores, value, shape)
+
+
+def _split(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> list[Value]:
+    value: Value = args[0]
+    axis = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    parts, start = [], 0
+    for shape in shapes:
+        stop = start + shape[axis]
+        facets = tuple(_slice(facet, None, (axis, start, stop), {}, None) for facet in value.facets)
+        parts.append(Value(shape, facets, value.is_weight))
+        start = stop
+    return parts
+
+
+def _cat(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    values: list[Value] = list(args[0])
+    axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
+    if any(len(value.facets) > 1 for value in values):
+        raise UnknownOperator("aten.cat of tensors with several independent axes")
+    pieces = []
+    for value in values:
+        facet = value.facets[0] if value.facets else _fresh(walk, value, axis)
+        sizes = list(facet.shape)
+        sizes[axis] = value.shape[axis]
+        pieces.append(np.broadcast_to(facet, sizes))
+    wide = [max(piece.shape[d] for piece in pieces) for d in range(len(shape))]
+    spread = [np.broadcast_to(p, [*wide[:axis], p.shape[axis], *wide[axis + 1 :]]) for p in pieces]
+    return Value(shape, (np.concatenate(spread, axis),))
+
+
+def _fresh(walk: Walk, value: Value, axis: int) -> Facet:
+    sizes = [1] * len(value.shape)
+    sizes[axis] = value.shape[axis]
+    return walk.channels.new(value.shape[axis]).reshape(sizes)
+
+
+def _pick(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Any:
+    return args[0][args[1]]
+
+
+def _names(text: str) -> list[str]:
+    return [f"aten.{name}" for name in text.split()]
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        _names(
+            "add sub mul div pow neg abs exp log sqrt rsqrt reciprocal square sigmoid tanh silu gelu relu mish "
+            "softplus erf sin cos clamp clamp_min clamp_max maximum minimum where masked_fill to type_as float "
+            "_to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax hardswish "
+            "leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ copy"
+        ),
+        _elementwise,
+    ),
+    **dict.fromkeys(_names("view reshape _unsafe_view flatten unflatten unsqueeze squeeze"), _rearranged(_reshape)),
+    **dict.fromkeys(_names("transpose t swapaxes numpy_T"), _rearranged(_transpose)),
+    "aten.permute": _rearranged(_permute),
+    **dict.fromkeys(_names("expand broadcast_to"), _rearranged(_expand)),
+    "aten.slice": _rearranged(_slice),
+    "aten.select": _rearranged(_select),
+    "aten.repeat_interleave": _rearranged(_repeat_interleave),
+    **dict.fromkeys(_names("mean sum amax amin var"), _reduce),
+    "aten.layer_norm": _layer_norm,
+    "aten.rms_norm": _rms_norm,
+    "aten.embedding": _embedding,
+    "aten.linear": _linear,
+    **dict.fromkeys(_names("matmul bmm mm"), _matmul),
+    "aten.addmm": _addmm,
+    "aten.scaled_dot_product_attention": _attention,
+    **dict.fromkeys(_names("split split_with_sizes chunk"), _split),
+    "aten.cat": _cat,
+    "_operator.getitem": _pick,
+}
