@@ -52,9 +52,10 @@ def save_checkpoint(
 ) -> None:
     """Write weights, config, generation config, tokenizer and model card; the folder appears whole or not at all.
 
-    The model is converted to `dtype` in place: what is in memory afterwards is what was saved.
+    The parameters are converted to `dtype` in place: what is in memory afterwards is what was saved.
     """
-    model.to(dtype)  # type: ignore[arg-type]
+    for parameter in model.parameters():  # not the buffers: rotary tables stay as precise as a reload makes them
+        parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     with new_folder(folder) as partial:
         model.save_pretrained(partial, max_shard_size=shard_size)

@@ -146,7 +146,8 @@ def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) ->
         if len({(group.units, demand.price[group.name]) for group in kind}) > 1:
             raise InputError("the uniform shape needs a model whose layers are equally wide; use pruning.shape=free")
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
-    best: tuple[float, Counts] | None = None
+    best: tuple[tuple[bool, float], Counts] | None = None
+    step = sum(demand.price[group.name] for group in channels or heads) * (demand.multiple if channels else 1)
     for removed in range(
         max((demand.gone[g.name] for g in heads), default=0), 1 + (_most(demand, heads[0]) if heads else 0)
     ):
@@ -162,8 +163,9 @@ def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) ->
             loss = sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
         else:
             loss = abs(removed / heads[0].units - share) if heads else 0.0
-        if best is None or loss < best[0]:
-            best = loss, counts
+        rank = (demand.brings(counts) - demand.amount >= step, loss)
+        if best is None or rank < best[0]:
+            best = rank, counts
     if best is None:
         raise InputError(
             f"no multiples of {demand.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
@@ -184,12 +186,15 @@ def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> C
     for group in sorted(heads, key=lambda g: -g.units):
         while demand.amount - demand.brings(counts) > room and counts[group.name] < demand.limit[group.name]:
             counts[group.name] += 1
+    for group in reversed(heads):
+        while demand.brings(counts) > demand.amount and counts[group.name] > demand.gone[group.name]:
+            counts[group.name] -= 1
     rest = demand.amount - demand.brings(counts)
-    width = sum(demand.price[g.name] * g.units for g in channels)
+    width = sum(demand.price[group.name] * group.units for group in channels)
     for group in channels:
         even = math.floor(max(rest, 0) / width * group.units)
         counts[group.name] = max(min(even, demand.limit[group.name]), demand.gone[group.name])
-    return _settle(demand, counts, [group.name for group in channels] or [group.name for group in heads])
+    return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
 def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:

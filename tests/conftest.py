@@ -1,0 +1,331 @@
+"""Tiny random models of the supported families, and helpers that every oracle uses."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from regrow.planning.plan import Plan
+from regrow.structure.adapters import adapter_parameters, attach_lora
+from regrow.structure.groups import Groups, find_groups
+
+SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
+
+FAMILIES = {
+    "llama-gqa": lambda: LlamaConfig(**SIZES, **HEADS, head_dim=10),
+    "llama-mha-tied": lambda: LlamaConfig(
+        **SIZES, num_attention_heads=6, num_key_value_heads=6, tie_word_embeddings=True
+    ),
+    "llama-mqa": lambda: LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=1),
+    "llama-biases": lambda: LlamaConfig(**SIZES, **HEADS, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**SIZES, **HEADS, head_dim=10, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SIZES, **HEADS, head_dim=10),
+    "qwen3-tied": lambda: Qwen3Config(**SIZES, **HEADS, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of a family, biases and norms away from their trivial values."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def with_lora(model: PreTrainedModel, rank: int = 3, dropout: float = 0.0, fill: bool = True) -> Groups:
+    """Attach LoRA, both factors away from zero if `fill`; the groups with the factors in them."""
+    attach_lora(model, find_groups(model).linears, rank=rank, alpha=6, dropout=dropout)
+    if fill:
+        with torch.no_grad():
+            for parameter in adapter_parameters(model):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    return find_groups(model)
+
+
+def random_keep(groups: Groups, seed: int) -> dict[str, np.ndarray]:
+    """Group name -> ascending numbers of units that stay: at least one, at random."""
+    chance = np.random.default_rng(seed)
+    keep = {}
+    for group in groups:
+        count = int(chance.integers(1, group.units + 1))
+        keep[group.name] = np.sort(chance.choice(group.units, count, replace=False))
+    return keep
+
+
+def uniform_keep(groups: Groups, heads: int, channels: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same number of units in every layer, which ones at random."""
+    chance = np.random.default_rng(seed)
+    return {
+        g.name: np.sort(chance.choice(g.units, heads if g.kind == "attention" else channels, replace=False))
+        for g in groups
+    }
+
+
+def logits(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = 11) -> torch.Tensor:
+    """Logits of random tokens, without dropout."""
+    ids = torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def plan_of(groups: Groups, keep: dict[str, np.ndarray]) -> Plan:
+    """A plan that keeps `keep`."""
+    return Plan.whole(groups).keeping({name: units.tolist() for name, units in keep.items()})
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real pretrained models and text; tests that need it skip without."""
+    folder = os.environ.get("REGROW_REAL_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("REGROW_REAL_DATA names no folder of real models")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# --- checkpoints and texts on disk, and the command line in processes of its own ---------------
+
+SENTENCES = (
+    "The river carried the old boat past the mill and under the bridge.",
+    "She counted the apples twice, and there were still seven of them.",
+    "No one had told the baker that winter would come early this year.",
+    "A map is no use to a traveller who does not know where he stands.",
+    "When the rain stopped, the children ran out to look for snails.",
+)
+TINY_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,  # not hidden_size / num_attention_heads
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def write_tokenizer(folder: Path, vocabulary: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with `<s>` and `</s>`, trained on a few sentences, saved in `folder`."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES, vocabulary, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer LLaMA with grouped queries, and its tokenizer, as a checkpoint's folder. Do not change it."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON Lines file of sixty short documents. Do not change it."""
+    file = tmp_path_factory.mktemp("texts") / "tiny.jsonl"
+    chance = random.Random(0)
+    documents = [" ".join(chance.choices(SENTENCES, k=12)) for _ in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return file
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def complaint(self) -> str:
+        """Standard error without the lines that say which stage begins."""
+        return "".join(line for line in self.stderr.splitlines(True) if not STAGE.fullmatch(line.rstrip("\n")))
+
+
+STAGE = re.compile(r"[a-z][a-z0-9, -]* …")
+
+COMMAND_LINE = """
+import gc, json, os, resource, signal, sys
+from regrow import cli
+cli._quiet()
+import datasets, torch, transformers
+import regrow.measure, regrow.report.terminal, regrow.run, regrow.terminal
+with torch.device("meta"):
+    regrow.find_groups(transformers.LlamaForCausalLM(transformers.LlamaConfig(**json.loads(sys.argv[1]))))
+gc.freeze()
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(job["seconds"])
+        for number, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        os.chdir(job["cwd"])
+        if job["file_limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
+        sys.argv = ["regrow", *job["argv"]]
+        sys.exit(cli.main())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Forks a process for each command, when torch and transformers have long been imported."""
+
+
+class CommandLine:
+    """Runs `regrow …`, each time in a fresh process that starts at once."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", COMMAND_LINE, json.dumps(TINY_LLAMA)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"HF_HOME": str(scratch / "home")},
+        )
+
+    def __call__(self, *argv: str | Path, cwd: Path | None = None, file_limit: int = 0, seconds: int = 100) -> Done:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        stdout, stderr = self._scratch / "stdout", self._scratch / "stderr"
+        for file in (stdout, stderr):
+            file.write_bytes(b"")
+        job = {
+            "argv": [str(word) for word in argv],
+            "cwd": str(cwd or self._scratch),
+            "file_limit": file_limit,
+            "seconds": seconds,
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+        }
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        code = int(self._server.stdout.readline())
+        return Done(code, stdout.read_text(encoding="utf-8"), stderr.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """No more commands."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+@pytest.fixture(scope="session")
+def regrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """The command line, as a function: `regrow("inspect", folder)`."""
+    line = CommandLine(tmp_path_factory.mktemp("command-line"))
+    yield line
+    line.close()
+
+STORY = (
+    "Once upon a time a gardener cut the old tree back to its trunk, and in spring the tree grew again. "
+    "The children asked why it had to lose so many branches. It could not carry them all, said the gardener. "
+    "What it keeps it can feed, and what it feeds will bear fruit. {number} summers later they ate {number} pears. "
+)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of some 300 tokens, with `<s>` and `</s>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([STORY.format(number=n) for n in range(20)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA with a tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=300,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short documents, as .jsonl."""
+    import json
+
+    file = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    file.write_text("".join(json.dumps({"text": STORY.format(number=n)}) + "\n" for n in range(120)))
+    return file
+
+
+QUICK = {
+    "training.batch_size": 4,
+    "training.eval_interval": 4,
+    "data.sequence_length": 32,
+    "pruning.interval": 1,
+    "pruning.calibration_batches": 2,
+    "evaluation.windows": [32],
+    "evaluation.speed": False,
+    "evaluation.memory": False,
+    "lora.dropout": 0.0,
+}
+"""Settings that make a whole run take a second or two."""

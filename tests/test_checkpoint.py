@@ -1,0 +1,161 @@
+"""Saved ≡ reloaded by stock transformers in a process of its own, for every family and shape."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from regrow.checkpoint.files import claim_folder, new_folder, write_json
+from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from regrow.checkpoint.save import needs_remote_code, save_checkpoint
+from regrow.checkpoint.shape import layer_widths, pruned_config
+from regrow.checkpoint.verify import verify_checkpoint
+from regrow.errors import InputError
+from regrow.structure.adapters import merge_lora
+from regrow.structure.cut import cut
+from regrow.structure.groups import find_groups
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def pruned(family: str, keep_of) -> tuple:
+    model = build(family)
+    whole = find_groups(model)
+    groups = with_lora(model)
+    left = cut(model, groups, keep_of(groups))
+    merge_lora(model)
+    model.config = pruned_config(model.config, whole, left)
+    return model, left
+
+
+def save(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    make_tokenizer(folder.parent / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
+    save_checkpoint(model, tokenizer, folder, dtype=dtype, shard_size="20KB", card="# a card\n")
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "mistral", "qwen2", "qwen3-tied"])
+def test_a_fresh_process_computes_the_same(family: str, tmp_path: Path) -> None:
+    model, _ = pruned(family, lambda groups: uniform_keep(groups, heads=1, channels=17))
+    folder = save(model, tmp_path / "model")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    verification = verify_checkpoint(model, folder, IDS)
+    assert verification.passed
+    assert verification.difference < 1e-4
+    assert not verification.regrow_imported
+    assert verification.model_class == type(model).__name__
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["intermediate_size"]) == (1, 17)
+    assert config["head_dim"] == model.model.layers[0].self_attn.head_dim
+
+
+def test_a_llama_whose_heads_no_longer_divide_its_width_is_saved_as_mistral(tmp_path: Path) -> None:
+    model, _ = pruned("llama-mha-tied", lambda groups: uniform_keep(groups, heads=5, channels=20))
+    verification = verify_checkpoint(model, save(model, tmp_path / "model"), IDS)
+    assert verification.model_class == "MistralForCausalLM"
+    assert verification.passed
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "qwen3-tied"])
+def test_uneven_layers_reload_with_their_own_modeling_file(family: str, tmp_path: Path) -> None:
+    model, _ = pruned(family, lambda groups: random_keep(groups, 4))
+    folder = save(model, tmp_path / "model")
+    assert needs_remote_code(folder)
+    verification = verify_checkpoint(model, folder, IDS)
+    assert verification.passed
+    reloaded = load_model(str(folder), trust_remote_code=True)
+    assert torch.equal(logits(model), logits(reloaded))
+    ids = reloaded.generate(IDS[:1], max_new_tokens=5, do_sample=False)
+    step_by_step = IDS[:1]
+    for _ in range(5):
+        following = reloaded(input_ids=step_by_step, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        step_by_step = torch.cat([step_by_step, following], 1)
+    assert torch.equal(ids, step_by_step)
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        load_model(str(folder))
+
+
+def test_the_probe_would_notice_a_wrong_checkpoint(tmp_path: Path) -> None:
+    model, _ = pruned("llama-gqa", lambda groups: uniform_keep(groups, heads=2, channels=30))
+    folder = save(model, tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] += 1.0
+    assert not verify_checkpoint(model, folder, IDS).passed
+
+
+def test_bfloat16_is_saved_and_verified_in_bfloat16(tmp_path: Path) -> None:
+    model, _ = pruned("llama-gqa", lambda groups: uniform_keep(groups, heads=2, channels=30))
+    folder = save(model, tmp_path / "model", torch.bfloat16)
+    assert verify_checkpoint(model, folder, IDS).passed
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_config_says_how_wide_each_layer_is(family: str) -> None:
+    model = build(family)
+    whole = find_groups(model)
+    left = cut(model, whole, random_keep(whole, 1))
+    for number, layer in enumerate(layer_widths(model.config, whole, left)):
+        attention = model.model.layers[number].self_attn
+        assert attention.q_proj.weight.shape[0] == layer["num_attention_heads"] * attention.head_dim
+        assert attention.k_proj.weight.shape[0] == layer["num_key_value_heads"] * attention.head_dim
+        assert model.model.layers[number].mlp.up_proj.weight.shape[0] == layer["intermediate_size"]
+
+
+def test_a_llama_with_biases_and_odd_heads_is_refused() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=6, attention_bias=True))
+    whole = find_groups(model)
+    left = cut(model, whole, {g.name: np.arange(5) for g in whole if g.kind == "attention"})
+    with pytest.raises(InputError, match="divides 48"):
+        pruned_config(model.config, whole, left)
+
+
+def test_a_skeleton_has_the_groups_of_the_model(checkpoint: Path) -> None:
+    bones = find_groups(load_skeleton(str(checkpoint)))
+    model = find_groups(load_model(str(checkpoint)))
+    assert bones.to_json() == model.to_json()
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), new_folder(target) as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("first", "second"):
+        with new_folder(target) as partial:
+            (partial / "file").write_text(content)
+    assert (target / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
+    assert not claim_folder(tmp_path / "new")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        claim_folder(tmp_path / "full")
+    write_json(tmp_path / "new" / "run.json", {})
+    assert claim_folder(tmp_path / "new")
+
+
+def test_the_tokenizer_is_loaded(checkpoint: Path) -> None:
+    assert load_tokenizer(str(checkpoint)).bos_token_id == 0
