@@ -11,16 +11,13 @@ nearly all that is read; on a CPU a batch of a few is already bound by arithmeti
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
+from environment import describe_machine, processor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from regrow.evaluation.size import Size, measure_size
@@ -45,9 +42,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="of torch's CPU pool (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -100,9 +95,7 @@ def table(sizes: Mapping[str, Size], speeds: Mapping[str, tuple[Speed, ...]]) ->
         _row(["---"] + ["---:"] * 5),
     ]
     ideal_prefill, ideal_decode = ideals(sizes)
-    trios = list(
-        zip(speeds["dense"], speeds["pruned"], ratios(speeds["dense"], speeds["pruned"]), strict=True)
-    )
+    trios = list(zip(speeds["dense"], speeds["pruned"], ratios(speeds["dense"], speeds["pruned"]), strict=True))
     for dense, pruned, up in trios:
         cells = ["prefill", str(up.batch), _rate(dense.prefill), _rate(pruned.prefill)]
         lines.append(_row([*cells, f"{up.prefill:.2f}x", f"{ideal_prefill:.2f}x"]))
@@ -124,17 +117,8 @@ def record(
     """Everything that someone needs to judge the numbers or to repeat them."""
     ideal_prefill, ideal_decode = ideals(sizes)
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "device": device_name(options.device),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe_machine(),
+        "device": device_name(options.device),
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
         "sizes": {name: asdict(size) for name, size in sizes.items()},
         "speeds": {name: [asdict(speed) for speed in found] for name, found in speeds.items()},
@@ -147,9 +131,7 @@ def device_name(device: str) -> str:
     """The processor's own name, as far as the system tells it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor()
 
 
 def _rate(rate: Rate) -> str:

@@ -131,6 +131,7 @@ def save_model(model: LlamaForCausalLM, out: Path) -> None:
 
 
 def main() -> None:
+    """Read the options, train, and measure what was saved."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--steps", type=int, default=1400, help=f"of {BATCH} x {WINDOW} tokens")

@@ -185,10 +185,10 @@ class Done:
         return "".join(line for line in self.stderr.splitlines(True) if not STAGE.fullmatch(line.rstrip("\n")))
 
 
-STAGE = re.compile(r"[a-z][a-z0-9, -]* …")
+STAGE = re.compile(r"\w[\w, -]* …")
 
 COMMAND_LINE = """
-import gc, json, os, resource, signal, sys
+import gc, json, os, resource, signal, sys, traceback
 from regrow import cli
 cli._quiet()
 import datasets, torch, transformers
@@ -207,7 +207,16 @@ for line in sys.stdin:
         if job["file_limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
         sys.argv = ["regrow", *job["argv"]]
-        sys.exit(cli.main())
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking torch and transformers down in an orderly way would be most of the time
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Forks a process for each command, when torch and transformers have long been imported."""

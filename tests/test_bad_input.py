@@ -1,15 +1,18 @@
 """Whatever is given wrongly: one line that says what is wrong and what to do, exit code 2, nothing left behind."""
 
 import json
+import os
 import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CommandLine, write_tokenizer
+from conftest import CommandLine, Done, write_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,15 +22,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-Maker = Callable[[Path, Path], None]
-"""Makes the input in a folder (the second) from the tiny LLaMA (the first)."""
+from regrow.checkpoint.files import new_folder
 
-PRUNE = "prune LLAMA --data TEXT --out out"
-EVALUATE = "evaluate LLAMA --data TEXT"
+Maker = Callable[[Path, Path], object]
+"""Given the tiny LLaMA and the folder in which the command will run: makes the input there."""
 
 
 def nothing(llama: Path, here: Path) -> None:
-    """What the command names is not there."""
+    """Make nothing: the command itself is wrong, or what it names is not there."""
 
 
 def file(name: str, content: str | bytes) -> Maker:
@@ -72,28 +74,28 @@ def t5() -> PreTrainedModel:
 
 
 def truncate(model: Path) -> None:
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
 
 
 def flip_header(model: Path) -> None:
-    path = model / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[:16] = bytes(byte ^ 0xFF for byte in content[:16])
-    path.write_bytes(content)
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(bytes(byte ^ 0xFF for byte in content[:16]) + content[16:])
 
 
 def lose_a_shard(model: Path) -> None:
+    whole = LlamaForCausalLM.from_pretrained(model)
     (model / "model.safetensors").unlink()
-    LlamaForCausalLM.from_pretrained(model.parent / "whole").save_pretrained(model, max_shard_size="50KB")
-    sorted(model.glob("model-0*.safetensors"))[1].unlink()
+    whole.save_pretrained(model, max_shard_size="50KB")
+    sorted(model.glob("model-*.safetensors"))[1].unlink()
 
 
 class Bomb:
     """Leaves a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (Path("unpickled"),)
+        return os.mkdir, ("unpickled",)
 
 
 def only_pickle(model: Path) -> None:
@@ -101,195 +103,353 @@ def only_pickle(model: Path) -> None:
     torch.save({"model.embed_tokens.weight": Bomb()}, model / "pytorch_model.bin")
 
 
-def config(**changes: object) -> Callable[[Path], None]:
+def config(**changes: object) -> Maker:
+    """The tiny LLaMA with another config.json."""
+
     def change(model: Path) -> None:
         path = model / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    return change
+    return copy(change)
 
 
-def remote_code(model: Path) -> None:
-    config(auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}, model_type="own")(model)
-    (model / "own.py").write_text("from pathlib import Path\nPath('executed').touch()\n")
+def config_file(text: str) -> Maker:
+    return copy(lambda model: (model / "config.json").write_text(text))
+
+
+def remote_code(llama: Path, here: Path) -> None:
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config(auto_map=auto_map, model_type="own")(llama, here)
+    (here / "model" / "own.py").write_text("import os\nos.mkdir('executed')\n")
 
 
 def without_tokenizer(model: Path) -> None:
-    for path in model.glob("tokenizer*"):
+    for path in model.glob("token*"):
         path.unlink()
 
 
-def folder_of_someone_else(llama: Path, here: Path) -> None:
-    (here / "out").mkdir()
-    (here / "out" / "thesis.txt").write_text("years of work")
+def larger_tokenizer(model: Path) -> None:
+    tokenizer = write_tokenizer(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(330 - len(tokenizer))])
+    tokenizer.save_pretrained(model)
 
 
 @dataclass(frozen=True)
 class Case:
+    """A command and what it must answer. In `argv`, LLAMA is the tiny checkpoint and TEXT a text that suits it."""
+
     name: str
+    make: Maker
     argv: str
     expected: tuple[str, ...]
-    make: Maker = field(default=nothing)
 
 
 def case(name: str, make: Maker, argv: str, *expected: str) -> Case:
-    return Case(name, argv, expected, make)
+    return Case(name, make, argv, expected)
 
 
-HUB = "neither a usable folder nor to be had from the hub"
-CASES = [
-    case("absent model, absolute path", nothing, "prune /not/there --data TEXT --out out", "no model folder /not/there"),
-    case("absent model, relative path", nothing, "prune ./absent --data TEXT --out out", "no model folder ./absent"),
-    case("absent model, deep path", nothing, "prune a/b/c --data TEXT --out out", "no model folder a/b/c"),
-    case("model not on the hub", nothing, "prune nobody/nothing --data TEXT --out out", "nobody/nothing", HUB),
-    case("model with a plain name not on the hub", nothing, "evaluate nothing --data TEXT", "nothing", HUB),
-    case("inspect a model not on the hub", nothing, "inspect nobody/nothing", "nobody/nothing", HUB),
-    case("a file given as model", file("model.bin", "x"), "inspect model.bin", "model.bin"),
-    case("no such name, odd", nothing, "inspect 'a b?c'", "a b"),
-    case("bench absent model", nothing, "bench LLAMA ./absent", "no model folder ./absent"),
-    case("bench twice the same", nothing, "bench LLAMA LLAMA", "named twice"),
-    case("folder without config", file("model/readme", ""), "prune model --data TEXT --out out", "model holds no config.json"),
-    case("config that is not JSON", copy(lambda m: (m / "config.json").write_text("{")), "prune model --data TEXT --out out", "config.json"),
-    case("config that is a list", copy(lambda m: (m / "config.json").write_text("[]")), "prune model --data TEXT --out out", "config.json"),
-    case("config without model_type", copy(lambda m: (m / "config.json").write_text("{}")), "inspect model", "model_type"),
-    case("config of an unknown type", copy(config(model_type="llama9")), "inspect model", "llama9"),
-    case("config of impossible shape", copy(config(num_key_value_heads=3)), "inspect model", "model"),
-    case("config with hidden_size string", copy(config(hidden_size="big")), "inspect model", "model"),
-    case("truncated weights", copy(truncate), "prune model --data TEXT --out out", "model cannot be loaded"),
-    case("damaged header", copy(flip_header), "evaluate model --data TEXT", "model cannot be loaded"),
-    case("wrong shapes", copy(config(intermediate_size=40)), "evaluate model --data TEXT", "model cannot be loaded"),
-    case("missing weights", copy(config(num_hidden_layers=3)), "evaluate model --data TEXT", "model cannot be loaded"),
-    case("lost shard", copy(lose_a_shard), "prune model --data TEXT --out out", "model cannot be loaded"),
-    case("only a pickle", copy(only_pickle), "prune model --data TEXT --out out", "safetensors"),
-    case("encoder", other(bert), "prune model --data TEXT --out out", "BertForMaskedLM", "ForCausalLM"),
-    case("encoder and decoder", other(t5), "inspect model", "T5", "ForCausalLM"),
-    case("remote code", copy(remote_code), "prune model --data TEXT --out out", "x"),
-    case("remote code, evaluate", copy(remote_code), "evaluate model --data TEXT", "--trust-remote-code"),
-    case("remote code, inspect", copy(remote_code), "inspect model", "--trust-remote-code"),
-    case("remote code, bench", copy(remote_code), "bench model", "--trust-remote-code"),
-    case("no tokenizer", copy(without_tokenizer), "prune model --data TEXT --out out", "tokenizer"),
-    case("no tokenizer, evaluate", copy(without_tokenizer), "evaluate model --data TEXT", "tokenizer"),
-    case("damaged tokenizer", copy(lambda m: (m / "tokenizer.json").write_text("{")), "prune model --data TEXT --out out", "tokenizer"),
-    case("tokenizer of another model", copy(lambda m: write_tokenizer(m, 330)), "prune model --data TEXT --out out", "tokenizer has 330", "model embeds 320"),
-    case("tokenizer of another model, evaluate", copy(lambda m: write_tokenizer(m, 330)), "evaluate model --data TEXT", "tokenizer has 330", "model embeds 320"),
-    # text
-    case("absent text", nothing, "prune LLAMA --data absent.txt --out out", "no text file absent.txt"),
-    case("absent text, no suffix", nothing, "prune LLAMA --data absent --out out", "absent"),
-    case("absent text path", nothing, "prune LLAMA --data ./texts/absent --out out", "absent"),
-    case("data set not on hub", nothing, "prune LLAMA --data nobody/texts --out out", "absent"),
-    case("hub c4", nothing, "evaluate LLAMA --data wikitext", "absent"),
-    case("odd suffix", file("text.docx", b"PK\x03\x04\xff"), "prune LLAMA --data text.docx --out out", "absent"),
-    case("empty text", file("text.txt", ""), "prune LLAMA --data text.txt --out out", "no text"),
-    case("blank text", file("text.txt", " \n\t\n"), "prune LLAMA --data text.txt --out out", "no text"),
-    case("short text", file("text.txt", "Too\nshort\nfor\nanything\n."), "prune LLAMA --data text.txt --out out", "short"),
-    case("one-line text", file("text.txt", "Too short."), "prune LLAMA --data text.txt --out out", "short"),
-    case("short text, evaluate", file("text.txt", "Too short."), "evaluate LLAMA --data text.txt", "tokens are fewer than one window of 256"),
-    case("window longer", nothing, "evaluate LLAMA --data TEXT --window 9999999", "tokens are fewer than one window of 256"),
-    case("window longer than positions", nothing, "evaluate LLAMA --data TEXT --window 1024 --max-windows 1", "positions"),
-    case("eval text short", file("text.txt", "Too short."), PRUNE + " --eval-data text.txt", "tokens are fewer than one window of 256"),
-    case("eval text absent", nothing, PRUNE + " --eval-data absent.txt", "no text file"),
-    case("no field", file("a.jsonl", '{"body": "x", "title": "y"}\n'), "prune LLAMA --data a.jsonl --out out", "body", "title", "data.text_field"),
-    case("no field eval", file("a.jsonl", '{"body": "x", "title": "y"}\n'), "evaluate LLAMA --data a.jsonl", "body", "title", "--text-field"),
-    case("broken jsonl", file("a.jsonl", '{"text": "x"}\n{"text": \n'), "prune LLAMA --data a.jsonl --out out", "a.jsonl"),
-    case("jsonl of lists", file("a.jsonl", '[1]\n[2]\n'), "prune LLAMA --data a.jsonl --out out", "a.jsonl"),
-    case("jsonl of strings", file("a.jsonl", '"a"\n"b"\n'), "prune LLAMA --data a.jsonl --out out", "a.jsonl"),
-    case("jsonl of number text", file("a.jsonl", '{"text": 1}\n{"text":[2]}'), "prune LLAMA --data a.jsonl --out out", "a.jsonl"),
-    case("jsonl not utf8", file("a.jsonl", b'{"text": "\xff\xfe"}\n'), "prune LLAMA --data a.jsonl --out out", "a.jsonl"),
-    case("broken json", file("a.json", '[{"text": "x"}'), "prune LLAMA --data a.json --out out", "a.json"),
-    case("empty jsonl", file("a.jsonl", ''), "prune LLAMA --data a.jsonl --out out", "a.json"),
-    case("blank jsonl", file("a.jsonl", '\n\n'), "prune LLAMA --data a.jsonl --out out", "a.json"),
-    case("empty json array", file("a.json", '[]'), "prune LLAMA --data a.json --out out", "a.json"),
-    case("broken parquet", file("a.parquet", 'PAR1 no'), "prune LLAMA --data a.parquet --out out", "a.parquet"),
-    case("not utf8", file("text.txt", "Grün".encode("latin-1")), "prune LLAMA --data text.txt --out out", "not UTF-8"),
-    case("folder as text", file("texts/a.txt", "x"), "prune LLAMA --data texts --out out", "is a folder"),
-    case("folder as text.txt", file("texts.txt/a.txt", "x"), "prune LLAMA --data texts.txt --out out", "is a folder"),
-    case("no data", nothing, "prune LLAMA --out out", "--data"),
-    case("empty data", nothing, "prune LLAMA --data '' --out out", "--data"),
-    # numbers
-    *(case(f"sparsity {x}", nothing, PRUNE + f" --sparsity={x}", "sparsity") for x in ("0", "1", "-1", "abc", "nan", "inf", "0.99999", "", "50%")),
-    *(case(f"steps {x}", nothing, PRUNE + f" --steps={x}", "steps") for x in ("-1", "abc", "1.5")),
-    *(case(f"seed {x}", nothing, PRUNE + f" --seed={x}", "seed") for x in ("-1", "abc", "99999999999999999999999")),
-    case("demo sparsity", nothing, "demo --out out --sparsity x", "--sparsity"),
-    case("demo recipe", nothing, "demo --out out --recipe x", "--recipe"),
-    # recipe
-    case("recipe absent", nothing, PRUNE + " --recipe my.yaml", "my.yaml"),
-    case("recipe folder", file("my.yaml/x", ""), PRUNE + " --recipe my.yaml", "my.yaml"),
-    case("recipe unknown", nothing, PRUNE + " --recipe lora-prune", "loraprune"),
-    case("recipe unknown show", nothing, "recipes lora-prune", "loraprune"),
-    case("recipe not yaml", file("my.yaml", "a: [\nb"), PRUNE + " --recipe my.yaml", "my.yaml"),
-    case("recipe binary", file("my.yaml", b"\xff\x00"), PRUNE + " --recipe my.yaml", "my.yaml"),
-    case("recipe control", file("my.yaml", b"a: \x01"), PRUNE + " --recipe my.yaml", "my.yaml"),
-    case("recipe list", file("my.yaml", "- a\n- b"), PRUNE + " --recipe my.yaml", "mapping"),
-    case("recipe tag", file("my.yaml", "!!python/object/apply:os.system ['touch x']"), PRUNE + " --recipe my.yaml", "YAML"),
-    case("recipe key", file("my.yaml", "prunning: {sparsity: 0.5}"), PRUNE + " --recipe my.yaml", "did you mean 'pruning'"),
-    case("recipe nested key", file("my.yaml", "pruning: {sparcity: 0.5}"), PRUNE + " --recipe my.yaml", "did you mean 'sparsity'"),
-    case("recipe strange key", file("my.yaml", "pruning: {xyz: 0.5}"), PRUNE + " --recipe my.yaml", "known here"),
-    case("recipe number key", file("my.yaml", "1: 2"), PRUNE + " --recipe my.yaml", "known here"),
-    case("recipe number key nested", file("my.yaml", "pruning: {1: 2}"), PRUNE + " --recipe my.yaml", "known here"),
-    case("recipe type", file("my.yaml", "training: {steps: many}"), PRUNE + " --recipe my.yaml", "training.steps"),
-    case("recipe section is value", file("my.yaml", "training: 3"), PRUNE + " --recipe my.yaml", "training"),
-    case("recipe section is null", file("my.yaml", "training:\n"), PRUNE + " --recipe my.yaml", "training"),
-    case("recipe long wrong value", file("my.yaml", "training: {steps: \"" + "many\\n" * 30 + "\"}"), PRUNE + " --recipe my.yaml", "training"),
-    case("set without =", nothing, PRUNE + " --set lora.rank", "key.path=value"),
-    case("set unknown", nothing, PRUNE + " --set lora.rnak=3", "did you mean 'rank'"),
-    case("set unknown section", nothing, PRUNE + " --set lara.rank=3", "did you mean 'lora'"),
-    case("set below value", nothing, PRUNE + " --set seed.x=1", "seed"),
-    case("set below value2", nothing, PRUNE + " --set pruning.sparsity.x=1", "sparsity"),
-    case("set below null", nothing, PRUNE + " --set training.learning_rate.x=1", "learning_rate"),
-    case("set section", nothing, PRUNE + " --set lora=3", "lora"),
-    case("set wrong yaml", nothing, PRUNE + " --set 'lora.rank=[3'", "YAML"),
-    case("set wrong value", nothing, PRUNE + " --set lora.rank=big", "lora.rank"),
-    case("set empty part", nothing, PRUNE + " --set lora..rank=big", "lora.rank"),
-    case("set targets", nothing, PRUNE + " --set lora.targets=[nope]", "lora.targets"),
-    case("set shard size", nothing, PRUNE + " --set output.shard_size=big --set pruning.calibration_batches=1 --steps 0", "output.shard_size"),
-    case("set window 1", nothing, PRUNE + " --set evaluation.windows=[1]", "evaluation.windows"),
-    case("set speed_batches 0", nothing, PRUNE + " --set evaluation.speed_batches=[0]", "evaluation.windows"),
-    case("set windows none", nothing, PRUNE + " --set evaluation.windows=[]", "evaluation.windows"),
-    case("set device", nothing, PRUNE + " --set device=abacus", "abacus"),
-    case("set heldout", nothing, PRUNE + " --set data.held_out=0.6", "abacus"),
-    case("device", nothing, EVALUATE + " --device abacus", "abacus"),
-    case("device cuda", nothing, EVALUATE + " --device cuda:77", "cuda"),
-    case("device bench", nothing, "bench LLAMA --device abacus", "abacus"),
-    case("device meta", nothing, EVALUATE + " --device meta", "abacus"),
-    case("criterion", nothing, PRUNE + " --criterion gatefisher", "did you mean 'gate-fisher'"),
-    case("criterion far", nothing, PRUNE + " --criterion xyz", "known"),
-    case("criterion file", nothing, PRUNE + " --criterion my.py:score", "no file my.py"),
-    case("criterion func", file("my.py", "def scores(e): pass"), PRUNE + " --criterion my.py:score", "no function 'score'"),
-    case("criterion syntax", file("my.py", "def score(e):\n  return ("), PRUNE + " --criterion my.py:score", "SyntaxError"),
-    case("criterion not py", file("my.txt", "def score(e):\n  return ("), PRUNE + " --criterion my.txt:score", "not a Python"),
-    case("criterion raises", file("my.py", "1/0"), PRUNE + " --criterion my.py:score", "ZeroDivisionError"),
-    case("criterion exits", file("my.py", "raise SystemExit('bye')"), PRUNE + " --criterion my.py:score", "ZeroDivisionError"),
-    case("criterion needs", file("my.py", "NEEDS={'x'}\ndef score(e): return 1"), PRUNE + " --criterion my.py:score", "NEEDS"),
-    case("criterion wrong", file("my.py", "def score(e): return 1"), PRUNE + " --criterion my.py:score --steps 0 --set pruning.calibration_batches=1", "my.py"),
-    case("criterion crash", file("my.py", "def score(e): return 1/0"), PRUNE + " --criterion my.py:score --steps 0 --set pruning.calibration_batches=1", "my.py"),
-    case("shape", nothing, PRUNE + " --shape sideways", "shape"),
-    case("out file", file("out", "x"), PRUNE, "out is a file"),
-    case("out full", folder_of_someone_else, PRUNE, "not empty"),
-    case("out below file", file("a", "x"), "prune LLAMA --data TEXT --out a/out", "a"),
-    case("window 1", nothing, EVALUATE + " --window 1", "--window 1"),
-    case("window 0", nothing, EVALUATE + " --window 0", "--window 0"),
-    case("window abc", nothing, EVALUATE + " --window abc", "--window"),
-    case("bos", nothing, EVALUATE + " --bos sideways", "--bos"),
-    case("text field", nothing, EVALUATE + " --text-field body", "body"),
-    case("bench new tokens", nothing, "bench LLAMA --new-tokens 600", "positions"),
-]
+PRUNE = "prune LLAMA --data TEXT --out out "
+PRUNE_MODEL = "prune model --data TEXT --out out"
+PRUNE_ON = "prune LLAMA --out out --data "
+EVALUATE = "evaluate LLAMA --data TEXT "
+EVALUATE_MODEL = "evaluate model --data TEXT"
+A_FOLDER = "give a checkpoint's folder, or a repository on the hub"
+NOT_ON_HUB = ("there is no folder nobody/nothing", "hub", "couldn't connect", "check the name and the connection")
+ANEW = "get it anew"
+LONGER = "give more text or a shorter window"
+TRUST = ("model runs Python files of its own", "--trust-remote-code")
+RECIPE = "--recipe my.yaml"
+CRITERION = "--criterion my.py:score"
+
+MODELS = [
+    case("no model folder, absolute", nothing, "prune /not/there --data TEXT --out out", "no model folder /not/there", A_FOLDER),
+    case("no model folder, relative", nothing, "prune ./absent --data TEXT --out out", "no model folder ./absent", A_FOLDER),
+    case("no model folder, deep", nothing, "inspect some/deep/path", "no model folder some/deep/path", A_FOLDER),
+    case("no such model on the hub", nothing, "prune nobody/nothing --data TEXT --out out", *NOT_ON_HUB),
+    case("no such model to evaluate", nothing, "evaluate nobody/nothing --data TEXT", *NOT_ON_HUB),
+    case("no such model to inspect", nothing, "inspect nobody/nothing", *NOT_ON_HUB),
+    case("no such model to bench", nothing, "bench LLAMA nobody/nothing", *NOT_ON_HUB),
+    case("not a model's name", nothing, "inspect 'my model?'", "there is no folder my model?", "check the name"),
+    case("file as model", file("a.gguf", b"GGUF"), "inspect a.gguf", "a.gguf is a file", "give the folder"),
+    case("bench of one model twice", nothing, "bench LLAMA LLAMA", "named twice"),
+    case("no config", file("model/x", ""), PRUNE_MODEL, "model holds no config.json", "give the folder"),
+    case("config is not JSON", config_file("{"), PRUNE_MODEL, "config.json of model cannot be read", "JSON", ANEW),
+    case("config is a list", config_file("[]"), EVALUATE_MODEL, "config.json of model", "not a JSON object", ANEW),
+    case("config is empty", config_file("{}"), "inspect model", "config.json of model", "`model_type`"),
+    case("config of the future", config(model_type="llama9"), "inspect model", "config.json of model", "`llama9`"),
+    case("config of a wrong type", config(hidden_size="big"), "inspect model", "hidden_size", "got str"),
+    case("config without heads", config(num_attention_heads=0), "inspect model", "config.json of model"),
+    case("truncated weights", copy(truncate), PRUNE_MODEL, "weights of model are damaged", "get them anew"),
+    case("damaged header", copy(flip_header), EVALUATE_MODEL, "weights of model are damaged", "get them anew"),
+    case("lost shard", copy(lose_a_shard), PRUNE_MODEL, "missing", "model-00002-of-0000", "get them anew"),
+    case("lost layer", config(num_hidden_layers=3), EVALUATE_MODEL, "no model.layers.2.", "9 such", "get both anew"),
+    case("other width", config(intermediate_size=40), EVALUATE_MODEL, "is [32, 48], not [32, 40]", "get both anew"),
+    case("pickle", copy(only_pickle), PRUNE_MODEL, "model holds no weights as safetensors", "can run code", "convert"),
+    case("encoder", other(bert), PRUNE_MODEL, "model is a BertForMaskedLM", "decoder-only", "ForCausalLM"),
+    case("encoder-decoder", other(t5), "inspect model", "model is a T5ForConditionalGeneration", "decoder-only"),
+    case("own code to prune", remote_code, PRUNE_MODEL, *TRUST),
+    case("own code to evaluate", remote_code, EVALUATE_MODEL, *TRUST),
+    case("own code to inspect", remote_code, "inspect model", *TRUST),
+    case("own code to bench", remote_code, "bench model", *TRUST),
+    case("no tokenizer", copy(without_tokenizer), PRUNE_MODEL, "model holds no tokenizer", "put tokenizer.json"),
+    case("no tokenizer to evaluate", copy(without_tokenizer), EVALUATE_MODEL, "no tokenizer", "put tokenizer.json"),
+    case(
+        "damaged tokenizer", copy(lambda model: (model / "tokenizer.json").write_text("{")), PRUNE_MODEL,
+        "tokenizer of model cannot be used", "get its files anew",
+    ),
+    case(
+        "larger tokenizer", copy(larger_tokenizer), PRUNE_MODEL,
+        "tokenizer has 330 tokens, the model embeds 320", "put the model's own there",
+    ),
+    case("larger tokenizer to evaluate", copy(larger_tokenizer), EVALUATE_MODEL, "330 tokens, the model embeds 320"),
+]  # fmt: skip
+
+TEXTS = [
+    case("no --data", nothing, "prune LLAMA --out out", "no text to train on", "give --data FILE"),
+    case("empty --data", nothing, PRUNE_ON + "''", "'' is a folder", "give a .txt"),
+    case("no text file", nothing, PRUNE_ON + "absent.txt", "no text file absent.txt", "check its path"),
+    case("no text file, other suffix", nothing, PRUNE_ON + "./absent.md", "no text file ./absent.md", "check its path"),
+    case("no text to evaluate on", nothing, PRUNE + "--eval-data absent.txt", "no text file absent.txt", "check"),
+    case("no such data set", nothing, PRUNE_ON + "nobody/texts", "no file nobody/texts", "hub", "check the name"),
+    case("data set without a connection", nothing, "evaluate LLAMA --data wikitext", "wikitext", "the connection"),
+    case("folder as text", file("texts/a.txt", "x"), PRUNE_ON + "texts", "'texts' is a folder", "give a .txt"),
+    case("folder named as a file", file("a.txt/a", "x"), PRUNE_ON + "a.txt", "'a.txt' is a folder", "give a .txt"),
+    case("empty text", file("a.txt", ""), PRUNE_ON + "a.txt", "a.txt holds no text", "give another file"),
+    case("blank text", file("a.txt", " \n\t\n"), PRUNE_ON + "a.txt", "a.txt holds no text", "give another file"),
+    case("empty records", file("a.jsonl", ""), PRUNE_ON + "a.jsonl", "a.jsonl holds no text", "give another file"),
+    case("blank records", file("a.jsonl", "\n\n"), PRUNE_ON + "a.jsonl", "a.jsonl holds no text", "give another file"),
+    case("no records", file("a.json", "[]"), PRUNE_ON + "a.json", "a.json holds no text", "give another file"),
+    case("a line", file("a.txt", "So short."), PRUNE_ON + "a.txt", "too short to hold some of it out", "give more text"),
+    case("a few lines", file("a.txt", "So\nshort\na\ntext."), PRUNE_ON + "a.txt", "a.txt: ", "fewer than one window", LONGER),
+    case("a line to evaluate", file("a.txt", "So short."), "evaluate LLAMA --data a.txt", "one window of 256", LONGER),
+    case("a window too long", nothing, EVALUATE + "--window 999999", "fewer than one window of 999999", LONGER),
+    case("not UTF-8", file("a.txt", b"Gr\xfcn"), PRUNE_ON + "a.txt", "a.txt is not UTF-8 text (byte 2)", "convert it"),
+    case("binary", file("a.docx", b"PK\x03\x04\xff"), PRUNE_ON + "a.docx", "a.docx is not UTF-8 text", "convert it"),
+    case("records not UTF-8", file("a.jsonl", b'{"text": "\xff"}\n'), PRUNE_ON + "a.jsonl", "a.jsonl", "utf-8"),
+    case(
+        "no field of that name", file("a.jsonl", '{"body": "x", "title": "y"}\n'), PRUNE_ON + "a.jsonl",
+        "a.jsonl has no field 'text' but body, title", "--set data.text_field=",
+    ),
+    case("no field to evaluate", nothing, EVALUATE + "--text-field body", "no field 'body' but text", "--text-field"),
+    case("field of lists", file("a.jsonl", '{"text": ["x"]}'), PRUNE_ON + "a.jsonl", "'text' holds", "another field"),
+    case(
+        "broken records", file("a.jsonl", '{"text": "x"}\n{"text": \n'), PRUNE_ON + "a.jsonl",
+        "a.jsonl is not one JSON object a line", "row 1",
+    ),
+    case("records that are lists", file("a.jsonl", "[1]\n[2]\n"), PRUNE_ON + "a.jsonl", "is not one JSON object a line"),
+    case("broken array", file("a.json", '[{"text": "x"}'), PRUNE_ON + "a.json", "is not an array of JSON objects"),
+    case("broken Parquet", file("a.parquet", "PAR1"), PRUNE_ON + "a.parquet", "a.parquet is not a Parquet table"),
+]  # fmt: skip
+
+SETTINGS = [
+    case("sparsity 0", nothing, PRUNE + "--sparsity 0", "pruning.sparsity = 0.0", "greater than 0"),
+    case("sparsity 1", nothing, PRUNE + "--sparsity 1", "pruning.sparsity = 1.0", "less than 1"),
+    case("sparsity -1", nothing, PRUNE + "--sparsity=-1", "pruning.sparsity = -1.0", "greater than 0"),
+    case("sparsity abc", nothing, PRUNE + "--sparsity abc", "--sparsity 'abc'", "give a number"),
+    case("sparsity in percent", nothing, PRUNE + "--sparsity 50%", "--sparsity '50%'", "give a number"),
+    case("sparsity nan", nothing, PRUNE + "--sparsity nan", "pruning.sparsity = nan", "finite"),
+    case("sparsity out of reach", nothing, PRUNE + "--sparsity 0.99999", "out of reach", "use at most 0.73"),
+    case("steps -1", nothing, PRUNE + "--steps=-1", "training.steps = -1", "greater than or equal to 0"),
+    case("steps abc", nothing, PRUNE + "--steps abc", "--steps 'abc'", "give a whole number"),
+    case("steps 1.5", nothing, PRUNE + "--steps 1.5", "--steps '1.5'", "give a whole number"),
+    case("seed -1", nothing, PRUNE + "--seed=-1", "seed = -1", "greater than or equal to 0"),
+    case("seed abc", nothing, PRUNE + "--seed abc", "--seed 'abc'", "give a whole number"),
+    case("shape", nothing, PRUNE + "--shape sideways", "pruning.shape = 'sideways'", "'uniform' or 'free'"),
+    case("device", nothing, EVALUATE + "--device abacus", "device 'abacus'", "choose cpu"),
+    case("device that is not there", nothing, "bench LLAMA --device cuda:77", "device 'cuda:77'", "choose cpu"),
+    case("device without values", nothing, EVALUATE + "--device meta", "device 'meta'", "choose cpu"),
+    case("device in a recipe", nothing, PRUNE + "--set device=abacus", "device 'abacus'", "choose cpu"),
+    case("window 1", nothing, EVALUATE + "--window 1", "--window 1", "at least 2 tokens"),
+    case("window 0", nothing, EVALUATE + "--window 256 --window 0", "--window 0", "at least 2 tokens"),
+    case("window abc", nothing, EVALUATE + "--window abc", "--window 'abc'", "give a whole number"),
+    case("bos", nothing, EVALUATE + "--bos sideways", "--bos 'sideways'", "choose document, once or none"),
+    case("too many new tokens", nothing, "bench LLAMA --new-tokens 600", "only 512 positions"),
+    case("demo sparsity", nothing, "demo --out out --sparsity all", "--sparsity 'all'", "give a number"),
+    case("demo recipe", nothing, "demo --out out --recipe mine", "no recipe 'mine'", "shipped: ", "give a YAML file"),
+    case("recipe that is not there", nothing, PRUNE + RECIPE, "no recipe 'my.yaml'", "give a YAML file"),
+    case("unknown recipe", nothing, PRUNE + "--recipe lora-prune", "'lora-prune'", "did you mean 'loraprune'?"),
+    case("unknown recipe to print", nothing, "recipes magnitud", "'magnitud'", "did you mean 'magnitude'?"),
+    case("recipe is not YAML", file("my.yaml", "a: [\nb"), PRUNE + RECIPE, "my.yaml line 2", "not valid YAML"),
+    case("recipe is not text", file("my.yaml", b"\xff\x00"), PRUNE + RECIPE, "recipe my.yaml", "cannot be read"),
+    case("recipe with code", file("my.yaml", "!!python/object/apply:os.mkdir [executed]"), PRUNE + RECIPE, "YAML"),
+    case("recipe is a list", file("my.yaml", "- a\n- b"), PRUNE + RECIPE, "must be a mapping of keys to values"),
+    case("unknown key", file("my.yaml", "prunning: {}"), PRUNE + RECIPE, "'prunning'", "did you mean 'pruning'?"),
+    case(
+        "unknown key in a section", file("my.yaml", "pruning: {sparcity: 0.5}"), PRUNE + RECIPE,
+        "unknown key 'pruning.sparcity'", "did you mean 'sparsity'?",
+    ),
+    case("outlandish key", file("my.yaml", "lora: {xyz: 1}"), PRUNE + RECIPE, "'lora.xyz'", "known here: rank, alpha"),
+    case("number as key", file("my.yaml", "lora: {1: 2}"), PRUNE + RECIPE, "lora.1", "keys should be strings"),
+    case("wrong type", file("my.yaml", "training: {steps: many}"), PRUNE + RECIPE, "training.steps = 'many'", "integer"),
+    case("value for a section", file("my.yaml", "training: 3"), PRUNE + RECIPE, "training = 3", "dictionary"),
+    case("long wrong value", file("my.yaml", "seed: |\n" + 3 * "  a\n"), PRUNE + RECIPE, "seed = 'a\\na\\na\\n'", "integer"),
+    case("--set without a value", nothing, PRUNE + "--set lora.rank", "'lora.rank'", "write key.path=value"),
+    case("--set unknown key", nothing, PRUNE + "--set lora.rnak=3", "'lora.rnak'", "did you mean 'rank'?"),
+    case("--set unknown section", nothing, PRUNE + "--set lara.rank=3", "'lara'", "did you mean 'lora'?"),
+    case("--set below a value", nothing, PRUNE + "--set seed.x=1", "seed"),
+    case("--set not YAML", nothing, PRUNE + "--set 'lora.rank=[3'", "--set 'lora.rank=[3'", "not valid YAML"),
+    case("--set wrong type", nothing, PRUNE + "--set lora.rank=big", "lora.rank = 'big'", "integer"),
+    case("unknown criterion", nothing, PRUNE + "--criterion gatefisher", "did you mean 'gate-fisher'?"),
+    case("outlandish criterion", nothing, PRUNE + "--criterion xyz", "'xyz'", "known: lora, ", "FILE.py:FUNCTION"),
+    case("no criterion file", nothing, PRUNE + CRITERION, "there is no file my.py"),
+    case("no such function", file("my.py", "scores = 1"), PRUNE + CRITERION, "my.py has no function 'score'"),
+    case("criterion's syntax", file("my.py", "def score(e:"), PRUNE + CRITERION, "my.py fails", "SyntaxError", "line 1"),
+    case("criterion fails to load", file("my.py", "1 / 0"), PRUNE + CRITERION, "my.py fails", "ZeroDivisionError"),
+    case("--out is a file", file("out", "x"), PRUNE, "out is a file", "give a folder"),
+    case("--out below a file", file("a", "x"), "prune LLAMA --data TEXT --out a/out", "a/out: Not a directory"),
+    case("--out is another's", file("out/thesis.txt", "x"), PRUNE, "out is not empty", "give another folder"),
+    case("--out has a long name", nothing, "prune LLAMA --data TEXT --out " + 300 * "x", "name too long", "choose"),
+]  # fmt: skip
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in files}
+    """All that lies in a folder, but for what Python caches of a user's criterion."""
+    there = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in there}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def assert_one_line(done: Done, *expected: str) -> None:
+    assert (done.code, done.stdout) == (2, ""), done.stderr
+    assert done.complaint.startswith("regrow: ")
+    assert done.complaint.endswith("\n")
+    assert done.complaint.count("\n") == 1, done.complaint
+    for words in expected:
+        assert words.lower() in done.complaint.lower()
+
+
+@pytest.mark.parametrize("case", [*MODELS, *TEXTS, *SETTINGS], ids=lambda case: case.name)
 def test_bad_input(case: Case, regrow: CommandLine, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
-    (tmp_path / "whole").symlink_to(tiny_llama)
     case.make(tiny_llama, tmp_path)
     before = tree(tmp_path)
     argv = [{"LLAMA": tiny_llama, "TEXT": tiny_text}.get(word, word) for word in shlex.split(case.argv)]
-    import time
-    t=time.time()
     done = regrow(*argv, cwd=tmp_path)
-    t=time.time()-t
-    with open("/tmp/table.txt","a") as f:
-        new = sorted(set(tree(tmp_path))-set(before))
-        f.write(f"### {case.name} | {case.argv} | code {done.code} {t:.1f}s {new if new else ''}\n{done.complaint[-1500:] if done.code!=2 or done.complaint.count(chr(10))!=1 else done.complaint}")
+    assert_one_line(done, *case.expected)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("prune LLAMA --data TEXT", "Missing option '--out'"),
+        ("prune --data TEXT --out out", "Missing argument 'MODEL'"),
+        ("prune LLAMA --data TEXT --out out --sparcity 0.5", "No such option: --sparcity"),
+        ("evaluate LLAMA", "Missing option '--data'"),
+        ("bench", "Missing argument 'MODEL"),
+        ("bench LLAMA --repeats 0", "Invalid value for '--repeats'"),
+        ("trim LLAMA", "No such command 'trim'"),
+    ],
+)
+def test_usage_errors(argv: str, expected: str, regrow: CommandLine, tmp_path: Path) -> None:
+    done = regrow(*argv.split(), cwd=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not tree(tmp_path)
+
+
+def test_libraries_are_silent_in_a_process_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    """As `test_bad_input`, but with nothing imported beforehand."""
+    file("a.jsonl", '{"text": "x"}\n{"text": \n')(tiny_llama, tmp_path)
+    copy(truncate)(tiny_llama, tmp_path)
+    file("a.txt", "A line. " * 500)(tiny_llama, tmp_path)
+    commands = [PRUNE_ON + "a.jsonl", "evaluate model --data a.txt"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "regrow", *command.replace("LLAMA", str(tiny_llama)).split()],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
+        )
+        for command in commands
+    ]  # fmt: skip
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=120)
+        assert_one_line(Done(process.returncode, stdout, stderr))
+
+
+# --- a disk that is full or cannot be written ----------------------------------------------------
+
+QUICK = (
+    "--steps=0", "--set=pruning.calibration_batches=1", "--set=training.batch_size=1", "--set=data.sequence_length=32",
+    "--set=evaluation.windows=[32]", "--set=evaluation.memory=false", "--set=evaluation.speed=false",
+)  # fmt: skip
+"""A run of a few seconds."""
+
+Mount = Callable[[str], Path]
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """Mounts a file system in memory, where that is permitted, and takes it away afterwards."""
+    folder = tmp_path / "disk"
+
+    def make(options: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file system is not permitted here")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def assert_only_whole_files(out: Path) -> None:
+    names = {path.name for path in out.rglob("*")}
+    assert "model" not in names
+    assert not [name for name in names if name.startswith(".")]
+    for path in out.glob("*.json"):
+        json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 64_000], ids=["recipe", "adapters", "model"])
+def test_file_larger_than_the_limit(
+    limit: int, regrow: CommandLine, tiny_llama: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = regrow("prune", tiny_llama, "--data", tiny_text, "--out", out, *QUICK, file_limit=limit)
+    assert_one_line(done, "no space left to write", "free some and run again")
+    assert_only_whole_files(out)
+
+
+@pytest.mark.parametrize("size", ["4k", "40k", "100k"])
+def test_full_disk(size: str, regrow: CommandLine, tiny_llama: Path, tiny_text: Path, mount: Mount) -> None:
+    out = mount(f"size={size}") / "out"
+    done = regrow("prune", tiny_llama, "--data", tiny_text, "--out", out, *QUICK)
+    assert_one_line(done, "no space left to write", "free some and run again")
+    assert_only_whole_files(out)
+
+
+def test_read_only_disk(regrow: CommandLine, tiny_llama: Path, tiny_text: Path, mount: Mount) -> None:
+    folder = mount("ro")
+    done = regrow("prune", tiny_llama, "--data", tiny_text, "--out", folder / "out", *QUICK)
+    assert_one_line(done, "Read-only file system", "choose a folder that can be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(regrow: CommandLine, tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    done = regrow("prune", tiny_llama, "--data", tiny_text, "--out", tmp_path / "closed" / "out", *QUICK)
+    assert_one_line(done, "Permission denied", "choose a folder that can be written")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    with new_folder(target) as partial:
+        (partial / "weights").write_text("first")
+    with pytest.raises(KeyboardInterrupt), new_folder(target) as partial:
+        (partial / "weights").write_text("second")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {"model": b"", "model/weights": b"first"}
+
+    rename = os.replace
+
+    def failing(source: Path, destination: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise OSError("the disk is gone")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="the disk is gone"), new_folder(target) as partial:
+        (partial / "weights").write_text("third")
+    assert tree(tmp_path) == {"model": b"", "model/weights": b"first"}

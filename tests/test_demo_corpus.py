@@ -22,9 +22,7 @@ def corpus() -> demo.Corpus:
 def packages(texts: tuple[str, ...]) -> set[str]:
     """Top-level names of the modules whose documents these are."""
     titles = (text.partition("\n")[0] for text in texts)
-    return {
-        title.removeprefix("Module ").partition(".")[0] for title in titles if title.startswith("Module ")
-    }
+    return {title.removeprefix("Module ").partition(".")[0] for title in titles if title.startswith("Module ")}
 
 
 def long_paragraphs(texts: tuple[str, ...]) -> set[str]:
@@ -91,9 +89,7 @@ def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest
         demo.standard_library_corpus()
 
 
-def test_written_files_hold_the_corpus(
-    corpus: demo.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_files_hold_the_corpus(corpus: demo.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "standard_library_corpus", lambda: corpus)
     folder = tmp_path / "new" / "corpus"
     paths = demo.write_corpus(folder)
@@ -116,20 +112,15 @@ def test_model_predicts_held_out_text(corpus: demo.Corpus) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert len(tokenizer) == model.config.vocab_size == 2048
 
-    starts = [tokenizer(text, truncation=True, max_length=257)["input_ids"] for text in corpus.held_out]
-    windows = torch.tensor([tokens for tokens in starts if len(tokens) == 257][:16])
-    assert len(windows) == 16 and bool((windows[:, 0] == 0).all())
+    rows = tokenizer(list(corpus.held_out), verbose=False)["input_ids"]
+    tokens = torch.tensor([token for row in rows for token in row])
+    windows = tokens.unfold(0, 257, 256)[::20]  # some 16 of them, from all over the held-out text
     with torch.inference_mode():
         logits = model(windows[:, :-1]).logits
-    targets = windows[:, 1:].flatten()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
-    # The best that token frequencies alone can do, even when taken from these very windows.
-    frequency = torch.bincount(targets, minlength=2048) / len(targets)
-    unigram = math.exp(-frequency[targets].log().mean().item())
-    perplexity = math.exp(losses.mean().item())
-    assert perplexity < unigram / 5
-    # With its context, the model is far better in the second half of a window than at the start.
-    by_position = losses.view(16, 256).mean(dim=0)
-    assert by_position[128:].mean() < by_position[:32].mean() - 0.3
-    print(perplexity, unigram, by_position.view(8, 32).mean(1))
+    # The best that token frequencies alone can do, even when taken from the held-out text itself. Bigram counts
+    # of the training text bring it down to a fifth; the shipped model is at a thirteenth.
+    frequency = torch.bincount(tokens, minlength=2048) / len(tokens)
+    unigram = math.exp(-frequency[tokens].log().mean().item())
+    assert math.exp(loss.item()) < unigram / 8

@@ -38,7 +38,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"regrow: {error}", file=sys.stderr)
+        print("regrow:", " ".join(str(error).split()), file=sys.stderr)  # libraries' reasons may have several lines
         sys.exit(2)
 
 
@@ -134,7 +134,7 @@ def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Trust = Fa
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help=f"Text to evaluate on. {SOURCE_HELP}")],
-    window: Annotated[list[int] | None, typer.Option(help="Tokens in a window (default 256); may be repeated.")] = None,
+    window: Annotated[list[str] | None, typer.Option(help="Tokens in a window (default 256); may be repeated.")] = None,
     bos: Annotated[
         str, typer.Option(help="Where BOS goes: document, once (as the literature does with WikiText-2), none.")
     ] = "document",
@@ -145,7 +145,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL's perplexity on a text."""
-    lengths = window or [256]
+    lengths = [_number("--window", text, int) for text in window or ["256"]]
     if min(lengths) < 2:
         raise InputError(f"--window {min(lengths)}: a window needs at least 2 tokens")
     if bos not in ("document", "once", "none"):
@@ -205,11 +205,10 @@ def bench(
                 name, f"{results['size'][name]['total']:,}", str(one["batch"]), f"{one['prefill']['median']:,.0f}",
                 f"{one['decode']['median']:,.0f}", f"{results['memory'][name]['peak_bytes'] / 2**20:,.0f} MiB",
             )  # fmt: skip
-    console = Console()
-    console.print(table)
+    Console().print(table, markup=False)
     for name, each in results["speedup"].items():
         for one in each:
-            console.print(f"{name}: batch {one['batch']}: prefill {one['prefill']:.2f}×, decode {one['decode']:.2f}×")
+            print(f"{name}: batch {one['batch']}: prefill {one['prefill']:.2f}×, decode {one['decode']:.2f}×")
 
 
 @app.command()
@@ -238,12 +237,15 @@ def demo(
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "regrow",
 ) -> None:
     """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, about two minutes."""
-    settings = {"sparsity": _number("--sparsity", sparsity, float), "steps": _number("--steps", steps, int)}
+    from regrow.recipe import load_recipe
+
+    share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
+    load_recipe(recipe, {"pruning.sparsity": share, "training.steps": count})  # before the corpus is gathered
     _quiet()
     with _progress() as progress:
         from regrow.demo.show import run_demo
 
-        result = run_demo(out, recipe, settings["sparsity"], settings["steps"], progress)
+        result = run_demo(out, recipe, share, count, progress)
     _summary(result.results, result.folder)
 
 
@@ -253,12 +255,14 @@ def _number(option: str, text: str | None, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise InputError(f"{option} {text!r}: give a number") from error
+        raise InputError(f"{option} {text!r}: give a {'whole ' if kind is int else ''}number") from error
 
 
 def _quiet() -> None:
     """Keep the libraries' chatter off the screen; what matters of it comes back as an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a write that fails does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,7 +60,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -80,21 +89,25 @@ def claim_folder(path: Path) -> bool:
     return earlier
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def storage_errors() -> Iterator[None]:
     """Turn a full disk or a read-only folder into a message for the person."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"no space left to write {error.filename or 'the results'}; free some and run again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"{error.filename}: {error.strerror}; choose a folder that can be written") from error
+    except InputError:
         raise
     except Exception as error:
-        # The safetensors writer reports the operating system's error as text.
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-            raise InputError("no space left to write the checkpoint; free some and run again") from error
+        # The writers of safetensors and tokenizers are Rust: they give the operating system's error as text.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        name = getattr(error, "filename", None)
+        if number in FULL:
+            raise InputError(f"no space left to write {name or 'the results'}; free some and run again") from error
+        if number in NOT_WRITABLE:
+            reason = os.strerror(number)
+            raise InputError(f"{name or 'the results'}: {reason}; choose a folder that can be written") from error
         raise

@@ -1,11 +1,21 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no remote code."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from regrow.data.source import looks_like_path
 from regrow.errors import InputError
 
 
@@ -19,9 +29,9 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not to be had here") from error
+        raise InputError(f"device {name!r} is not to be had here; choose cpu, cuda, cuda:1, … or auto") from error
     return device
 
 
@@ -38,15 +48,37 @@ def load_model(
         InputError: if there is no such model, it is not a causal LM, or its files are damaged.
     """
     config = load_config(name, trust_remote_code)
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise InputError(
+            f"{name} holds no weights as safetensors (a pickle such as pytorch_model.bin can run code and is not read); "
+            "convert it, or give another checkpoint"
+        )
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        # Without `ignore_mismatched_sizes` a tensor that does not fit is an error that does not say which one.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights of {name} are damaged or missing: {_reason(error)}; get them anew") from error
     except Exception as error:
-        raise InputError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+    _check_complete(name, report)
     return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model of which transformers has filled a part with random numbers."""
+    wrong = [f"there is no {key}" for key in sorted(report["missing_keys"])] + [
+        f"{key} is {list(stored)}, not {list(wanted)}" for key, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        raise InputError(
+            f"weights of {name} do not fit its config.json: {wrong[0]} ({len(wrong)} such tensors); get both anew"
+        )
 
 
 def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -56,26 +88,23 @@ def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel
         InputError: as `load_model`.
     """
     config = load_config(name, trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(f"config.json of {name} describes no model that can be built: {_reason(error)}") from error
     return model
 
 
 def load_config(name: str, trust_remote_code: bool = False):  # type: ignore[no-untyped-def]
     """The config of a causal LM; see `load_model`."""
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise InputError(f"there is no model folder {name}")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{name} holds no config.json; give the folder of a Hugging Face checkpoint")
+    own_code = "auto_map" in _read_config(name)
+    if own_code and not trust_remote_code:
+        raise _own_code(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise InputError(
-            f"model {name} is neither a usable folder nor to be had from the hub: {_first_line(error)}"
-        ) from error
-    own_code = "auto_map" in config.to_dict()
-    if own_code and not trust_remote_code:
-        raise InputError(f"{name} brings Python files of its own; read them, then say --trust-remote-code")
+        raise InputError(f"config.json of {name} cannot be used: {_reason(error)}") from error
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
     supported = own_code or any(name in causal for name in named)
@@ -84,16 +113,51 @@ def load_config(name: str, trust_remote_code: bool = False):  # type: ignore[no-
     return config
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _own_code(name: str) -> InputError:
+    return InputError(
+        f"{name} runs Python files of its own; read them, then give --trust-remote-code to inspect, evaluate or "
+        "bench it (prune takes no such models)"
+    )
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """`config.json` as it stands: the first thing that is read of a model, whatever is wanted of it."""
+    path = Path(name)
+    if path.is_file():
+        raise InputError(f"{name} is a file; give the folder of a Hugging Face checkpoint")
+    if looks_like_path(name) and not path.is_dir():
+        raise InputError(f"there is no model folder {name}; give a checkpoint's folder, or a repository on the hub")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        described: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
+    except Exception as error:
+        if path.is_dir():
+            raise InputError(f"config.json of {name} cannot be read: {_reason(error)}; get it anew") from error
+        raise InputError(
+            f"there is no folder {name}, and no model of that name comes from the hub: {_reason(error)}; "
+            "check the name and the connection"
+        ) from error
+    if not isinstance(described, dict):
+        raise InputError(f"config.json of {name} is not a JSON object; get it anew")
+    return described
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model.
 
     Raises:
         InputError: if there is none, or it is damaged.
     """
+    described = _read_config(name)
+    if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+        raise InputError(f"{name} holds no tokenizer; put tokenizer.json and tokenizer_config.json of its model there")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise InputError(f"{name} has no usable tokenizer: {_first_line(error)}") from error
+        if "auto_map" in described and not trust_remote_code:
+            raise _own_code(name) from error
+        raise InputError(f"tokenizer of {name} cannot be used: {_reason(error)}; get its files anew") from error
     return tokenizer
 
 
@@ -112,7 +176,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = model.get_parameter(_embedding_name(model)).shape[0]
     if len(tokenizer) > rows:
         raise InputError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}; they do not belong together"
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}; put the model's own there"
         )
 
 
@@ -121,6 +185,8 @@ def _embedding_name(model: PreTrainedModel) -> str:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    words = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return words.rstrip(".") or type(error).__name__

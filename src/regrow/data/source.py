@@ -1,6 +1,7 @@
 """Documents from files and from data sets on the hub."""
 
 import bisect
+import glob
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,14 @@ HUB_NAMES = {
 HUB_LIMIT = 100_000
 """Documents read of a data set on the hub, which may have no end."""
 
+FORMS = {".jsonl": "one JSON object a line", ".json": "an array of JSON objects", ".parquet": "a Parquet table"}
+"""Files of records, by suffix, and what such a file must be."""
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that may be a path or a repository on the hub can only be a path."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
 
 def load_documents(source: str, text_field: str = "text", split: str = "train") -> list[str]:
     """The documents of a source, blank ones dropped.
@@ -35,11 +44,12 @@ def load_documents(source: str, text_field: str = "text", split: str = "train") 
         InputError: if the source is not there, cannot be read, or holds no text.
     """
     path = Path(source)
-    if path.suffix in (".txt", ".raw", ".jsonl", ".json", ".parquet") and not path.is_file():
-        raise InputError(f"there is no text file {source}")
+    suffix = path.suffix.lower()
     if path.is_dir():
-        raise InputError(f"{source} is a folder; give a .txt, .jsonl, .json or .parquet file")
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+        raise InputError(f"{source!r} is a folder; give a .txt, .jsonl, .json or .parquet file")
+    if not path.is_file() and (suffix in (".txt", ".raw", *FORMS) or looks_like_path(source)):
+        raise InputError(f"there is no text file {source}; check its path")
+    if suffix in FORMS:
         documents = _from_records(path, text_field)
     elif path.is_file():
         documents = _from_text(path)
@@ -47,7 +57,7 @@ def load_documents(source: str, text_field: str = "text", split: str = "train") 
         documents = _from_hub(source, text_field, split)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise InputError(f"{source} holds no text")
+        raise InputError(f"{source} holds no text; give another file or data set")
     return documents
 
 
@@ -64,16 +74,24 @@ def _from_text(path: Path) -> list[str]:
 def _from_records(path: Path, text_field: str) -> list[str]:
     import datasets
 
+    if not path.stat().st_size:
+        return []
+    suffix = path.suffix.lower()
     datasets.disable_progress_bars()
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty")
     try:
-        records = datasets.load_dataset(kind, data_files=str(path), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"{path} is not a valid {path.suffix} file: {reason}") from error
-    return list(_field_of(records, records.column_names, text_field, str(path)))
+        kind = "parquet" if suffix == ".parquet" else "json"
+        builder = datasets.load_dataset_builder(kind, data_files=glob.escape(str(path)))
+        builder.download_and_prepare()
+        if not builder.info.splits["train"].num_examples:
+            return []
+        return list(_field_of(builder.as_dataset("train"), text_field, str(path)))
+    except InputError:
+        raise
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise InputError(f"{path} cannot be read: {cause.strerror or _reason(cause)}") from error
+        raise InputError(f"{path} is not {FORMS[suffix]}: {_reason(cause)}") from error
 
 
 def _from_hub(source: str, text_field: str, split: str) -> list[str]:
@@ -83,22 +101,33 @@ def _from_hub(source: str, text_field: str, split: str) -> list[str]:
     repository, default = HUB_NAMES.get(name, (name, None))
     try:
         records = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
+        return list(itertools.islice(_field_of(records, text_field, source), HUB_LIMIT))
+    except InputError:
+        raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{source!r} is neither a file nor a data set that can be loaded from the hub: {reason}"
+            f"there is no file {source}, and no data set of that name comes from the hub: {_reason(error)}; "
+            "check the name and the connection"
         ) from error
-    columns = records.column_names or []
-    return list(itertools.islice(_field_of(records, columns, text_field, source), HUB_LIMIT))
 
 
-def _field_of(records: Iterable[dict[str, object]], columns: Sequence[str], field: str, source: str) -> Iterator[str]:
-    if field not in columns:
-        raise InputError(f"{source} has no field {field!r}; it has {', '.join(columns)}: set data.text_field")
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _field_of(records: Iterable[dict[str, object]], field: str, source: str) -> Iterator[str]:
     for record in records:
+        if field not in record:
+            raise InputError(
+                f"{source} has no field {field!r} but {', '.join(record)}; say which one with "
+                "--set data.text_field=… (evaluate: --text-field)"
+            )
         text = record[field]
-        if text is not None:
-            yield str(text)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"{source}: field {field!r} holds values of type {type(text).__name__}, not text; choose another field")
+        yield text
 
 
 def split_documents(documents: Sequence[str], shares: Sequence[float], seed: int) -> list[list[str]]:
@@ -122,5 +151,5 @@ def split_documents(documents: Sequence[str], shares: Sequence[float], seed: int
         starts.append(max(bisect.bisect_left(reached, bound * reached[-1]) + 1, starts[-1] + 1))
     parts = [pieces[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
     if not all(parts):
-        raise InputError("the text is too short to hold some of it out; give more text, or data.eval_source")
+        raise InputError("the text is too short to hold some of it out; give more text, or --eval-data")
     return [["".join(part)] for part in parts] if join else parts

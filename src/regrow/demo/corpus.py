@@ -29,10 +29,8 @@ MIN_DOCUMENT_CHARS = 200
 MIN_DOCUMENTS = 100
 
 # Folders without prose of their own: test suites, character tables, bundled applications.
-_SKIPPED_FOLDERS = frozenset(
-    ["__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib-dynload", "pydoc_data"]
-    + ["site-packages", "test", "tests", "turtledemo"]
-)
+_SKIPPED_FOLDERS = {"__pycache__", "encodings", "idlelib", "lib-dynload", "pydoc_data", "turtledemo"}
+_SKIPPED_FOLDERS |= {"dist-packages", "idle_test", "site-packages", "test", "tests"}
 
 # A paragraph this long that occurs a second time is a copy, not a coincidence.
 _MIN_COPY_CHARS = 60

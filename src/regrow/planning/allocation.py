@@ -59,7 +59,8 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
         groups: the groups of the original model.
         plan: what stays so far.
         scores: group name -> one score per original unit, higher stays; those of removed units are ignored.
-        fraction: how far to go; 1 reaches the target exactly.
+        fraction: how far to go; 1 reaches the target exactly. Below 1 each group goes to the nearest unit, so
+            that a layer of few heads does not lose them all at the very end.
 
     Raises:
         InputError: if the target is out of reach.
@@ -69,7 +70,7 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
     final = final_counts(groups, gone, present, pruning)
     keep = {}
     for name, count in final.items():
-        now = max(gone[name], count if fraction >= 1 else math.floor(count * fraction))
+        now = max(gone[name], math.floor(count * fraction + 0.5))
         order = torch.argsort(present[name], stable=True)[now - gone[name] :]
         keep[name] = [plan.groups[name].keep[position] for position in order.tolist()]
     return plan.keeping(keep)

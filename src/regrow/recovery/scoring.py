@@ -60,7 +60,7 @@ class Scorer:
 
     def close(self) -> None:
         """Leave the model as it was found."""
-        if "gate" in self.criterion.needs and not self.model.is_gradient_checkpointing:
+        if "gate" in self.criterion.needs and not self.model.is_activation_checkpointing:
             self.model.disable_input_require_grads()
         self._require_weight_gradients([], False)
 

@@ -1,0 +1,25 @@
+"""Everything that must hold before a change lands: lint, format, types, tests."""
+
+import subprocess
+import sys
+
+CHECKS = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy",),
+    ("pytest", "--numprocesses=2"),
+)
+
+
+def main() -> int:
+    """Run all checks, in order, and stop at the first that fails."""
+    for module, *arguments in CHECKS:
+        print(f"== {module} {' '.join(arguments)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
