@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -119,56 +116,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# --- checkpoints and texts on disk, and the command line in processes of its own ---------------
-
-SENTENCES = (
-    "The river carried the old boat past the mill and under the bridge.",
-    "She counted the apples twice, and there were still seven of them.",
-    "No one had told the baker that winter would come early this year.",
-    "A map is no use to a traveller who does not know where he stands.",
-    "When the rain stopped, the children ran out to look for snails.",
-)
-TINY_LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # not hidden_size / num_attention_heads
-    "vocab_size": 320,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def write_tokenizer(folder: Path, vocabulary: int = 320) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `<s>` and `</s>`, trained on a few sentences, saved in `folder`."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(SENTENCES, vocabulary, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer LLaMA with grouped queries, and its tokenizer, as a checkpoint's folder. Do not change it."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JSON Lines file of sixty short documents. Do not change it."""
-    file = tmp_path_factory.mktemp("texts") / "tiny.jsonl"
-    chance = random.Random(0)
-    documents = [" ".join(chance.choices(SENTENCES, k=12)) for _ in range(60)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return file
+# --- the command line, in processes of its own --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -194,7 +142,7 @@ cli._quiet()
 import datasets, torch, transformers
 import regrow.measure, regrow.report.terminal, regrow.run, regrow.terminal
 with torch.device("meta"):
-    regrow.find_groups(transformers.LlamaForCausalLM(transformers.LlamaConfig(**json.loads(sys.argv[1]))))
+    regrow.find_groups(transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1)))
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
@@ -229,7 +177,7 @@ class CommandLine:
         self._scratch = scratch
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self._server = subprocess.Popen(
-            [sys.executable, "-c", COMMAND_LINE, json.dumps(TINY_LLAMA)],
+            [sys.executable, "-c", COMMAND_LINE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -263,11 +211,12 @@ class CommandLine:
 
 
 @pytest.fixture(scope="session")
-def regrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """The command line, as a function: `regrow("inspect", folder)`."""
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """The command line, as a function: `command("inspect", folder)`."""
     line = CommandLine(tmp_path_factory.mktemp("command-line"))
     yield line
     line.close()
+
 
 STORY = (
     "Once upon a time a gardener cut the old tree back to its trunk, and in spring the tree grew again. "

@@ -35,7 +35,7 @@ def pruned(family: str, keep_of) -> tuple:
 def save(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     make_tokenizer(folder.parent / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
-    save_checkpoint(model, tokenizer, folder, dtype=dtype, shard_size="20KB", card="# a card\n")
+    save_checkpoint(model, tokenizer, folder, dtype=dtype, shard_size="20KB", extras={"README.md": "# a card\n"})
     return folder
 
 

@@ -162,9 +162,8 @@ def evaluate(
         print(json.dumps(results, indent=2))
         return
     for name, one in results["perplexity"].items():
-        print(
-            f"{name}: perplexity {one['value']:.4f} ({one['tokens']:,} tokens in {one['windows']:,} windows, BOS {one['bos']})"
-        )
+        text = f"{one['tokens']:,} tokens in {one['windows']:,} windows, BOS {one['bos']}"
+        print(f"{name}: perplexity {one['value']:.4f} ({text})")
 
 
 @app.command()

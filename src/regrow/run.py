@@ -6,11 +6,12 @@ A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.jso
 Every file appears whole or not at all.
 """
 
-import math
+import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,15 @@ from regrow.checkpoint.shape import check_expressible, pruned_config
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
-from regrow.data.tokens import Windows, batches, make_windows
+from regrow.data.tokens import Windows, make_windows
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, held_out_nll
+from regrow.evaluation.compare import compare
 from regrow.planning.allocation import final_counts
 from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, dump_recipe, load_recipe
-from regrow.recovery.learner import Learner
-from regrow.recovery.pruner import CutEvent, Pruner
+from regrow.recovery.pruner import CutEvent
+from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.groups import Groups, find_groups
@@ -65,15 +66,6 @@ class Result:
     def model(self) -> Path:
         """The checkpoint's folder."""
         return self.folder / "model"
-
-
-@dataclass
-class History:
-    """What happened during training, for the report."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    validations: list[dict[str, float]] = field(default_factory=list)
-    cuts: list[dict[str, float]] = field(default_factory=list)
 
 
 def prune(
@@ -140,7 +132,6 @@ class _Run:
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
-        self.history = History()
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._stage = ("", self._started)
@@ -170,27 +161,16 @@ class _Run:
         self.begin("attach LoRA")
         lora = recipe.lora
         attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
-        plan, groups, training = self.train(model, find_groups(model), text)
-        write_json(self.folder / "plan.json", plan.to_json())
-
+        trained = self.train(model, text)
         self.begin("merge and save")
         merge_lora(model)
-        model.config = pruned_config(model.config, whole, groups)
-        card = model_card(self.name, recipe, plan)
-        save_checkpoint(
-            model, tokenizer, self.folder / "model",
-            dtype=self.output_dtype(), shard_size=recipe.output.shard_size, card=card,
-        )  # fmt: skip
+        model.config = pruned_config(model.config, whole, trained.groups)
+        self.save(model, tokenizer, trained.plan)
         self.begin("verify in a fresh process")
-        verification = verify_checkpoint(model, self.folder / "model", text.validation.ids_NT[:2, :128])
-        if not verification.passed:
-            raise InputError(
-                f"the saved checkpoint does not compute what the model in memory does: logits differ by "
-                f"{verification.difference:.3g}, allowed {verification.allowed:.3g}"
-            )
+        verification = self.verify(model, text)
         del model
-        results = self.evaluate(plan, tokenizer, text, verification, training)
-        return self.report(plan, results)
+        results = self.evaluate(trained, tokenizer, text, verification)
+        return self.report(trained, results)
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """Close the books of the stage before, open the next."""
@@ -243,83 +223,55 @@ class _Run:
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
 
-    def train(self, model: PreTrainedModel, groups: Groups, text: Text) -> tuple[Plan, Groups, dict[str, Any]]:
-        """`[score → plan → cut → adapt]*`, then recovery, in one loop of LoRA steps."""
-        recipe, training = self.recipe, self.recipe.training
-        learner = Learner(model, training, batches(text.train, training.batch_size, recipe.seed))
-        calibration = batches(text.train, training.batch_size, recipe.seed + 1)
-        best: tuple[float, int, list[torch.Tensor]] = (math.inf, 0, [])
-        waited = 0
-        with Pruner(model, groups, recipe, learner, calibration, self.record_cut) as pruner:
-            if 0 in pruner.events or recipe.pruning.calibration_batches:
-                self.begin("score", recipe.pruning.calibration_batches)
-                pruner.calibrate(lambda: self.progress.advance())
-            self.begin("train", training.steps)
-            began = time.perf_counter()
-            for step in range(training.steps):
-                pruner.before_step(step)
-                if step % training.eval_interval == 0 and pruner.finished:
-                    best, waited = self.validate(model, text, learner, step, best, waited)
-                    if training.patience and waited >= training.patience:
-                        self.progress.say(f"no better validation loss for {waited} validations; stopped at step {step}")
-                        break
-                loss = pruner.train_step()
-                seconds = time.perf_counter() - began
-                self.history.steps.append({"step": step, "loss": loss, "seconds": round(seconds, 3)})
-                self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
-            pruner.before_step(training.steps)
-            pruner.finish()
-        if training.steps:
-            best, _ = self.validate(model, text, learner, training.steps, best, waited)
-            learner.restore(best[2])
-            self.progress.say(f"best validation loss {best[0]:.4f} at step {best[1]}")
-        self.save_training(learner, model)
-        trained = sum(parameter.numel() for parameter in learner.parameters)
-        summary = {
-            "steps": learner.step_number,
-            "tokens": learner.step_number * training.batch_size * training.accumulate * text.train.length,
-            "learning_rate": learner.learning_rate,
-            "trainable_parameters_at_the_end": trained,
-            "skipped_updates": learner.skipped,
-            "best_step": best[1],
-            "best_validation_loss": best[0] if math.isfinite(best[0]) else None,
-            "train_windows": len(text.train),
-            "train_sha256": text.train.sha256,
-        }
-        return pruner.plan, pruner.groups, summary
+    def train(self, model: PreTrainedModel, text: Text) -> Trained:
+        """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters."""
+        self.begin("train")
+        trained = train(
+            model,
+            find_groups(model),
+            self.recipe,
+            text.train,
+            text.validation,
+            self.progress,
+            on_cut=self.record_cut,
+            on_validation=lambda history: write_json(self.folder / "history.json", vars(history)),
+        )
+        write_bytes(self.folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
+        return trained
 
     def record_cut(self, event: CutEvent) -> None:
         """Write down an event's plan and scores."""
-        sparsity = event.plan.sparsity
-        self.history.cuts.append({"step": event.step, "fraction": event.fraction, **sparsity.model_dump()})
         write_bytes(self.folder / "scores.safetensors", tensors_to_bytes(event.scores))
         write_json(self.folder / "plan.json", event.plan.to_json())
 
-    def validate(
-        self,
-        model: PreTrainedModel,
-        text: Text,
-        learner: Learner,
-        step: int,
-        best: tuple[float, int, list[torch.Tensor]],
-        waited: int,
-    ) -> tuple[tuple[float, int, list[torch.Tensor]], int]:
-        """Validation loss; the best adapters so far, and for how many validations they have been the best."""
-        loss = held_out_nll(model, text.validation, self.recipe.training.batch_size)
-        self.history.validations.append({"step": step, "loss": loss})
-        write_json(self.folder / "history.json", vars(self.history))
-        if loss < best[0]:
-            return (loss, step, learner.snapshot()), 0
-        return best, waited + 1
-
-    def save_training(self, learner: Learner, model: PreTrainedModel) -> None:
-        """Adapters and history, as the merge will use them."""
-        names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-        write_bytes(
-            self.folder / "adapters.safetensors",
-            tensors_to_bytes(dict(zip(names, learner.snapshot(), strict=True))),
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+        """The checkpoint, with its plan and card inside."""
+        save_checkpoint(
+            model,
+            tokenizer,
+            self.folder / "model",
+            dtype=self.output_dtype(),
+            shard_size=self.recipe.output.shard_size,
+            extras={
+                "README.md": model_card(self.name, self.recipe, plan),
+                "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
+            },
         )
-        write_json(self.folder / "history.json", vars(self.history))
+
+    def verify(self, model: PreTrainedModel, text: Text) -> Verification:
+        """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
+        folder = self.folder / "model"
+        try:
+            verification = verify_checkpoint(model, folder, text.validation.ids_NT[:2, :128])
+            if not verification.passed:
+                raise InputError(
+                    f"the saved checkpoint does not compute what the model in memory does: logits differ by "
+                    f"{verification.difference:.3g}, allowed {verification.allowed:.3g}"
+                )
+        except InputError:
+            shutil.rmtree(folder)
+            raise
+        return verification
 
     def output_dtype(self) -> torch.dtype:
         """What the checkpoint is stored in."""
@@ -329,15 +281,11 @@ class _Run:
         return dtype
 
     def evaluate(
-        self,
-        plan: Plan,
-        tokenizer: PreTrainedTokenizerBase,
-        text: Text,
-        verification: Verification,
-        training: dict[str, Any],
+        self, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text, verification: Verification
     ) -> dict[str, Any]:
         """Dense, cut and recovered, all measured alike."""
         self.begin("evaluate")
+        plan = trained.plan
         device = pick_device(self.recipe.device)
         measured = compare(
             self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
@@ -353,23 +301,23 @@ class _Run:
             | plan.sparsity.model_dump(),
             "widths": {name: len(group.keep) for name, group in plan.groups.items()},
             **measured,
-            "training": training,
+            "training": trained.summary,
             "verification": verification.to_json(),
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
             "machine": machine(device),
         }
 
-    def report(self, plan: Plan, results: dict[str, Any]) -> Result:
+    def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        text = write_report(results, self.history.cuts, self.history.validations)
+        text = write_report(results, trained.history.cuts, trained.history.validations)
         write_text(self.folder / "report.md", text)
-        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, plan, results))
+        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
         write_json(
             self.folder / RUN_FILE,
             {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
         )
-        return Result(self.folder, plan, results)
+        return Result(self.folder, trained.plan, results)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

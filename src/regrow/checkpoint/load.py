@@ -50,15 +50,14 @@ def load_model(
     config = load_config(name, trust_remote_code)
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
         raise InputError(
-            f"{name} holds no weights as safetensors (a pickle such as pytorch_model.bin can run code and is not read); "
-            "convert it, or give another checkpoint"
+            f"{name} holds no weights as safetensors; convert its pytorch_model.bin (never read here, for a pickle can "
+            "run code), or give another checkpoint"
         )
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
-    model: PreTrainedModel
     try:
         # Without `ignore_mismatched_sizes` a tensor that does not fit is an error that does not say which one.
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -66,8 +65,9 @@ def load_model(
         raise InputError(f"weights of {name} are damaged or missing: {_reason(error)}; get them anew") from error
     except Exception as error:
         raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
+    model, report = loaded
     _check_complete(name, report)
-    return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+    return model.to(device).eval()  # type: ignore[no-any-return]
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Write a cut and merged model as a plain Hugging Face checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -48,11 +49,14 @@ def save_checkpoint(
     *,
     dtype: torch.dtype,
     shard_size: str,
-    card: str,
+    extras: Mapping[str, str],
 ) -> None:
-    """Write weights, config, generation config, tokenizer and model card; the folder appears whole or not at all.
+    """Write weights, config, generation config and tokenizer; the folder appears whole or not at all.
 
     The parameters are converted to `dtype` in place: what is in memory afterwards is what was saved.
+
+    Args:
+        extras: further text files (model card, plan), by name.
     """
     for parameter in model.parameters():  # not the buffers: rotary tables stay as precise as a reload makes them
         parameter.data = parameter.data.to(dtype)
@@ -61,7 +65,8 @@ def save_checkpoint(
         model.save_pretrained(partial, max_shard_size=shard_size)
         _name_the_class(partial, model.config)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in extras.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
 
 def _name_the_class(folder: Path, config: PretrainedConfig) -> None:

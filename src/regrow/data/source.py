@@ -126,7 +126,9 @@ def _field_of(records: Iterable[dict[str, object]], field: str, source: str) -> 
         if text is None:
             continue
         if not isinstance(text, str):
-            raise InputError(f"{source}: field {field!r} holds values of type {type(text).__name__}, not text; choose another field")
+            raise InputError(
+                f"{source}: field {field!r} holds values of type {type(text).__name__}, not text; choose another field"
+            )
         yield text
 
 

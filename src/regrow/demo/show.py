@@ -8,6 +8,8 @@ from regrow.demo.corpus import write_corpus
 from regrow.progress import Progress
 from regrow.run import Result, prune
 
+PROMPTS = ("Return a list of", "Raised when")
+
 
 def model_folder() -> Path:
     """Where the demo's checkpoint lies in the package."""
@@ -32,6 +34,6 @@ def run_demo(out: Path, recipe: str, sparsity: float, steps: int, progress: Prog
             eval_data=str(held_out),
             sparsity=sparsity,
             steps=steps,
-            overrides={"evaluation.max_windows": 256},
+            overrides={"evaluation.max_windows": 256, "evaluation.prompts": list(PROMPTS)},
             progress=progress,
         )

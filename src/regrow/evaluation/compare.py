@@ -1,6 +1,7 @@
 """Dense against pruned: the same text, windows, prompts and clock for both."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,23 +92,26 @@ def compare(
     protocols = protocol_windows(documents, tokenizer, source, recipe)
     own_code = needs_remote_code(Path(pruned_name))
     dense, pruned = load_model(dense_name, device), load_model(pruned_name, device, trust_remote_code=own_code)
-    quality = {"dense": measure_perplexities(dense, protocols, progress)}
-    with plan_as_gates(dense, plan):
-        quality["cut"] = measure_perplexities(dense, protocols, progress)
-    quality["pruned"] = measure_perplexities(pruned, protocols, progress)
+    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
+    quality: dict[str, Any] = {}
+    completions: dict[str, list[str]] = {}
+    contenders = (
+        ("dense", dense, nullcontext()),
+        ("cut", dense, plan_as_gates(dense, plan)),
+        ("pruned", pruned, nullcontext()),
+    )
+    for kind, model, around in contenders:
+        with around:
+            quality[kind] = measure_perplexities(model, protocols, progress)
+            completions[kind] = [complete(model, tokenizer, prompt) for prompt in prompts]
     results: dict[str, Any] = {
         "perplexity": quality,
         "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
         "size": {"dense": asdict(measure_size(dense)), "pruned": asdict(measure_size(pruned))},
     }
-    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
     results["completions"] = [
-        {
-            "prompt": prompt,
-            "dense": complete(dense, tokenizer, prompt),
-            "pruned": complete(pruned, tokenizer, prompt),
-        }
-        for prompt in prompts
+        {"prompt": prompt, **{kind: texts[number] for kind, texts in completions.items()}}
+        for number, prompt in enumerate(prompts)
     ]
     if wanted.speed:
         progress.stage("speed")

@@ -116,13 +116,8 @@ def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
 
 
 def _completion(item: dict[str, str]) -> str:
-    return "\n\n".join(
-        [
-            f"> {_quoted(item['prompt'])}",
-            f"**dense:** {_quoted(item['dense'])}",
-            f"**pruned:** {_quoted(item['pruned'])}",
-        ]
-    )
+    kinds = (f"**{kind}:** {_quoted(text)}" for kind, text in item.items() if kind != "prompt")
+    return "\n\n".join([f"> {_quoted(item['prompt'])}", *kinds])
 
 
 def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) -> str:

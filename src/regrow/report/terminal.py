@@ -36,7 +36,7 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
     )
     for item in results["completions"]:
         console.print(f"\n[b]prompt[/b] {_one_line(item['prompt'])}")
-        for kind in ("dense", "pruned"):
+        for kind in ("dense", "cut", "pruned"):
             console.print(f"[b]{kind}[/b] ", end="")
             console.print(_one_line(item[kind]), markup=False, highlight=False)
     console.print(

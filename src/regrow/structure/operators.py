@@ -136,7 +136,8 @@ def _expand(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any],
 
 
 def _slice(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
-    axis, start, stop, step = [*args, *[0, None, None, 1][len(args) :]]
+    defaults: list[Any] = [0, None, None, 1]
+    axis, start, stop, step = list(args) + defaults[len(args) :]
     if facet.shape[axis] == 1:
         return facet
     whole = (slice(None),) * (axis % facet.ndim)
