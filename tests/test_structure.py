@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.errors import InputError
 from regrow.recovery.learner import language_loss
-from regrow.structure.adapters import adapter_parameters, adapters_off, merge_lora
+from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.channels import reshape
 from regrow.structure.cut import cut, widths
 from regrow.structure.gates import GateMoments, Gates
@@ -179,7 +179,6 @@ def test_gate_gradient_is_the_weights_own(family: str) -> None:
     model = build(family).double()
     groups = with_lora(model)
     model.double().train()
-    model.enable_input_require_grads()
     with Gates(model, groups.groups) as gates:
         got = recorded(model, gates, IDS)
     merge_lora(model)
@@ -194,12 +193,21 @@ def test_gate_gradient_is_the_weights_own(family: str) -> None:
             torch.testing.assert_close(got[group.name][sample].double(), expected.detach(), rtol=2e-4, atol=1e-5)
 
 
+def test_a_gate_before_every_adapter_has_a_gradient_too() -> None:
+    model = build("llama-gqa")
+    attach_lora(model, find_groups(model).linears, rank=2, alpha=4, dropout=0.0, targets=["down_proj"])
+    groups = find_groups(model)
+    with Gates(model, groups.groups) as gates:
+        got = recorded(model, gates, IDS)
+    assert set(got) == {group.name for group in groups}
+    assert all(bool(c.any()) for c in got.values())
+
+
 @pytest.mark.parametrize("way", ["accumulated", "checkpointed", "scaled", "autocast"])
 def test_gate_gradient_does_not_depend_on_how_training_runs(way: str) -> None:
     model = build("llama-gqa")
     groups = with_lora(model)
     model.train()
-    model.enable_input_require_grads()
     with Gates(model, groups.groups) as gates:
         plain = recorded(model, gates, IDS)
         tolerance = 1e-4
@@ -224,7 +232,6 @@ def test_removing_a_unit_costs_what_its_gate_says_for_a_small_step() -> None:
     model = build("llama-gqa")
     groups = find_groups(model)
     model.double()
-    model.enable_input_require_grads()
     with Gates(model, groups.groups) as gates:
         c = recorded(model, gates, IDS)["layers.1.ffn"].sum(0)
         with torch.no_grad():

@@ -4,6 +4,7 @@ import bisect
 import glob
 import itertools
 import random
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,17 +81,20 @@ def _from_records(path: Path, text_field: str) -> list[str]:
     datasets.disable_progress_bars()
     try:
         kind = "parquet" if suffix == ".parquet" else "json"
-        builder = datasets.load_dataset_builder(kind, data_files=glob.escape(str(path)))
-        builder.download_and_prepare()
-        if not builder.info.splits["train"].num_examples:
-            return []
-        return list(_field_of(builder.as_dataset("train"), text_field, str(path)))
+        # A copy that outlives the reading would need a home that can be written, and room there.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            builder = datasets.load_dataset_builder(kind, data_files=glob.escape(str(path)), cache_dir=scratch)
+            builder.download_and_prepare()
+            if not builder.info.splits["train"].num_examples:
+                return []
+            return list(_field_of(builder.as_dataset("train"), text_field, str(path)))
     except InputError:
         raise
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
-            raise InputError(f"{path} cannot be read: {cause.strerror or _reason(cause)}") from error
+            where = tempfile.gettempdir()
+            raise InputError(f"{path} cannot be read: {cause.strerror} (it is unpacked in {where})") from error
         raise InputError(f"{path} is not {FORMS[suffix]}: {_reason(cause)}") from error
 
 

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ class Learner:
         self.skipped = 0
         self._skipped_in_a_row = 0
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+            with warnings.catch_warnings():  # newer 5.x has another name for it; this one serves all
+                warnings.simplefilter("ignore")
+                model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def autocast(self) -> AbstractContextManager[object]:
@@ -98,9 +100,10 @@ class Learner:
         for _ in range(self.training.accumulate):
             ids_BT = next(data).to(self.model.device)
             tokens = ids_BT[:, 1:].numel() * self.training.accumulate
-            with self.autocast, recording(tokens) if recording else nullcontext():
-                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-                loss = language_loss(logits_BTV, ids_BT) / self.training.accumulate
+            with recording(tokens) if recording else nullcontext():
+                with self.autocast:
+                    logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+                    loss = language_loss(logits_BTV, ids_BT) / self.training.accumulate
                 if not torch.isfinite(loss):
                     return math.nan
                 loss.backward()  # type: ignore[no-untyped-call]

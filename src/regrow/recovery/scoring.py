@@ -54,14 +54,9 @@ class Scorer:
         self.average = Average({name: group.units for name, group in plan.groups.items()}, decay)
         self.generator = torch.Generator().manual_seed(seed)
         self._moments: dict[str, GateMoments] = {}
-        if "gate" in criterion.needs:
-            # Gates before the first adapter get a gradient only if the embeddings have one.
-            model.enable_input_require_grads()
 
     def close(self) -> None:
         """Leave the model as it was found."""
-        if "gate" in self.criterion.needs and not self.model.is_activation_checkpointing:
-            self.model.disable_input_require_grads()
         self._require_weight_gradients([], False)
 
     def watch(self, groups: Groups) -> None:

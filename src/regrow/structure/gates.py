@@ -114,8 +114,10 @@ class Gates:
         value = self._values[name]
         gate = None if bool((value == 1).all()) else value[unit_of_column].to(x.device, x.dtype)
         sink = self._sink
-        if sink is None or not x.requires_grad:
+        if sink is None or not torch.is_grad_enabled():
             return args if gate is None else (x * gate, *args[1:])
+        if not x.requires_grad:  # nothing trainable comes before this gate: its gradient begins here
+            x = x.detach().requires_grad_(True)
 
         def report(product_BC: Tensor) -> None:
             units = torch.zeros(len(product_BC), len(value), device=product_BC.device)

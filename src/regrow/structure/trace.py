@@ -86,7 +86,6 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     layers = bones.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     bones.set_submodule(path, nn.ModuleList([layers[number] for number in keep]))
-    bones.activation_checkpointing_disable()
     bones.set_attn_implementation("eager")
     bones.eval()
     return bones

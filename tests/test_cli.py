@@ -1,0 +1,220 @@
+"""The command line when all is well: help, recipes, inspect, evaluate, bench, and where output goes."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from conftest import STAGE, CommandLine
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import regrow
+from regrow.cli import app
+from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
+from regrow.terminal import terminal_progress
+
+VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def leaves(tree: dict[str, object], prefix: str = "") -> set[str]:
+    """Dotted paths of all values of a tree."""
+    found = set()
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return found
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "regrow", "--help"], capture_output=True, text=True, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "regrow.cli" in imported
+    assert not imported & {"torch", "transformers", "datasets", "peft", "numpy", "pydantic"}
+
+
+def test_version(command: CommandLine) -> None:
+    done = command("--version")
+    assert (done.code, done.stdout, done.stderr) == (0, f"regrow {version('regrow')}\n", "")
+
+
+def test_help_names_every_verb(command: CommandLine) -> None:
+    assert VERBS == ["bench", "demo", "evaluate", "inspect", "prune", "recipes"]
+    for flag in ("-h", "--help"):
+        done = command(flag)
+        assert (done.code, done.stderr) == (0, "")
+        assert set(VERBS) <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_explains_every_option(verb: str, command: CommandLine) -> None:
+    done = command(verb, "--help")
+    assert (done.code, done.stderr) == (0, "")
+    shown = " ".join(done.stdout.split())
+    for parameter in typer.main.get_command(app).commands[verb].params:  # type: ignore[attr-defined]
+        assert parameter.help
+        assert max(parameter.opts, key=len).lstrip("-").lower() in shown.lower()
+        assert re.sub(r"\[/?b\]", "", parameter.help).split()[0] in shown
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_recipes_lists_what_ships(command: CommandLine) -> None:
+    done = command("recipes")
+    assert (done.code, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(shipped_recipes())
+    for line in done.stdout.splitlines():
+        assert line.split(maxsplit=1)[1] == load_recipe(line.split()[0]).description
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_printed_recipe_is_the_recipe(name: str, command: CommandLine, tmp_path: Path) -> None:
+    done = command("recipes", name)
+    assert (done.code, done.stderr) == (0, "")
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    printed = load_recipe(str(tmp_path / "printed.yaml"))
+    assert printed == load_recipe(name)
+    assert dump_recipe(printed) == done.stdout
+
+
+def test_explain_covers_every_key(command: CommandLine) -> None:
+    done = command("recipes", "--explain")
+    assert (done.code, done.stderr) == (0, "")
+    explained = dict(re.findall(r"^(\S+) = .*\n    (.+)$", done.stdout, re.MULTILINE))
+    assert set(explained) == leaves(Recipe().model_dump())
+    assert explained == {path: description for path, description, _ in explain_fields()}
+
+
+# --- inspect -------------------------------------------------------------------------------------
+
+
+def test_inspect_adds_up(command: CommandLine, checkpoint: Path) -> None:
+    done = command("inspect", checkpoint, "--json")
+    assert (done.code, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    blocks = [p.numel() for name, p in model.named_parameters() if "self_attn" in name or "mlp" in name]
+    assert sum(group["units"] * group["parameters_per_unit"] for group in found["groups"]) == sum(blocks)
+    assert found["block_parameters"] == sum(blocks)
+    assert found["total_parameters"] == sum(p.numel() for p in model.parameters())
+    # Two KV heads, each with two query heads, of 12 channels on a residual stream of 32; an FFN of 48 channels.
+    layers = range(model.config.num_hidden_layers)
+    shapes = {(g["layer"], g["kind"]): (g["units"], g["parameters_per_unit"]) for g in found["groups"]}
+    assert shapes == {(n, "attention"): (2, (2 + 1 + 1 + 2) * 12 * 32) for n in layers} | {
+        (n, "ffn"): (48, 3 * 32) for n in layers
+    }
+    assert len(found["layers"]) == len(layers)
+    assert sum(group["share_of_total"] for group in found["groups"]) == pytest.approx(
+        found["block_parameters"] / found["total_parameters"]
+    )
+
+
+def test_inspect_needs_no_weights(command: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    done = command("inspect", tmp_path)
+    assert (done.code, done.stderr) == (0, "")
+    whole = command("inspect", checkpoint)
+    assert whole.stdout == done.stdout
+    assert "layers.0" not in done.stdout
+    assert f"{3 * 18_432 // 2:,} in the blocks" in done.stdout
+
+
+# --- evaluate and bench --------------------------------------------------------------------------
+
+WINDOWS = ("--window", "32", "--window", "64", "--bos", "once", "--max-windows", "8")
+
+
+def test_evaluate_is_the_function(command: CommandLine, checkpoint: Path, text: Path) -> None:
+    done = command("evaluate", checkpoint, "--data", text, *WINDOWS, "--json")
+    assert done.code == 0
+    expected = regrow.evaluate(str(checkpoint), str(text), windows=(32, 64), bos="once", max_windows=8)
+    assert json.loads(done.stdout) == json.loads(json.dumps(expected))
+    assert [one["windows"] for one in expected["perplexity"].values()] == [8, 8]
+
+
+def test_results_and_progress_go_apart(command: CommandLine, checkpoint: Path, text: Path) -> None:
+    """Without a terminal: results on standard output, one plain line per stage on standard error."""
+    done = command("evaluate", checkpoint, "--data", text, *WINDOWS)
+    assert done.code == 0
+    assert re.fullmatch(
+        r"window-32: perplexity \d+\.\d{4} \(248 tokens in 8 windows, BOS once\)\n"
+        r"window-64: perplexity \d+\.\d{4} \(504 tokens in 8 windows, BOS once\)\n",
+        done.stdout,
+    )
+    assert done.stderr.splitlines() == ["perplexity, window 32 …", "perplexity, window 64 …"]
+    assert all(STAGE.fullmatch(line) for line in done.stderr.splitlines())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Terminal()
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal_progress() as progress:
+        progress.stage("load model")
+        progress.stage("train", 3)
+        progress.advance(2, "loss [2.5]")
+        progress.say("something [notable]")
+        progress.advance(1, "loss [1.5]")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    for words in ("load model", "1/1", "train", "3/3", "something [notable]", "loss [1.5]"):
+        assert words in shown
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, seconds = io.StringIO(), iter([0.0, 0.0, 4.0, 12.0, 13.0, 30.0])
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr("regrow.terminal.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with terminal_progress() as progress:
+        progress.stage("train", 10)
+        for _ in range(3):
+            progress.advance(2, "loss [2.5]")
+        progress.say("something [notable]")
+        progress.advance(2)
+    assert log.getvalue().splitlines() == [
+        "train …",
+        "train: 4/10, 18 s left, loss [2.5]",
+        "something [notable]",
+        "train: 8/10, 8 s left",
+    ]
+
+
+def test_bench_compares_both_models(command: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
+    smaller = tmp_path / "smaller[one]"  # what rich would take for markup
+    config = AutoConfig.from_pretrained(checkpoint, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(smaller)
+    quick = ("--batch", "1", "--batch", "2", "--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
+    done = command("bench", checkpoint, smaller, *quick)
+    assert done.code == 0
+    assert [line for line in done.stderr.splitlines() if STAGE.fullmatch(line)] == [
+        "load models …",
+        "speed …",
+        "memory …",
+    ]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    for name, (first, second) in ((checkpoint, rows[:2]), (smaller, rows[2:])):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(name).parameters())
+        assert first[:3] == [str(name), f"{parameters:,}", "1"]
+        assert second[:3] == [str(name), f"{parameters:,}", "2"]
+        assert all(float(cell.replace(",", "")) > 0 for cell in (*first[3:5], *second[3:5]))
+        assert first[5] == second[5]
+        assert first[5].endswith(" MiB")
+    ratios = re.findall(r"^(.+): batch (\d): prefill ([\d.]+)×, decode ([\d.]+)×$", done.stdout, re.MULTILINE)
+    assert [(name, batch) for name, batch, *_ in ratios] == [(str(smaller), "1"), (str(smaller), "2")]
