@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from regrow.checkpoint.files import claim_folder, new_folder, write_json
+from regrow.checkpoint.files import check_folder, new_folder, write_json
 from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import needs_remote_code, save_checkpoint
 from regrow.checkpoint.shape import layer_widths, pruned_config
@@ -148,13 +148,17 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 
 def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
-    assert not claim_folder(tmp_path / "new")
+    assert not check_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not check_folder(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
-        claim_folder(tmp_path / "full")
+        check_folder(tmp_path / "full")
+    with pytest.raises(InputError, match="is a file"):
+        check_folder(tmp_path / "full" / "thesis.txt")
     write_json(tmp_path / "new" / "run.json", {})
-    assert claim_folder(tmp_path / "new")
+    assert check_folder(tmp_path / "new")
 
 
 def test_the_tokenizer_is_loaded(checkpoint: Path) -> None:

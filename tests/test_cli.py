@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from conftest import STAGE, CommandLine
+from conftest import QUICK, STAGE, CommandLine
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import regrow
@@ -20,7 +20,7 @@ from regrow.cli import app
 from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
 from regrow.terminal import terminal_progress
 
-VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+VERBS = sorted(typer.main.get_command(app).commands)
 
 
 def leaves(tree: dict[str, object], prefix: str = "") -> set[str]:
@@ -61,7 +61,7 @@ def test_help_of_a_verb_explains_every_option(verb: str, command: CommandLine) -
     done = command(verb, "--help")
     assert (done.code, done.stderr) == (0, "")
     shown = " ".join(done.stdout.split())
-    for parameter in typer.main.get_command(app).commands[verb].params:  # type: ignore[attr-defined]
+    for parameter in typer.main.get_command(app).commands[verb].params:
         assert parameter.help
         assert max(parameter.opts, key=len).lstrip("-").lower() in shown.lower()
         assert re.sub(r"\[/?b\]", "", parameter.help).split()[0] in shown
@@ -218,3 +218,24 @@ def test_bench_compares_both_models(command: CommandLine, checkpoint: Path, tmp_
         assert first[5].endswith(" MiB")
     ratios = re.findall(r"^(.+): batch (\d): prefill ([\d.]+)×, decode ([\d.]+)×$", done.stdout, re.MULTILINE)
     assert [(name, batch) for name, batch, *_ in ratios] == [(str(smaller), "1"), (str(smaller), "2")]
+
+
+def test_prune_does_what_its_options_say(command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    given = ["--recipe", "magnitude", "--sparsity", "0.4", "--steps", "1", "--seed", "3", "--criterion", "random"]
+    settings = {**QUICK, "lora.rank": 2, "seed": 4}
+    assigned = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    out = tmp_path / "out"
+    done = command("prune", checkpoint, "--out", out, "--data", text, *given, "--shape", "uniform", *assigned)
+    assert done.code == 0, done.stderr
+    used = load_recipe(str(out / "recipe.yaml"))
+    assert used == load_recipe(
+        "magnitude",
+        {"data.source": str(text), "pruning.sparsity": 0.4, "training.steps": 1, "pruning.criterion": "random"}
+        | settings,
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert f"{results['sparsity']['block']:.2%} of the block parameters" in done.stdout
+    assert done.stdout.rstrip().endswith(str(out / "report.md"))
+    stages = [line for line in done.stderr.splitlines() if STAGE.fullmatch(line)]
+    assert [stages[0], stages[-1]] == ["read text …", "perplexity, window 32 …"]
+    assert not [line for line in stages if line in done.stdout]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from regrow.checkpoint.load import check_vocabulary, load_model, load_tokenizer, pick_device
+from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
 from regrow.data.source import load_documents
 from regrow.data.tokens import Bos, make_windows
 from regrow.errors import InputError
@@ -39,6 +39,8 @@ def evaluate(
     Raises:
         InputError: if something given cannot work.
     """
+    for length in windows:
+        check_length(load_config(model, trust_remote_code), length)
     tokenizer = load_tokenizer(model)
     documents = load_documents(data, text_field, split="test")
     protocols = [

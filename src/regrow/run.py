@@ -20,8 +20,16 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regrow.checkpoint.files import RUN_FILE, claim_folder, storage_errors, write_bytes, write_json, write_text
-from regrow.checkpoint.load import check_vocabulary, load_config, load_model, load_tokenizer, pick_device, stored_dtype
+from regrow.checkpoint.files import RUN_FILE, check_folder, storage_errors, write_bytes, write_json, write_text
+from regrow.checkpoint.load import (
+    check_length,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    stored_dtype,
+)
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
 from regrow.checkpoint.verify import Verification, verify_checkpoint
@@ -41,6 +49,8 @@ from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.groups import Groups, find_groups
 
 VALIDATION_AND_TEST = 2
+CHARACTERS_PER_TOKEN = 12
+"""More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +152,12 @@ class _Run:
         find_criterion(recipe.pruning.criterion)
         if recipe.data.source is None:
             raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
+        if check_folder(self.folder):
+            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         config = load_config(self.name)
         check_expressible(config)
+        for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
+            check_length(config, length)
         tokenizer = load_tokenizer(self.name)
 
         self.begin("read text")
@@ -186,7 +200,9 @@ class _Run:
         """Documents, parted once by the seed, as windows."""
         data, training = self.recipe.data, self.recipe.training
         assert data.source is not None
-        documents = load_documents(data.source, data.text_field)
+        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
+        limit = data.max_tokens or (use + 1) * data.sequence_length
+        documents = load_documents(data.source, data.text_field, max_characters=CHARACTERS_PER_TOKEN * limit)
         if data.eval_source is not None:
             validation, train = split_documents(documents, [data.held_out], self.recipe.seed)
             test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
@@ -194,8 +210,6 @@ class _Run:
             shares = [data.held_out] * VALIDATION_AND_TEST
             validation, test, train = split_documents(documents, shares, self.recipe.seed)
             source = f"{data.source} (held-out documents)"
-        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
-        limit = data.max_tokens or (use + 1) * data.sequence_length
         length, bos = data.sequence_length, data.bos
         return Text(
             make_windows(train, tokenizer, length, bos=bos, source=data.source, max_tokens=limit),
@@ -214,8 +228,6 @@ class _Run:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
-        if claim_folder(self.folder):
-            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         write_json(
             self.folder / RUN_FILE,
             {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},

@@ -71,21 +71,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def claim_folder(path: Path) -> bool:
-    """Make a folder a run's.
+def check_folder(path: Path) -> bool:
+    """See whether a folder can be a run's, without touching it.
 
     Returns:
-        Whether an earlier run was there.
+        Whether an earlier run is there.
 
     Raises:
-        InputError: if it is a file, cannot be written, or holds something that is not a run of ours.
+        InputError: if it is a file, or holds something that is not a run of ours.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give a folder for the results")
     earlier = (path / RUN_FILE).is_file()
     if path.is_dir() and not earlier and any(path.iterdir()):
         raise InputError(f"{path} is not empty and holds no run of regrow; give another folder")
-    path.mkdir(parents=True, exist_ok=True)
     return earlier
 
 

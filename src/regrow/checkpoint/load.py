@@ -167,6 +167,17 @@ def stored_dtype(name: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def check_length(config: PretrainedConfig, length: int) -> None:
+    """Refuse windows that are longer than what the model was made for: figures on them mean nothing.
+
+    Raises:
+        InputError: if they are.
+    """
+    longest = config.get_text_config().to_dict().get("max_position_embeddings")
+    if longest is not None and length > longest:
+        raise InputError(f"a window of {length} tokens is longer than the {longest} positions of the model; shorten it")
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse a tokenizer that has more tokens than the model has embeddings.
 

@@ -4,6 +4,7 @@ import bisect
 import glob
 import itertools
 import random
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ SEPARATOR = "<|endoftext|>"
 """A line that parts the documents of a plain text file."""
 
 HUB_NAMES = {
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "c4": ("allenai/c4", "en"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
 }
-"""Short names for data sets that papers use: repository and configuration."""
+"""Short names for data sets that papers use: repository, configuration, and the split to evaluate on."""
 
-HUB_LIMIT = 100_000
-"""Documents read of a data set on the hub, which may have no end."""
+HUB_CHARACTERS = 200_000_000
+"""Read at most so much of a data set on the hub, which may have no end."""
+
+TITLE = re.compile(r" = [^=].* = ?")
+"""A line of WikiText that begins an article; sections have more equals signs."""
 
 FORMS = {".jsonl": "one JSON object a line", ".json": "an array of JSON objects", ".parquet": "a Parquet table"}
 """Files of records, by suffix, and what such a file must be."""
@@ -31,7 +35,9 @@ def looks_like_path(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
-def load_documents(source: str, text_field: str = "text", split: str = "train") -> list[str]:
+def load_documents(
+    source: str, text_field: str = "text", split: str = "train", max_characters: int = HUB_CHARACTERS
+) -> list[str]:
     """The documents of a source, blank ones dropped.
 
     Args:
@@ -39,7 +45,8 @@ def load_documents(source: str, text_field: str = "text", split: str = "train") 
             `.json` or `.parquet` file (one document per record), or a data set's name on the hub, with
             `:configuration` if it has several.
         text_field: the field of a record that holds its text.
-        split: of a data set on the hub.
+        split: of a data set on the hub; `test` is whatever the data set calls it.
+        max_characters: of a data set on the hub, stop reading after so many.
 
     Raises:
         InputError: if the source is not there, cannot be read, or holds no text.
@@ -55,7 +62,7 @@ def load_documents(source: str, text_field: str = "text", split: str = "train") 
     elif path.is_file():
         documents = _from_text(path)
     else:
-        documents = _from_hub(source, text_field, split)
+        documents = _from_hub(source, text_field, split, max_characters)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise InputError(f"{source} holds no text; give another file or data set")
@@ -98,14 +105,16 @@ def _from_records(path: Path, text_field: str) -> list[str]:
         raise InputError(f"{path} is not {FORMS[suffix]}: {_reason(cause)}") from error
 
 
-def _from_hub(source: str, text_field: str, split: str) -> list[str]:
+def _from_hub(source: str, text_field: str, split: str, max_characters: int) -> list[str]:
     import datasets
 
     name, _, configuration = source.partition(":")
-    repository, default = HUB_NAMES.get(name, (name, None))
+    repository, default, evaluation_split = HUB_NAMES.get(name, (name, None, "test"))
+    split = evaluation_split if split == "test" else split
     try:
         records = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
-        return list(itertools.islice(_field_of(records, text_field, source), HUB_LIMIT))
+        rows = _field_of(records, text_field, source)
+        return list(upto(articles(rows) if repository == HUB_NAMES["wikitext"][0] else rows, max_characters))
     except InputError:
         raise
     except Exception as error:
@@ -113,6 +122,26 @@ def _from_hub(source: str, text_field: str, split: str) -> list[str]:
             f"there is no file {source}, and no data set of that name comes from the hub: {_reason(error)}; "
             "check the name and the connection"
         ) from error
+
+
+def upto(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Documents until `characters` of them have been seen; the one that passes the mark is the last."""
+    for document in documents:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """Put the rows of WikiText, which are lines, together again: an article starts at each ` = Title = `."""
+    article: list[str] = []
+    for row in rows:
+        if TITLE.fullmatch(row.rstrip("\n")) and article:
+            yield "".join(article)
+            article = []
+        article.append(row if row.endswith("\n") else f"{row}\n")
+    yield "".join(article)
 
 
 def _reason(error: BaseException) -> str:
