@@ -215,9 +215,7 @@ def test_speed_divides_tokens_by_seconds_and_forgets_the_warm_up() -> None:
 def test_timed_decoding_is_greedy_generation() -> None:
     model = tiny().eval()
     fed: list[Tensor] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
-    )
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
     measure_speed({"only": model}, (2,), 6, 5, repeats=1, warm_up=0)
     handle.remove()
     expected = model.generate(fed[0], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)

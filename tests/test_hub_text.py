@@ -10,7 +10,16 @@ from regrow.checkpoint.load import check_length
 from regrow.data.source import articles, upto
 from regrow.errors import InputError
 
-ROWS = ["", " = Robert = \n", "", " Robert acts . \n", " = = Career = = \n", " On . \n", " = Du Fu = \n", " A poet . \n"]
+ROWS = [
+    "",
+    " = Robert = \n",
+    "",
+    " Robert acts . \n",
+    " = = Career = = \n",
+    " On . \n",
+    " = Du Fu = \n",
+    " A poet . \n",
+]
 
 
 def test_rows_of_wikitext_become_articles() -> None:

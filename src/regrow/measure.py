@@ -41,7 +41,7 @@ def evaluate(
     """
     for length in windows:
         check_length(load_config(model, trust_remote_code), length)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     documents = load_documents(data, text_field, split="test")
     protocols = [
         make_windows(documents, tokenizer, length, bos=bos, source=data).first(max_windows) for length in windows

@@ -17,6 +17,7 @@ from regrow.errors import InputError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=2)]
 
 
 class Section(BaseModel):
@@ -36,8 +37,8 @@ class Data(Section):
         default=None, description="Text to evaluate on; without it, documents held out of `source`."
     )
     text_field: str = Field(default="text", description="The field of a record that holds its text.")
-    held_out: Share = Field(
-        default=0.05, gt=0, description="Share of the documents of `source` held out for the validation loss."
+    held_out: float = Field(
+        default=0.05, gt=0, lt=0.5, description="Share of the documents of `source` held out for the validation loss."
     )
     sequence_length: int = Field(default=256, ge=8, description="Tokens in a training window.")
     bos: Literal["document", "once", "none"] = Field(
@@ -135,8 +136,8 @@ class Training(Section):
 class Evaluation(Section):
     """What is measured, of the dense and of the pruned model alike."""
 
-    windows: tuple[int, ...] = Field(
-        default=(256,), description="Perplexity's window lengths; 128 and 2048 are the literature's."
+    windows: tuple[Length, ...] = Field(
+        default=(256,), min_length=1, description="Perplexity's window lengths; 128 and 2048 are the literature's."
     )
     bos: Literal["document", "once", "none"] = Field(
         default="document", description="Where BOS goes in the text evaluated."
@@ -145,7 +146,7 @@ class Evaluation(Section):
         default=None, description="Evaluate at most so many windows; null: all of the text."
     )
     speed: bool = Field(default=True, description="Measure prefill and decode speed.")
-    speed_batches: tuple[int, ...] = Field(default=(1, 4), description="Batch sizes for the speed.")
+    speed_batches: tuple[Count, ...] = Field(default=(1, 4), min_length=1, description="Batch sizes for the speed.")
     memory: bool = Field(default=True, description="Measure peak memory, each checkpoint in a process of its own.")
     prompts: tuple[str, ...] = Field(
         default=(), description="Prompts to complete; by default the start of a held-out document."
@@ -158,7 +159,11 @@ class Output(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: as the original checkpoint."
     )
-    shard_size: str = Field(default="5GB", description="Largest size of a safetensors file.")
+    shard_size: str = Field(
+        default="5GB",
+        pattern=r"^\d+(\.\d+)?[KMGT]B$",
+        description="Largest size of a safetensors file, for example 5GB.",
+    )
 
 
 class Recipe(Section):
@@ -166,7 +171,7 @@ class Recipe(Section):
 
     name: str = Field(default="custom", description="Shown in reports.")
     description: str = Field(default="", description="One line on what it is.")
-    seed: int = Field(default=0, ge=0, description="Source of all chance in the run.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Source of all chance in the run.")
     device: str = Field(default="auto", description="auto: the first GPU, else the CPU.")
     data: Data = Data()
     lora: Lora = Lora()
@@ -216,7 +221,8 @@ def load_recipe(name: str = "regrow", overrides: Mapping[str, Any] | None = None
     except (yaml.YAMLError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise InputError(f"recipe {name}{line}: not valid YAML") from error
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise InputError(f"recipe {name}{line}: not valid YAML: {problem}") from error
     if not isinstance(tree, dict):
         raise InputError(f"recipe {name}: must be a mapping of keys to values")
     for path, value in (overrides or {}).items():
@@ -262,20 +268,28 @@ def dump_recipe(recipe: Recipe) -> str:
 def explain_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """`(key.path, description, default)` of every field."""
     for key, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from explain_fields(field.annotation, f"{prefix}{key}.")
+        if (part := _as_section(field.annotation)) is not None:
+            yield from explain_fields(part, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", field.description or "", field.default
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
+    section: type[BaseModel] | None = Recipe
     for key in parents:
+        field = section.model_fields.get(key) if section else None
+        section = _as_section(field.annotation) if field else None
         child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
+        if not isinstance(child, dict) or (field is not None and section is None):
             raise InputError(f"--set {path}: {key!r} is a value, not a section")
         tree = child
     tree[last] = value
+
+
+def _as_section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, or None if it holds a value."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _suggest(word: str, known: Any) -> str:

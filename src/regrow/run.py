@@ -37,7 +37,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Windows, make_windows
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare
+from regrow.evaluation.compare import compare, protocol_windows
 from regrow.planning.allocation import final_counts
 from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
@@ -152,6 +152,8 @@ class _Run:
         find_criterion(recipe.pruning.criterion)
         if recipe.data.source is None:
             raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
+        if Path(self.name).resolve() == (self.folder / "model").resolve():
+            raise InputError(f"{self.name} is where the result would go; choose another --out")
         if check_folder(self.folder):
             self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         config = load_config(self.name)
@@ -170,11 +172,10 @@ class _Run:
         self.begin("trace groups")
         whole = find_groups(model)
         self.check_reach(whole)
-        self.claim(whole)
-
         self.begin("attach LoRA")
         lora = recipe.lora
         attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        self.claim(whole)
         trained = self.train(model, text)
         self.begin("merge and save")
         merge_lora(model)
@@ -210,6 +211,7 @@ class _Run:
             shares = [data.held_out] * VALIDATION_AND_TEST
             validation, test, train = split_documents(documents, shares, self.recipe.seed)
             source = f"{data.source} (held-out documents)"
+        protocol_windows(test, tokenizer, source, self.recipe)  # too short a text is better found now than at the end
         length, bos = data.sequence_length, data.bos
         return Text(
             make_windows(train, tokenizer, length, bos=bos, source=data.source, max_tokens=limit),

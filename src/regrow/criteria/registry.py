@@ -61,7 +61,7 @@ def find_criterion(name: str) -> Criterion:
     if not separator:
         close = get_close_matches(name, CRITERIA, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(CRITERIA)}"
-        raise InputError(f"unknown criterion {name!r}; {hint} Your own function is FILE.py:FUNCTION.")
+        raise InputError(f"unknown criterion {name!r}; {hint} (your own function: FILE.py:FUNCTION)")
     file = Path(path)
     if not file.is_file():
         raise InputError(f"criterion {name!r}: there is no file {path}")
@@ -71,9 +71,12 @@ def find_criterion(name: str) -> Criterion:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"criterion {name!r}: {path} fails to load: {type(error).__name__}: {error}") from error
     score = vars(module).get(function)
     if not callable(score):
         raise InputError(f"criterion {name!r}: {path} has no function {function!r}")
-    return Criterion(name, score, frozenset(vars(module).get("NEEDS", {"lora", "gate"})))
+    needs = frozenset(vars(module).get("NEEDS", {"lora", "gate"}))
+    if not needs <= {"lora", "gate", "weight"}:
+        raise InputError(f"criterion {name!r}: NEEDS may hold 'lora', 'gate' and 'weight', not {sorted(needs)}")
+    return Criterion(name, score, needs)
