@@ -11,7 +11,7 @@ from regrow.errors import InputError
 from regrow.recovery.learner import language_loss
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.channels import reshape
-from regrow.structure.cut import cut, widths
+from regrow.structure.cut import cut
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import find_groups
 
@@ -138,7 +138,7 @@ def test_alike_layers_are_traced_once() -> None:
         model = AutoModelForCausalLM.from_config(config)
     groups = find_groups(model)
     assert len(groups) == 80
-    assert [g["attention"] for g in widths(groups.groups)] == [2] * 40
+    assert [group.units for group in groups if group.kind == "attention"] == [2] * 40
     assert {s.parameter.split(".")[2] for g in groups if g.layer == 39 for s in g.slices} == {"39"}
 
 

@@ -1,6 +1,7 @@
 """The report and the model card, from the same facts that `results.json` holds."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from regrow.planning.plan import Plan
@@ -12,7 +13,7 @@ def write_report(
 ) -> str:
     """The whole run on one page."""
     parts = [
-        f"# {results['model']}, pruned with `{results['recipe']}`",
+        f"# {short_name(results['model'])}, pruned with `{results['recipe']}`",
         _summary(results),
         "## Before and after",
         _before_after(results),
@@ -34,6 +35,7 @@ def write_report(
 
 def model_card(name: str, recipe: Recipe, plan: Plan, results: dict[str, Any] | None = None) -> str:
     """The checkpoint's README: metadata for the hub, then what was done to the model."""
+    name = short_name(name)
     metadata = ("---", f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation")
     head = "\n".join([*metadata, "tags: [pruned, regrow]", "---", ""])
     body = [
@@ -45,6 +47,11 @@ def model_card(name: str, recipe: Recipe, plan: Plan, results: dict[str, Any] | 
     if results:
         body += [_before_after(results), _ratios(results)]
     return head + "\n" + "\n\n".join(body) + "\n"
+
+
+def short_name(model: str) -> str:
+    """A folder's own name; a repository's as it is."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def _summary(results: dict[str, Any]) -> str:

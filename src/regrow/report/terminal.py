@@ -6,10 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from regrow.report.markdown import short_name
+
 
 def show(results: dict[str, Any], folder: Path, console: Console) -> None:
     """Before and after, a completion of each model, and where everything lies."""
-    table = Table("", "dense", "cut", "pruned and recovered", title=f"{results['model']} · {results['recipe']}")
+    title = f"{short_name(results['model'])} · {results['recipe']}"
+    table = Table("", "dense", "cut", "pruned and recovered", title=title)
     quality, size = results["perplexity"], results["size"]
     for name in quality["dense"]:
         table.add_row(f"perplexity, {name}", *(f"{quality[kind][name]['value']:.2f}" for kind in quality))

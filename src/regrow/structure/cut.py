@@ -1,8 +1,7 @@
 """Cutting: making a choice of units true in the tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regrow.structure.groups import Group, Groups, Slice
+from regrow.structure.groups import Groups, Slice
 
 
 @torch.no_grad()
@@ -83,18 +82,10 @@ def _cut_slice(
             if isinstance(moment, Tensor) and moment.shape == before:
                 state[key] = sliced(moment)
     parameter.data = sliced(parameter.data)
-    _follow(model.get_submodule(piece.parameter.rpartition(".")[0]), piece)
+    _follow(model.get_submodule(piece.parameter.rpartition(".")[0]))
 
 
-def _follow(module: nn.Module, piece: Slice) -> None:
+def _follow(module: nn.Module) -> None:
     """Let a module's own record of its width say what its weight now is."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-
-
-def widths(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Units that each layer has, by kind: `[{"attention": 4, "ffn": 172}, …]` in the layers' order."""
-    layers: dict[int, dict[str, Any]] = {}
-    for group in groups:
-        layers.setdefault(group.layer, {})[group.name.rpartition(".")[2]] = group.units
-    return [layers[number] for number in sorted(layers)]
