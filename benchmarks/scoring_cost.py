@@ -9,7 +9,6 @@ while stepping above what was resident before the first step (weights and adapte
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -99,9 +98,7 @@ def measure_memory_here(arguments: argparse.Namespace) -> None:
 
 def measure_memory(arguments: argparse.Namespace, name: str) -> dict[str, int]:
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-    # Tensors in mappings of their own go back to the system at once: the resident size then follows what is alive.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(child.stdout.splitlines()[-1])
 
 

@@ -232,10 +232,10 @@ def recipes(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("regrow-demo"),
     sparsity: Annotated[str, typer.Option(help="Share of the block parameters to remove.")] = "0.5",
-    steps: Annotated[str, typer.Option(help="Optimizer steps of LoRA training.")] = "150",
+    steps: Annotated[str, typer.Option(help="Optimizer steps of LoRA training.")] = "120",
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "regrow",
 ) -> None:
-    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, about two minutes."""
+    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, two to three minutes."""
     from regrow.recipe import load_recipe
 
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
