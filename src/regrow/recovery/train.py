@@ -121,7 +121,13 @@ def train(
     progress.say(f"best validation loss {best.loss:.4f}, at step {best.step}")
 
     names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    summary = {
+    adapters = dict(zip(names, best.adapters, strict=True))
+    return Trained(pruner.plan, pruner.groups, adapters, history, _summary(learner, recipe, text, best))
+
+
+def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dict[str, Any]:
+    training = recipe.training
+    return {
         "steps": learner.step_number,
         "tokens": learner.step_number * training.batch_size * training.accumulate * text.length,
         "learning_rate": learner.learning_rate,
@@ -133,4 +139,3 @@ def train(
         "train_windows": len(text),
         "train_sha256": text.sha256,
     }
-    return Trained(pruner.plan, pruner.groups, dict(zip(names, best.adapters, strict=True)), history, summary)
