@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.criteria.registry import find_criterion
 from regrow.planning.plan import Plan
-from regrow.recipe import Training
 from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
+from regrow.settings import Training
 from regrow.structure.adapters import attach_lora
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups

@@ -12,7 +12,7 @@ from regrow.errors import InputError
 from regrow.planning.allocation import choose, protected_layers
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
-from regrow.recipe import Pruning
+from regrow.settings import Pruning
 from regrow.structure.groups import Groups, find_groups
 
 GROUPS: dict[str, Groups] = {}

@@ -8,9 +8,10 @@ import torch
 from conftest import build, logits, with_lora
 
 from regrow.planning.plan import Plan
-from regrow.recipe import Recipe, Training, load_recipe
+from regrow.recipe import Recipe, load_recipe
 from regrow.recovery.learner import Diverged, Learner, automatic_learning_rate, learning_rate_factor
 from regrow.recovery.pruner import Pruner
+from regrow.settings import Training
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.groups import find_groups
 

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from regrow.measure import bench, evaluate
     from regrow.planning.plan import Plan
     from regrow.recipe import Recipe, load_recipe
-    from regrow.run import Result, prune
+    from regrow.run import prune
     from regrow.structure.groups import Group, Groups, find_groups
+    from regrow.walk import Result
 
 _HOMES = {
     "Evidence": "regrow.criteria.evidence",
@@ -25,7 +26,7 @@ _HOMES = {
     "InputError": "regrow.errors",
     "Plan": "regrow.planning.plan",
     "Recipe": "regrow.recipe",
-    "Result": "regrow.run",
+    "Result": "regrow.walk",
     "bench": "regrow.measure",
     "evaluate": "regrow.measure",
     "find_groups": "regrow.structure.groups",

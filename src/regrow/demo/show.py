@@ -6,7 +6,8 @@ from pathlib import Path
 
 from regrow.demo.corpus import write_corpus
 from regrow.progress import Progress
-from regrow.run import Result, prune
+from regrow.run import prune
+from regrow.walk import Result
 
 PROMPTS = ("Return a list of", "Raised when")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.recipe import Pruning
+from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
 
 Counts = dict[str, int]

@@ -2,7 +2,7 @@
 
 import math
 
-from regrow.recipe import Pruning
+from regrow.settings import Pruning
 
 
 def cubic_sparsity(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regrow.errors import InputError
-from regrow.recipe import Training
+from regrow.settings import Training
 from regrow.structure.adapters import adapter_parameters
 
 Recording = Callable[[float], AbstractContextManager[None]]
