@@ -94,6 +94,32 @@ class Pruning(Section):
     )
 
 
+class Compensation(Section):
+    """What the units that stay take over of those that go, before anything is trained."""
+
+    method: Literal["none", "bias", "least-squares"] = Field(
+        default="none",
+        description="least-squares: refit o_proj and down_proj on the inputs kept (and their bias, if they have one). "
+        "bias: only the bias, as FLAP. none: plain cut.",
+    )
+    selection: Literal["criterion", "obs"] = Field(
+        default="criterion",
+        description="Which units of a group go: those the criterion ranks lowest, or those that a refit can best "
+        "make up for (optimal brain surgeon, greedy).",
+    )
+    damping: float = Field(default=0.01, gt=0, description="Ridge of the refit, as a share of the mean input energy.")
+    windows: Count = Field(default=128, description="Training windows that the moments are taken from.")
+    rounds: Count = Field(default=16, description="selection obs: in how many rounds a group loses its units.")
+    carrier: Literal["base", "adapter"] = Field(
+        default="base",
+        description="Where the refit goes: into the base weights, or into the adapters' start (low rank; for bases "
+        "that cannot be written to).",
+    )
+    blend: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(0.5, 0.75, 1.0), min_length=1, description="Shares of the refit tried on held-out text; the best stays."
+    )
+
+
 class Training(Section):
     """LoRA training: recovery, and the steps between cuts."""
 

@@ -134,14 +134,15 @@ def gather_evidence(
 ) -> Evidence:
     """What a criterion may look at, of one group."""
     linears = [
-        _linear(model, piece)
+        linear_evidence(model, piece)
         for piece in group.slices
         if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
     ]
     return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator)
 
 
-def _linear(model: PreTrainedModel, piece: Slice) -> Linear:
+def linear_evidence(model: PreTrainedModel, piece: Slice) -> Linear:
+    """A base weight that a group has a share in, as a criterion sees it: oriented `[out, in]`, with its adapter."""
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad

@@ -1,0 +1,181 @@
+"""Compensation: before a cut, let the units that stay take over what they can of those that go.
+
+One group at a time, in the order of the forward pass, on the inputs that the already pruned prefix gives: streamed
+moments of the consumer's input, taken while the units are still there; selection, if wanted; the refit; then the
+gates close and the walk goes on. Targets are the outputs of the weights as they are (adapters included) on the
+pruned prefix, not the dense model's: chasing the dense outputs does harm once the residual stream has drifted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from regrow.compensation.moments import InputMoments
+from regrow.compensation.solve import (
+    bias_only,
+    elimination_order,
+    least_squares,
+    least_squares_with_bias,
+    low_rank,
+    output_error,
+)
+from regrow.criteria.evidence import Linear
+from regrow.errors import InputError
+from regrow.progress import Progress
+from regrow.recovery.scoring import linear_evidence
+from regrow.settings import Compensation
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Group, Groups
+from regrow.structure.prefix import LayerWalk, watching_inputs
+
+Units = NDArray[np.int64]
+
+
+@dataclass
+class Compensated:
+    """What a pass has done; `blend` can scale it."""
+
+    keep: dict[str, Units] = field(default_factory=dict)
+    """Group name -> numbers of the units that stay, among those there were."""
+    repaired: dict[str, float] = field(default_factory=dict)
+    """Group name -> share of the cut's output error that the refit took away, on the tokens seen."""
+    changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Parameters written to, and what was added to each; on the CPU."""
+    blend: float = 1.0
+
+
+class Compensator:
+    """Refits the consumers of a gated model."""
+
+    def __init__(self, model: PreTrainedModel, gates: Gates, settings: Compensation) -> None:
+        self.model = model
+        self.gates = gates
+        self.settings = settings
+
+    def check(self, groups: Groups) -> None:
+        """Fail early.
+
+        Raises:
+            InputError: if only a bias was asked for and no consumer has one.
+        """
+        biases = [self._linear(group).bias for group in groups if len(group.consumers) == 1]
+        if self.settings.method == "bias" and all(bias is None for bias in biases):
+            raise InputError(
+                f"compensation.method=bias: the consumers of {type(self.model).__name__} have no bias to carry it; "
+                "use least-squares"
+            )
+
+    def run(
+        self, groups: Groups, keep: Mapping[str, Units], batches: Sequence[Tensor], progress: Progress
+    ) -> Compensated:
+        """Refit every group that loses units, and close their gates.
+
+        Args:
+            groups: as the model's tensors are now.
+            keep: group name -> numbers of the units that are to stay. With `selection: obs` only how many counts.
+            batches: token ids, each `[B, T]`.
+
+        Returns:
+            What was chosen and done. The model's base weights (or adapters) have changed.
+        """
+        done = Compensated()
+        walk = LayerWalk(self.model, batches)
+        last = max((groups.by_name(name).layer for name in keep), default=-1)
+        numbers = [layer.number for layer in groups.layers if layer.number <= last]
+        progress.stage("compensate", len(numbers))
+        for number in numbers:
+            for group in (group for group in groups if group.layer == number and group.name in keep):
+                self._treat(group, keep[group.name], walk, done)
+            walk.advance()
+            progress.advance()
+        return done
+
+    def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated) -> None:
+        if len(group.consumers) == 1 and len(keep):
+            moments = self.measure(group, walk)
+            if self.settings.selection == "obs":
+                keep = self.select(group, moments, group.units - len(keep))
+            done.repaired[group.name] = self._refit(group, keep, moments, done)
+        done.keep[group.name] = keep
+        present = torch.zeros(group.units)
+        present[torch.from_numpy(keep)] = 1.0
+        self.gates.set(group.name, present * self.gates.value(group.name))
+
+    def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
+        """Moments of the input of a group's consumer; the walk stands before the group's layer."""
+        linear = linear_evidence(self.model, group.consumers[0])
+        moments = InputMoments.zeros(linear.weight.shape[1], linear.weight.device)
+        with watching_inputs(self.model.get_submodule(linear.name), moments.add):
+            walk.run()
+        return moments
+
+    def select(self, group: Group, moments: InputMoments, count: int) -> Units:
+        """The units that stay when `count` go by greedy optimal brain surgeon, ascending."""
+        linear = linear_evidence(self.model, group.consumers[0])
+        weight_OC, damping = linear.effective_weight(slice(None)), self.settings.damping
+        gone = elimination_order(weight_OC, moments, linear.positions, damping, self.settings.rounds, stop=count)
+        return np.delete(np.arange(group.units), gone.cpu().numpy())
+
+    def solve(self, group: Group, keep: Units, moments: InputMoments) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(kept channels [K], their new weights [O, K], what to add to the bias [O] or None)`, float64."""
+        linear = linear_evidence(self.model, group.consumers[0])
+        weight_OC, bias = linear.effective_weight(slice(None)), self._linear(group).bias
+        kept_K = linear.positions[torch.from_numpy(keep)].flatten()
+        damping = self.settings.damping
+        if self.settings.method == "bias":
+            extra = None if bias is None else bias_only(weight_OC, moments, kept_K)
+            return kept_K, weight_OC[:, kept_K].double(), extra
+        if bias is None:
+            return kept_K, least_squares(weight_OC, moments, kept_K, damping), None
+        return kept_K, *least_squares_with_bias(weight_OC, moments, kept_K, damping)
+
+    @torch.no_grad()
+    def _refit(self, group: Group, keep: Units, moments: InputMoments, done: Compensated) -> float:
+        linear = linear_evidence(self.model, group.consumers[0])
+        weight_OC = linear.effective_weight(slice(None)).double()
+        kept_K, fitted_OK, extra = self.solve(group, keep, moments)
+        change_OK = fitted_OK - weight_OC[:, kept_K]
+        if extra is not None:
+            self._add(self._linear(group).bias, extra, done)
+        if self.settings.carrier == "adapter":
+            self._write_adapter(linear, change_OK, moments, kept_K)
+        elif self.settings.method == "least-squares":
+            change_OC = torch.zeros_like(weight_OC)
+            change_OC[:, kept_K] = change_OK
+            parameter = self.model.get_parameter(group.consumers[0].parameter)
+            self._add(parameter, change_OC if group.consumers[0].axis == 1 else change_OC.T, done)
+        before = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K])
+        after = output_error(weight_OC, moments, kept_K, fitted_OK, extra)
+        return 1 - after / before if before > 0 else 0.0
+
+    def _add(self, parameter: nn.Parameter, change: Tensor, done: Compensated) -> None:
+        change = change.to(parameter.dtype)
+        parameter.add_(change)
+        done.changes.append((parameter.data, change.cpu()))
+
+    def _write_adapter(self, linear: Linear, change_OK: Tensor, moments: InputMoments, kept_K: Tensor) -> None:
+        """Let an untrained adapter begin at the best approximation of the change that its rank allows."""
+        assert linear.lora_a is not None
+        assert linear.lora_b is not None
+        assert not linear.lora_b.any(), "only an adapter that has not moved can be set"
+        factor_b, factor_a = low_rank(change_OK / linear.scaling, moments, kept_K, len(linear.lora_a))
+        linear.lora_b[:, : factor_b.shape[1]] = factor_b.to(linear.lora_b.dtype)
+        linear.lora_a[: len(factor_a), kept_K] = factor_a.to(linear.lora_a.dtype)
+
+    @torch.no_grad()
+    def blend(self, done: Compensated, share: float) -> None:
+        """Scale a pass's changes: 0 takes them back, 1 is the refit in full."""
+        for parameter, change in done.changes:
+            parameter.add_(change.to(parameter.device), alpha=share - done.blend)
+        done.blend = share
+
+    def _linear(self, group: Group) -> nn.Linear:
+        module = self.model.get_submodule(group.consumers[0].parameter.rpartition(".")[0])
+        assert isinstance(module, nn.Module)
+        return module  # type: ignore[return-value]
+

@@ -1,0 +1,104 @@
+"""A model run layer by layer over fixed windows, each layer from the cached output of the one before.
+
+Whatever is done to a layer between two runs (gates, a refit, a cut) is felt by all later layers, as if the model had
+been run anew from the start.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from regrow.structure.trace import decoder_layers
+
+
+class _Reached(Exception):
+    """The layer wanted has run; nothing after it needs to."""
+
+
+class LayerWalk:
+    """Stands before one decoder layer, holding its inputs for every batch."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+        """Stand before the first layer.
+
+        Args:
+            batches: token ids, each `[B, T]`, on any device.
+        """
+        self.model = model
+        self.batches = batches
+        self.position = 0
+        self._outputs: list[Any] = [None] * len(batches)
+        """What the layer before gave, batch by batch, in the form in which it gave it."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return decoder_layers(self.model)[1]
+
+    def run(self) -> list[Any]:
+        """Run the layer stood before on all batches (hooks on its modules fire); its outputs."""
+        return [self._run(number) for number in range(len(self.batches))]
+
+    def advance(self) -> None:
+        """Run the layer and stand before the next one."""
+        self._outputs = self.run()
+        self.position += 1
+
+    def finish(self) -> Iterator[Tensor]:
+        """From the layer stood before on, all the way: logits `[B, T, V]`, batch by batch."""
+        for number, ids_BT in enumerate(self.batches):
+            with torch.no_grad(), self._replayed(number):
+                yield self.model(input_ids=ids_BT.to(self.model.device), use_cache=False).logits
+
+    @torch.no_grad()
+    def _run(self, number: int) -> Any:
+        caught: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output)
+            raise _Reached
+
+        handle = self.layers[self.position].register_forward_hook(stop)
+        try:
+            with self._replayed(number):
+                self.model(input_ids=self.batches[number].to(self.model.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @contextmanager
+    def _replayed(self, number: int) -> Iterator[None]:
+        """The layers before the one stood before give what is cached instead of computing."""
+        output = self._outputs[number]
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            return output
+
+        passed = list(self.layers)[: self.position]
+        for layer in passed:
+            layer.forward = replay
+        try:
+            yield
+        finally:
+            for layer in passed:
+                del layer.forward
+
+
+@contextmanager
+def watching_inputs(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show every input of a module to `see`."""
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        see(args[0])
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
