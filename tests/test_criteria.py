@@ -12,7 +12,7 @@ from regrow.criteria.simple import magnitude, random
 from regrow.criteria.taylor import taylor, taylor_vector
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.recovery.learner import language_loss
+from regrow.recovery.losses import language_loss
 from regrow.recovery.scoring import Average, Scorer, gather_evidence
 from regrow.structure.gates import GateMoments, Gates
 

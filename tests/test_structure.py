@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.errors import InputError
-from regrow.recovery.learner import language_loss
+from regrow.recovery.losses import language_loss
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.channels import reshape
 from regrow.structure.cut import cut

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from regrow.errors import InputError
-from regrow.settings import Data, Evaluation, Lora, Output, Pruning, Section, Training
+from regrow.settings import Data, Distillation, Evaluation, Lora, Output, Pruning, Section, Training
 
 
 class Recipe(Section):
@@ -25,6 +25,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     pruning: Pruning = Pruning()
     training: Training = Training()
+    distillation: Distillation = Distillation()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
 

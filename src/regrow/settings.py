@@ -151,6 +151,49 @@ class Training(Section):
     )
 
 
+class Distillation(Section):
+    """Recovery under a teacher, the model as it was before anything was removed:
+    loss = (1 - weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student) + hidden_weight · hidden states.
+    """
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the divergence from the teacher in the loss, the text's own cross-entropy having the "
+        "rest; 0: no distillation, 0.7 is a good value.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Both models' logits are divided by it for the KL.")
+    teacher: Literal["auto", "self", "model", "cached"] = Field(
+        default="auto",
+        description="auto: the model's own weights with gates open and adapters off until the first cut, from then on "
+        "a second copy. self: never a second copy; removed units stay behind closed gates until training ends. "
+        "model: a second copy from the start. cached: the most likely tokens at every position of the training text, "
+        "written to disk before training.",
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of a second copy; auto: as the model that is pruned."
+    )
+    top_k: Count = Field(
+        default=64, description="cached: tokens kept at every position; the others' probability is one sum."
+    )
+    hidden_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the relative squared error of the decoder layers' outputs; not with a cached teacher.",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.weight > 0 or self.hidden_weight > 0
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether nothing may be cut before training is over."""
+        return self.on and self.teacher == "self"
+
+
 class Evaluation(Section):
     """What is measured, of the dense and of the pruned model alike."""
 

@@ -3,7 +3,7 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
-Every file appears whole or not at all.
+While a cached teacher teaches, it lies in `teacher/`. Every file appears whole or not at all.
 """
 
 import json
@@ -41,6 +41,7 @@ from regrow.planning.allocation import final_counts
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
+from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
@@ -93,6 +94,7 @@ class Walk:
         """Everything, start to end."""
         recipe = self.recipe
         find_criterion(recipe.pruning.criterion)
+        check_distillation(recipe)
         if recipe.data.source is None:
             raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
         if Path(self.name).resolve() == (self.folder / "model").resolve():
@@ -190,6 +192,7 @@ class Walk:
             text.train,
             text.validation,
             self.progress,
+            teacher_folder=self.folder / "teacher",
             on_cut=self.record_cut,
             on_validation=lambda history: write_json(self.folder / "history.json", vars(history)),
         )

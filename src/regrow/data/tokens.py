@@ -1,6 +1,6 @@
 """Windows of tokens: what models train on and are measured on.
 
-Shapes: N windows, T tokens in a window.
+Shapes: N windows, T tokens in a window, B windows in a batch.
 """
 
 import hashlib
@@ -47,6 +47,27 @@ class Windows:
         return Windows(self.ids_NT[chosen], self.source, self.bos)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Windows that pass through a model together."""
+
+    ids_BT: Tensor
+    scored_BT: Tensor | None = None
+    """Which tokens count in the loss, boolean; without it all do that have one before them to be predicted from."""
+    numbers_B: Tensor | None = None
+    """Which of the `Windows` these are; unknown where a batch was not drawn from any."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count in the loss."""
+        return self.ids_BT[:, 1:].numel() if self.scored_BT is None else int(self.scored_BT[:, 1:].sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device; window numbers stay where they are."""
+        scored_BT = None if self.scored_BT is None else self.scored_BT.to(device)
+        return Batch(self.ids_BT.to(device), scored_BT, self.numbers_B)
+
+
 def make_windows(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -83,13 +104,13 @@ def make_windows(
     return Windows(torch.tensor(ids[: count * length]).view(count, length), source, bos)
 
 
-def batches(windows: Windows, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches `[size, T]` without end: every epoch a new permutation of the windows, from the seed alone."""
+def batches(windows: Windows, size: int, seed: int) -> Iterator[Batch]:
+    """Batches of `size` without end: every epoch a new permutation of the windows, from the seed alone."""
     epoch, left = 0, torch.empty(0, dtype=torch.long)
     while True:
         while len(left) < size:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             left = torch.cat([left, torch.randperm(len(windows), generator=generator)])
             epoch += 1
-        yield windows.ids_NT[left[:size]]
+        yield Batch(windows.ids_NT[left[:size]], numbers_B=left[:size])
         left = left[size:]

@@ -39,16 +39,22 @@ class Perplexity:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autograd; afterwards every module is back in the mode it was in."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in the mode it was in."""
     former = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in former:
             module.training = training
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without autograd."""
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def perplexity(

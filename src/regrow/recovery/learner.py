@@ -1,7 +1,4 @@
-"""One LoRA optimizer step, and the validation loss.
-
-Shapes: B sequences, T tokens, V vocabulary.
-"""
+"""One LoRA optimizer step."""
 
 import math
 import warnings
@@ -11,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
+from regrow.recovery.objective import Objective
 from regrow.settings import Training
 from regrow.structure.adapters import adapter_parameters
 
@@ -31,7 +29,7 @@ class Step:
     """What one optimizer step did."""
 
     loss: float
-    """Mean NLL per token, nats; not finite if the update was skipped."""
+    """Mean loss per token, nats (NLL, or what the objective mixes); not finite if the update was skipped."""
     gradient_norm: float
     skipped: bool
 
@@ -56,18 +54,17 @@ def learning_rate_factor(step: int, steps: int, training: Training) -> float:
             return 1.0
 
 
-def language_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Mean NLL of tokens 2 to T, in float32."""
-    return functional.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids_BT[:, 1:].flatten())
-
-
 class Learner:
     """Trains the adapters of a model; everything else is frozen."""
 
-    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Batch]) -> None:
         self.model = model
         self.training = training
         self.data = data
+        self.objective = Objective()
+        """What is minimised: the NLL of the text, until another takes its place."""
+        self.terms: dict[str, float] = {}
+        """What the last loss was made of, if of more than the NLL."""
         self.parameters = adapter_parameters(model)
         hidden = model.config.get_text_config().hidden_size
         self.learning_rate = training.learning_rate or automatic_learning_rate(hidden)
@@ -89,25 +86,28 @@ class Learner:
             return torch.autocast(device, torch.bfloat16)
         return nullcontext()
 
-    def backward(self, data: Iterator[Tensor], recording: Recording | None = None) -> float:
+    def backward(self, data: Iterator[Batch], recording: Recording | None = None) -> float:
         """Gradients of one step: `accumulate` forward and backward passes.
 
         Returns:
             The mean loss; not a number as soon as one is not finite.
         """
         self.model.train()
-        total = 0.0
-        for _ in range(self.training.accumulate):
-            ids_BT = next(data).to(self.model.device)
-            tokens = ids_BT[:, 1:].numel() * self.training.accumulate
-            with recording(tokens) if recording else nullcontext():
+        total, self.terms, accumulate = 0.0, {}, self.training.accumulate
+        for _ in range(accumulate):
+            batch = next(data).to(self.model.device)
+            with self.autocast:  # not the student's: an autocast goes on using casts it made without gradients
+                lesson = self.objective.lesson(batch)
+            with recording(batch.tokens * accumulate) if recording else nullcontext():
                 with self.autocast:
-                    logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-                    loss = language_loss(logits_BTV, ids_BT) / self.training.accumulate
+                    loss, terms = self.objective.loss(self.model, batch, lesson)
+                    loss = loss / accumulate
                 if not torch.isfinite(loss):
                     return math.nan
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+            for name, term in terms.items():
+                self.terms[name] = self.terms.get(name, 0.0) + term.item() / accumulate
         return total
 
     def step(self, recording: Recording | None = None, before_update: Callable[[], bool] | None = None) -> Step:
@@ -129,6 +129,7 @@ class Learner:
         if fine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.count_step()
         self.step_number += 1
         self.count(skipped=not fine)
         return Step(loss, norm, not fine)

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Batch
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
@@ -40,7 +41,7 @@ class Pruner:
         groups: Groups,
         recipe: Recipe,
         learner: Learner,
-        calibration: Iterator[torch.Tensor],
+        calibration: Iterator[Batch],
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
     ) -> None:
@@ -48,7 +49,7 @@ class Pruner:
 
         Args:
             groups: of the whole model, adapters attached.
-            calibration: batches `[B, T]` to score before training.
+            calibration: batches to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
         """
         self.model = model
@@ -63,6 +64,8 @@ class Pruner:
         """What the model's gates and tensors will be once everything chosen has faded."""
         self.cut_plan = self.plan
         """What its tensors are."""
+        self.settled_plan = self.plan
+        """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
         self.gates = Gates(model, groups.groups)
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
@@ -82,8 +85,8 @@ class Pruner:
 
     @property
     def finished(self) -> bool:
-        """Whether the target is reached in the tensors."""
-        return self._reached and self.cut_plan == self.plan
+        """Whether the target is reached, in the tensors or (not cutting early) by closed gates."""
+        return self._reached and self.settled_plan == self.plan
 
     def calibrate(self, on_batch: Callable[[], None] = lambda: None) -> None:
         """Score `calibration_batches` without training. At least once if the first cut comes before any step."""
@@ -110,11 +113,12 @@ class Pruner:
             return
         if step in self.events:
             self._choose(step, self.events[step])
-        if self.plan != self.cut_plan:
+        if self.plan != self.settled_plan:
             faded = self.pruning.decay_steps == 0 or step - self._chosen_at >= self.pruning.decay_steps
-            self._fade(0.0 if faded else 1 - (step - self._chosen_at) / self.pruning.decay_steps)
-            if faded and self.cut_early:
-                self._cut()
+            if faded:
+                self.settle()
+            else:
+                self._fade(1 - (step - self._chosen_at) / self.pruning.decay_steps)
 
     def train_step(self) -> float:
         """One optimizer step, scored as long as there is something to choose. Returns the loss."""
@@ -122,14 +126,23 @@ class Pruner:
             return self.learner.step().loss
         return self.learner.step(self.scorer.recording, self._score).loss
 
+    def settle(self) -> None:
+        """Let what has been chosen and still fades go at once: cut it, or (not cutting early) close its gates."""
+        if self.plan == self.settled_plan:
+            return
+        if self.cut_early:
+            self._cut()
+        else:
+            self._fade(0.0)
+            self.settled_plan = self.plan
+
     def finish(self) -> None:
         """Cut whatever has been chosen and is still there."""
         if self.plan != self.cut_plan:
             self._cut()
 
     def _choose(self, step: int, fraction: float) -> None:
-        if self.plan != self.cut_plan and self.cut_early:
-            self._cut()
+        self.settle()
         scores = self.scorer.average.scores
         self.plan = choose(self.original, self.plan, scores, self.pruning, fraction)
         self._chosen_at = step
@@ -142,11 +155,13 @@ class Pruner:
         for name, group in self.plan.groups.items():
             present = torch.tensor(self.cut_plan.groups[name].keep)
             stays = torch.isin(present, torch.tensor(group.keep))
-            self.gates.set(name, torch.where(stays, 1.0, value))
+            fades = torch.isin(present, torch.tensor(self.settled_plan.groups[name].keep))
+            self.gates.set(name, torch.where(stays, 1.0, torch.where(fades, value, 0.0)))
 
     def _cut(self) -> None:
+        self.learner.objective.before_change()
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
-        self.cut_plan = self.plan
+        self.cut_plan = self.settled_plan = self.plan
         self.gates.rebuild(self.groups.groups, {group.name: torch.ones(group.units) for group in self.groups})
         if not self._reached:
             self.scorer.watch(self.groups)

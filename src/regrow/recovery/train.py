@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from regrow.evaluation.compare import held_out_nll
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.structure.groups import Groups
@@ -67,6 +69,7 @@ def train(
     validation: Windows,
     progress: Progress,
     *,
+    teacher_folder: Path,
     on_cut: Callable[[CutEvent], None],
     on_validation: Callable[[History], None],
 ) -> Trained:
@@ -74,6 +77,7 @@ def train(
 
     Args:
         groups: of the whole model, adapters attached.
+        teacher_folder: where a cached teacher may write; it is gone when training is over.
         on_cut: sees every plan as it is made.
         on_validation: sees the history whenever it is worth writing down.
 
@@ -95,10 +99,13 @@ def train(
         best.offer(loss, step, learner)
         on_validation(history)
 
-    with Pruner(model, groups, recipe, learner, calibration, record_cut) as pruner:
+    cut_early = not recipe.distillation.needs_whole_weights
+    with Pruner(model, groups, recipe, learner, calibration, record_cut, cut_early) as pruner:
         if recipe.pruning.calibration_batches:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
+        if recipe.distillation.on:
+            learner.objective = distil(recipe.distillation, learner, pruner.gates, text, teacher_folder, progress)
         progress.stage("train", training.steps)
         began = time.perf_counter()
         for step in range(training.steps):
@@ -110,18 +117,20 @@ def train(
                     break
             loss = pruner.train_step()
             seconds = round(time.perf_counter() - began, 3)
-            history.steps.append({"step": step, "loss": loss, "seconds": seconds})
+            history.steps.append({"step": step, "loss": loss, **learner.terms, "seconds": seconds})
             progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+        learner.objective.close()
         pruner.before_step(training.steps)
+        pruner.settle()
+        validate(learner.step_number)
+        if not best.adapters:
+            raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
+        learner.restore(best.adapters)
         pruner.finish()
-    validate(learner.step_number)
-    if not best.adapters:
-        raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
-    learner.restore(best.adapters)
     progress.say(f"best validation loss {best.loss:.4f}, at step {best.step}")
 
     names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    adapters = dict(zip(names, best.adapters, strict=True))
+    adapters = dict(zip(names, learner.snapshot(), strict=True))
     return Trained(pruner.plan, pruner.groups, adapters, history, _summary(learner, recipe, text, best))
 
 
@@ -138,4 +147,5 @@ def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dic
         "best_validation_loss": best.loss,
         "train_windows": len(text),
         "train_sha256": text.sha256,
+        **({"distillation": learner.objective.summary()} if recipe.distillation.on else {}),
     }

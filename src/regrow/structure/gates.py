@@ -139,6 +139,16 @@ class Gates:
         for value in self._values.values():
             value.fill_(1.0)
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within this context all gates are at 1 and nothing is recorded, whatever was asked for before."""
+        former = self._values, self._sink
+        self._values, self._sink = {name: torch.ones_like(value) for name, value in self._values.items()}, None
+        try:
+            yield
+        finally:
+            self._values, self._sink = former
+
     def rebuild(self, groups: Sequence[Group], values: Mapping[str, Tensor]) -> None:
         """Follow a cut: new groups, new gate values."""
         self._groups = {group.name: group for group in groups}
@@ -152,7 +162,9 @@ class Gates:
 
         Args:
             scale: what the loss that runs backward must be multiplied by to be a plain sum of the sequences'
-                summed NLL (the number of scored tokens for a token mean, times accumulation and AMP scale).
+                summed NLL (the number of scored tokens for a token mean, times accumulation and AMP scale). Of a
+                mixed loss (`Objective`), itself a mean over scored tokens, it makes the sequences' summed mixed loss:
+                then that is what `c_n` is the derivative of.
         """
         self._sink = lambda name, c_BU: sink(name, c_BU * scale)
         try:

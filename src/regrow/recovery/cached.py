@@ -1,0 +1,110 @@
+"""A teacher on disk: what the whole model finds most likely at every position of the training text.
+
+The folder holds, for N windows of T tokens, `tokens.npy` (int32) and `log_probs.npy` (float32), both `[N, T - 1, K]`,
+most likely first, and `log_tails.npy` (float32, `[N, T - 1]`), the log of all other tokens' probability together.
+That is 8 K + 4 bytes a position: 10 GB for 20 million tokens at K = 64. Read through memory maps.
+
+Shapes: N windows, B of them at a time, T tokens, V vocabulary, K tokens kept, P positions taken at once.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from regrow.checkpoint.files import new_folder
+from regrow.data.tokens import Batch, Windows
+from regrow.recovery.losses import TopTarget, position_chunks
+from regrow.recovery.teacher import Lesson
+
+DTYPES = {"tokens": "<i4", "log_probs": "<f4", "log_tails": "<f4"}
+
+
+class CachedTeacher:
+    """Answers for windows of the text that it was written for, by their numbers, at one temperature."""
+
+    kind = "cached"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = {name: np.load(_file(folder, name), mmap_mode="r") for name in DTYPES}
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return sum(_file(self.folder, name).stat().st_size for name in DTYPES)
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """See `Teacher`."""
+        assert batch.numbers_B is not None, "a cached teacher knows windows by their numbers"
+        rows = batch.numbers_B.numpy()
+        device = batch.ids_BT.device
+        tokens, log_probs, log_tails = (torch.from_numpy(self.files[name][rows]).to(device) for name in DTYPES)
+        return Lesson(TopTarget(tokens.long(), log_probs, log_tails), [])
+
+    def before_change(self) -> None:
+        """It needs no model."""
+
+    def close(self) -> None:
+        """Give the disk back."""
+        self.files = {}
+        shutil.rmtree(self.folder)
+
+
+def write_cache(
+    folder: Path,
+    logits: Callable[[Tensor], Tensor],
+    windows: Windows,
+    *,
+    batch_size: int,
+    top_k: int,
+    temperature: float,
+    on_batch: Callable[[int], None],
+) -> None:
+    """Write down a teacher's answers to all windows; the folder appears whole or not at all.
+
+    Args:
+        logits: of the teacher: ids `[B, T]` -> `[B, T, V]`.
+        top_k: K; all of V if that is fewer.
+        on_batch: called with the number of windows just written.
+    """
+    with new_folder(folder) as temporary, ExitStack() as stack:
+        answers = _answers(logits, windows, batch_size, top_k, temperature)
+        # Plain writes: a full disk is an error then, not a crash as in a memory map.
+        files = {name: stack.enter_context(open(_file(temporary, name), "wb")) for name in DTYPES}
+        for number, answer in enumerate(answers):
+            for (name, dtype), tensor in zip(DTYPES.items(), answer, strict=True):
+                if number == 0:
+                    shape = (len(windows), *tensor.shape[1:])
+                    npy.write_array_header_1_0(files[name], {"descr": dtype, "fortran_order": False, "shape": shape})
+                files[name].write(tensor.cpu().numpy().astype(dtype).tobytes())
+            on_batch(len(answer[0]))
+
+
+def top_distribution(logits_BTV: Tensor, top_k: int, temperature: float) -> TopTarget:
+    """The K most likely tokens at positions 1 to T - 1, and the log of the remaining probability, in float32."""
+    top_k = min(top_k, logits_BTV.shape[-1])
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for positions in position_chunks(logits_BTV):
+        log_p = (logits_BTV[:, positions].float() / temperature).log_softmax(-1)
+        log_probs, tokens = log_p.topk(top_k)
+        parts.append((tokens, log_probs, log_p.scatter_(-1, tokens, -torch.inf).logsumexp(-1)))
+    tokens, log_probs, log_tails = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return TopTarget(tokens, log_probs, log_tails)
+
+
+def _answers(
+    logits: Callable[[Tensor], Tensor], windows: Windows, batch_size: int, top_k: int, temperature: float
+) -> Iterator[tuple[Tensor, ...]]:
+    for ids_BT in torch.split(windows.ids_NT, batch_size):
+        target = top_distribution(logits(ids_BT), top_k, temperature)
+        yield target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"

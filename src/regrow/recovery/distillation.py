@@ -1,0 +1,80 @@
+"""Settle who teaches, and begin."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Windows
+from regrow.errors import InputError
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.cached import CachedTeacher, write_cache
+from regrow.recovery.learner import Learner
+from regrow.recovery.objective import Objective
+from regrow.recovery.teacher import AutoTeacher, ModelTeacher, SelfTeacher, Teacher, Wish
+from regrow.settings import Distillation
+from regrow.structure.gates import Gates
+from regrow.structure.trace import decoder_layers
+
+
+def check_distillation(recipe: Recipe) -> None:
+    """Refuse settings that contradict one another.
+
+    Raises:
+        InputError: if they do.
+    """
+    settings = recipe.distillation
+    if settings.hidden_weight > 0 and settings.teacher == "cached":
+        raise InputError(
+            "distillation.hidden_weight: a cached teacher has no hidden states; choose another teacher, or 0"
+        )
+    pruning = recipe.pruning
+    unscored = pruning.schedule != "one-shot" and pruning.calibration_batches == 0
+    if settings.weight == 1 and unscored and find_criterion(pruning.criterion).needs:
+        raise InputError(
+            "distillation.weight=1: a whole model does not differ from its teacher, so no step before the first cut "
+            "would score anything; set pruning.calibration_batches, or a lower weight"
+        )
+
+
+def distil(
+    settings: Distillation, learner: Learner, gates: Gates, text: Windows, folder: Path, progress: Progress
+) -> Objective:
+    """The objective of a learner whose model is still whole (scored, perhaps, but neither cut nor trained).
+
+    Args:
+        gates: of the model.
+        text: what is trained on.
+        folder: where a cached teacher writes.
+    """
+    layers = decoder_layers(learner.model)[0] if settings.hidden_weight > 0 else None
+    wish = Wish(settings.temperature, layers)
+    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
+    teacher: Teacher
+    match settings.teacher:
+        case "self":
+            teacher = SelfTeacher(learner.model, gates, wish)
+        case "model":
+            teacher = ModelTeacher(learner.model, wish, dtype)
+        case "auto":
+            teacher = AutoTeacher(learner.model, gates, wish, dtype)
+        case "cached":
+            _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+            teacher = CachedTeacher(folder)
+    return Objective(settings, teacher, layers)
+
+
+def _write(
+    folder: Path, settings: Distillation, learner: Learner, whole: SelfTeacher, text: Windows, progress: Progress
+) -> None:
+    def logits(ids_BT: Tensor) -> Tensor:
+        with learner.autocast:
+            return whole.logits(ids_BT.to(learner.model.device))
+
+    progress.stage("ask the teacher", len(text))
+    write_cache(
+        folder, logits, text, batch_size=learner.training.batch_size, top_k=settings.top_k,
+        temperature=settings.temperature, on_batch=progress.advance,
+    )  # fmt: skip

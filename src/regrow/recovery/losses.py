@@ -1,0 +1,150 @@
+"""The terms of the loss: the text's NLL, the divergence from a teacher, the distance from its hidden states.
+
+Each is a mean over scored positions. Position t predicts token t + 1, so the last position never counts, and with a
+mask position t counts if token t + 1 is scored.
+
+Shapes: B sequences, T tokens, V vocabulary, D hidden size, P positions taken at once, K tokens known of a teacher's
+distribution.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regrow.evaluation.perplexity import LOGITS_AT_ONCE
+
+NOT_SCORED = -100
+
+
+class Target(Protocol):
+    """What a teacher says about the next token, at positions 1 to T - 1 of a batch."""
+
+    def log_probs(self, positions: slice, log_student_BPV: Tensor) -> Tensor:
+        """Log p_T at some positions, float32 `[B, P, V]`.
+
+        Args:
+            log_student_BPV: the student's, for a teacher who leaves it to the student how to share out the
+                probability that it does not know in detail.
+        """
+
+
+@dataclass(frozen=True)
+class FullTarget:
+    """A teacher that has given all its logits."""
+
+    logits_BTV: Tensor
+    temperature: float
+
+    def log_probs(self, positions: slice, log_student_BPV: Tensor) -> Tensor:
+        """`log_softmax(logits / temperature)`."""
+        return (self.logits_BTV[:, positions].float() / self.temperature).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class TopTarget:
+    """A teacher's K most likely tokens, and the sum of the others as one bucket.
+
+    Sharing the bucket out as the student does within it makes the divergence over all V tokens equal to that over
+    the K + 1 outcomes, `Σ_k p_k log(p_k / q_k) + p_tail log(p_tail / q_tail)`, which by the data-processing inequality
+    is at most the full one; the gradient is that of the K + 1 outcomes, too.
+    """
+
+    tokens_BTK: Tensor
+    """int64, here and below for T - 1 positions."""
+    log_probs_BTK: Tensor
+    log_tail_BT: Tensor
+    """-inf where the K are all there is."""
+
+    def log_probs(self, positions: slice, log_student_BPV: Tensor) -> Tensor:
+        """`log p_k` for the K; for the others `log p_tail + log(q / q_tail)`."""
+        tokens_BPK = self.tokens_BTK[:, positions]
+        log_q_tail_BP = log_student_BPV.scatter(-1, tokens_BPK, -torch.inf).logsumexp(-1)
+        completed = log_student_BPV + (self.log_tail_BT[:, positions] - log_q_tail_BP)[..., None]
+        return completed.scatter_(-1, tokens_BPK, self.log_probs_BTK[:, positions])
+
+
+def language_loss(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor | None = None) -> Tensor:
+    """Mean NLL of tokens 2 to T, or of those among them that are scored; nats, float32."""
+    targets_BT = ids_BT[:, 1:]
+    if scored_BT is not None:
+        targets_BT = targets_BT.masked_fill(~scored_BT[:, 1:], NOT_SCORED)
+    return functional.cross_entropy(
+        logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=NOT_SCORED
+    )
+
+
+def divergence(logits_BTV: Tensor, target: Target, temperature: float, scored_BT: Tensor | None = None) -> Tensor:
+    """Mean `KL(p_T ‖ p_S)`, nats, of the softmax of the student's logits / temperature from a teacher's.
+
+    In float32, a few positions at a time, forward and backward: beside the logits themselves and their gradient there
+    are never more than a few copies of `LOGITS_AT_ONCE` numbers. No gradient goes to the teacher.
+    (Hinton et al., arXiv 1503.02531, whose factor temperature² is left to the caller.)
+    """
+    value: Tensor = _Divergence.apply(logits_BTV, target, temperature, _counting(logits_BTV, scored_BT))  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, target: Target, temperature: float, counting_BT: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_BTV, counting_BT)
+        ctx.target, ctx.temperature = target, temperature
+        total = torch.zeros((), device=logits_BTV.device)
+        for positions in position_chunks(logits_BTV):
+            log_q = (logits_BTV[:, positions].float() / temperature).log_softmax(-1)
+            log_p = target.log_probs(positions, log_q)
+            terms = log_p.exp() * (log_p - log_q)
+            kl_BP = terms.masked_fill_(log_p == -torch.inf, 0.0).sum(-1)
+            total += kl_BP[counting_BT[:, positions]].sum()
+        return total / counting_BT.sum().clamp(min=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_BTV, counting_BT = ctx.saved_tensors
+        factor = grads[0] / (ctx.temperature * counting_BT.sum().clamp(min=1))
+        grad_BTV = torch.zeros_like(logits_BTV)
+        for positions in position_chunks(logits_BTV):
+            log_q = (logits_BTV[:, positions].float() / ctx.temperature).log_softmax(-1)
+            p = ctx.target.log_probs(positions, log_q).exp_()
+            grad = log_q.exp_().sub_(p).mul_(factor)
+            grad_BTV[:, positions] = grad.masked_fill_(~counting_BT[:, positions, None], 0.0).to(grad_BTV.dtype)
+        return grad_BTV, None, None, None
+
+
+def position_chunks(logits_BTV: Tensor) -> Iterator[slice]:
+    """Positions 1 to T - 1 (0-based: 0 to T - 2), a few at a time."""
+    batch, tokens, vocabulary = logits_BTV.shape
+    size = max(1, LOGITS_AT_ONCE // (batch * vocabulary))
+    for start in range(0, tokens - 1, size):
+        yield slice(start, min(start + size, tokens - 1))
+
+
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], scored_BT: Tensor | None = None) -> Tensor:
+    """Mean over layers l and scored positions t of `‖h_S(l, t) - h_T(l, t)‖² / ‖h_T(l, t)‖²`, float32.
+
+    That is the mean squared error of hidden states divided by the teacher's root mean square over D at the same
+    position: no layer, and no token with an outsized norm (as the first one has), outweighs the others.
+
+    Args:
+        student: outputs `[B, T, D]` of the decoder layers.
+        teacher: of the layers that they are matched with.
+    """
+    counting_BT = _counting(student[0], scored_BT)
+    total = torch.zeros((), device=student[0].device)
+    for own_BTD, wanted_BTD in zip(student, teacher, strict=True):
+        wanted_BTD = wanted_BTD[:, :-1].float()
+        error_BT = (own_BTD[:, :-1].float() - wanted_BTD).square().mean(-1) / wanted_BTD.square().mean(-1)
+        total = total + error_BT[counting_BT].sum() / counting_BT.sum().clamp(min=1)
+    return total / len(student)
+
+
+def _counting(states_BTX: Tensor, scored_BT: Tensor | None) -> Tensor:
+    """Which of the positions 1 to T - 1 count, boolean `[B, T - 1]`."""
+    if scored_BT is not None:
+        return scored_BT[:, 1:]
+    batch, tokens, _ = states_BTX.shape
+    return torch.ones(batch, tokens - 1, dtype=torch.bool, device=states_BTX.device)

@@ -1,0 +1,104 @@
+"""What recovery minimises: the text's NLL, or that mixed with what a teacher says."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow.data.tokens import Batch
+from regrow.recovery.losses import divergence, hidden_distance, language_loss
+from regrow.recovery.teacher import Lesson, Teacher, layer_outputs
+from regrow.settings import Distillation
+
+
+class Objective:
+    """`L = (1 - w) CE + w τ² KL(p_T ‖ p_S) + h H`; without a teacher `L = CE`.
+
+    w, τ and h are the settings' `weight`, `temperature` and `hidden_weight`; the terms are `language_loss`,
+    `divergence` and `hidden_distance`. All are means over scored tokens, so L is one: scores read from its backward
+    pass (`Gates.recording`) keep their scale "per token", and measure the mixed loss.
+    """
+
+    def __init__(
+        self,
+        settings: Distillation | None = None,
+        teacher: Teacher | None = None,
+        layers: str | None = None,
+        layer_numbers: Sequence[int] | None = None,
+    ) -> None:
+        """The NLL of the text alone, or together with a teacher.
+
+        Args:
+            layers: dotted name of the list of decoder layers, if their outputs are to be matched.
+            layer_numbers: of each of the student's layers, which one it was in the whole model; by default none
+                have gone. Whoever removes layers sets it anew.
+        """
+        self.settings = settings or Distillation()
+        self.teacher = teacher
+        self.layers = layers
+        self.layer_numbers = layer_numbers
+        self._steps: Counter[str] = Counter()
+        self._seconds = 0.0
+        self._bytes = 0
+
+    def lesson(self, batch: Batch) -> Lesson | None:
+        """Ask the teacher, if there is one. Before the student's own pass: then its activations do not exist yet."""
+        if self.teacher is None:
+            return None
+        began = time.perf_counter()
+        lesson = self.teacher.lesson(batch)
+        if batch.ids_BT.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._seconds += time.perf_counter() - began
+        return lesson
+
+    def loss(self, model: PreTrainedModel, batch: Batch, lesson: Lesson | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Let the student answer the batch.
+
+        Returns:
+            The loss, and what it is made of (`ce`, `kl`, `hidden`; unweighted), empty if that is only the NLL.
+        """
+        with layer_outputs(model, self.layers) as hidden:
+            logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
+        ce = language_loss(logits_BTV, batch.ids_BT, batch.scored_BT)
+        if lesson is None:
+            return ce, {}
+        settings = self.settings
+        kl = divergence(logits_BTV, lesson.target, settings.temperature, batch.scored_BT)
+        loss = (1 - settings.weight) * ce + settings.weight * settings.temperature**2 * kl
+        terms = {"ce": ce.detach(), "kl": kl.detach()}
+        if self.layers is not None:
+            numbers = range(len(hidden)) if self.layer_numbers is None else self.layer_numbers
+            distance = hidden_distance(hidden, [lesson.hidden[number] for number in numbers], batch.scored_BT)
+            loss = loss + settings.hidden_weight * distance
+            terms["hidden"] = distance.detach()
+        return loss, terms
+
+    def before_change(self) -> None:
+        """To be called before base weights change: by a cut, a merge, a refit."""
+        if self.teacher is not None:
+            self.teacher.before_change()
+
+    def count_step(self) -> None:
+        """Note who taught an optimizer step."""
+        if self.teacher is not None:
+            self._steps[self.teacher.kind] += 1
+            self._bytes = max(self._bytes, self.teacher.bytes)
+
+    def close(self) -> None:
+        """Training is over: let the teacher go."""
+        if self.teacher is not None:
+            self.teacher.close()
+        self.teacher = None
+
+    def summary(self) -> dict[str, Any]:
+        """Steps by kind of teacher, the most it took (bytes of memory; of disk if cached), and its seconds."""
+        return {
+            "teacher_steps": dict(self._steps),
+            "teacher_bytes": self._bytes,
+            "teacher_seconds": round(self._seconds, 3),
+        }
