@@ -38,7 +38,7 @@ def demanded(groups: Groups, pruning: Pruning) -> float:
     family=st.sampled_from(["llama-gqa", "llama-mha-tied", "llama-mqa", "llama-biases", "qwen3"]),
     sparsity=st.floats(0.02, 0.6),
     shape=st.sampled_from(["uniform", "free"]),
-    allocation=st.sampled_from(["local", "global"]),
+    allocation=st.sampled_from(["local", "global", "by-kind"]),
     basis=st.sampled_from(["block", "total"]),
     multiple=st.sampled_from([1, 4, 8]),
     seed=st.integers(0, 100),
@@ -140,7 +140,7 @@ def test_out_of_reach_says_what_is_within() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from(["uniform", "free"]),
-    allocation=st.sampled_from(["local", "global"]),
+    allocation=st.sampled_from(["local", "global", "by-kind"]),
     sparsity=st.floats(0.1, 0.7),
     seed=st.integers(0, 1000),
 )

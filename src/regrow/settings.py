@@ -66,9 +66,10 @@ class Pruning(Section):
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
-    allocation: Literal["local", "global"] = Field(
+    allocation: Literal["local", "global", "by-kind"] = Field(
         default="local",
-        description="local: the same share in every layer. global: lowest score per parameter first, across layers.",
+        description="local: the same share in every layer. global: lowest score per parameter first, across layers. "
+        "by-kind: the same share of heads as of channels, in each kind the lowest score first, across layers.",
     )
     floor: Share = Field(default=0.0, description="Least share of a group's units that stays (one unit always does).")
     cap: float = Field(default=1.0, gt=0, le=1, description="Largest share of a group's units that may go.")
@@ -79,14 +80,26 @@ class Pruning(Section):
     protect_last: int = Field(
         default=0, ge=0, description="Number of last layers that are left alone (free shape only)."
     )
-    schedule: Literal["one-shot", "cubic"] = Field(
-        default="one-shot", description="one-shot: everything before training. cubic: step by step during training."
+    schedule: Literal["one-shot", "cubic", "lhspg"] = Field(
+        default="one-shot",
+        description="one-shot: everything before training. cubic: step by step during training. lhspg: in periods, "
+        "the units chosen at the start of one fading to nothing until its end (LoRAShear).",
     )
-    warm_up: Share = Field(default=0.1, description="cubic: share of the steps before the first cut.")
-    cool_down: Share = Field(default=0.1, description="cubic: share of the steps after the last cut.")
+    warm_up: Share = Field(default=0.1, description="cubic, lhspg: share of the steps before the first choice.")
+    cool_down: Share = Field(default=0.1, description="cubic, lhspg: share of the steps after the last cut.")
     interval: Count = Field(default=10, description="cubic: optimizer steps between cuts.")
+    periods: Count = Field(
+        default=5, description="lhspg: periods between warm-up and cool-down; each takes the same share of the units."
+    )
+    epsilon: Share = Field(
+        default=0.0,
+        description="lhspg: a fading unit is zero at once when less than this share of it is left along its own "
+        "direction after one step (half-space projection).",
+    )
     decay_steps: int = Field(
-        default=0, ge=0, description="Steps over which a chosen unit's gate fades from 1 to 0 before it is cut."
+        default=0,
+        ge=0,
+        description="one-shot, cubic: steps over which a chosen unit's gate fades from 1 to 0 before it is cut.",
     )
     calibration_batches: int = Field(default=16, ge=0, description="Batches scored before the first training step.")
     ema: float | None = Field(
@@ -116,7 +129,9 @@ class Compensation(Section):
         "that cannot be written to).",
     )
     blend: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(0.5, 0.75, 1.0), min_length=1, description="Shares of the refit tried on held-out text; the best stays."
+        default=(0.5, 0.75, 1.0),
+        min_length=1,
+        description="Shares of the refit tried on held-out text; the best stays.",
     )
 
 

@@ -47,7 +47,8 @@ def _solve(weight_OC: Tensor, second_CC: Tensor, kept_K: Tensor, damping: float)
     kept_KK = second_CC[kept_K][:, kept_K]
     kept_KK.diagonal().add_(strength)
     target_OK = weight_OC @ second_CC[:, kept_K] + strength * weight_OC[:, kept_K]
-    return torch.cholesky_solve(target_OK.T, _cholesky(kept_KK)).T
+    solution_KO: Tensor = torch.cholesky_solve(target_OK.T, _cholesky(kept_KK))
+    return solution_KO.transpose(0, 1)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -97,7 +98,12 @@ def _quadratic(weight_UOP: Tensor, block_UPP: Tensor) -> Tensor:
 
 
 def elimination_order(
-    weight_OC: Tensor, moments: InputMoments, units_UP: Tensor, damping: float, rounds: int = 16, stop: int | None = None
+    weight_OC: Tensor,
+    moments: InputMoments,
+    units_UP: Tensor,
+    damping: float,
+    rounds: int = 16,
+    stop: int | None = None,
 ) -> Tensor:
     """Units in the order in which they can be spared, most dispensable first: greedy optimal brain surgeon, `[stop]`.
 

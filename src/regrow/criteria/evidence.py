@@ -31,6 +31,9 @@ class Linear:
     lora_b_grad: Float[Tensor, "out rank"] | None = None
     scaling: float = 0.0
     """The adapter's s = alpha / rank."""
+    start_a: Float[Tensor, "rank in"] | None = None
+    """`lora_a` as it was when the current period of an lhspg schedule began."""
+    start_b: Float[Tensor, "out rank"] | None = None
 
     def row_blocks(self) -> Iterator[slice]:
         """Slices of rows that cover the weight, `ROWS_AT_ONCE` at a time."""
@@ -42,7 +45,23 @@ class Linear:
         weight = self.weight[rows].float()
         if self.lora_a is None or self.lora_b is None:
             return weight
-        return torch.addmm(weight, self.lora_b[rows], self.lora_a, alpha=self.scaling)
+        return torch.addmm(weight, self.lora_b[rows].float(), self.lora_a.float(), alpha=self.scaling)
+
+    def start_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
+        """`W + s B₀A₀` of some rows, float32: the effective weight when the period began; `W` if none has."""
+        weight = self.weight[rows].float()
+        if self.start_a is None or self.start_b is None:
+            return weight
+        return torch.addmm(weight, self.start_b[rows].float(), self.start_a.float(), alpha=self.scaling)
+
+    def displacement(self, rows: slice) -> Float[Tensor, "rows in"]:
+        """`s (BA − B₀A₀)` of some rows, float32: what LoRA has added since; zeros without an adapter."""
+        a, b = self.lora_a, self.lora_b
+        if a is None or b is None:
+            return torch.zeros_like(self.weight[rows], dtype=torch.float32)
+        if self.start_a is not None and self.start_b is not None:
+            a, b = torch.cat([a, self.start_a], 0), torch.cat([b, -self.start_b], 1)
+        return self.scaling * (b[rows].float() @ a.float())
 
     def per_unit(self, per_position: Float[Tensor, " positions"]) -> Float[Tensor, " units"]:
         """Sum a value per row (axis 0) or per column (axis 1) over the positions of each unit."""

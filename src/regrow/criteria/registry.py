@@ -1,16 +1,17 @@
 """Criteria by name, and a user's own by file."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import gate, lora, simple, taylor
+from regrow.criteria import gate, lhspg, lora, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 
@@ -18,7 +19,10 @@ Need = Literal["lora", "gate", "weight"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
 of the gate derivatives, or gradients of the frozen weights (as large as the weights)."""
 
-Score = Callable[[Evidence], Float[Tensor, " units"]]
+Units = Float[Tensor, " units"]
+
+Score = Callable[[Evidence], Units | Mapping[str, Units]]
+"""One score per unit, or several named terms, which `combine` weighs against each other."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,40 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
         Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"})),
         Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"})),
+        Criterion("lhspg", lhspg.lhspg, frozenset()),
+        Criterion("lhspg-magnitude", lhspg.magnitude, frozenset()),
+        Criterion("lhspg-mean-magnitude", lhspg.mean_magnitude, frozenset()),
+        Criterion("lhspg-cosine", lhspg.cosine, frozenset()),
+        Criterion("lhspg-first-order", lhspg.first_order, frozenset()),
+        Criterion("lhspg-second-order", lhspg.second_order, frozenset()),
         Criterion("magnitude", simple.magnitude, frozenset()),
         Criterion("random", simple.random, frozenset()),
     )
 }
 
 
+def combine(terms: Mapping[str, Mapping[str, Units]]) -> dict[str, Units]:
+    """The mean of the terms of a criterion, each divided by its 2-norm over all units of all groups.
+
+    The scale of a term, and of a group within a term, is thereby left to the model as a whole: what LoRAShear
+    (weight 0.2 for each of five) does with its saliencies. A term that is zero everywhere adds nothing.
+
+    Args:
+        terms: group name -> term -> one value per unit; every group has the same terms.
+    """
+    names = list(next(iter(terms.values())))
+    norms = {name: torch.cat([group[name] for group in terms.values()]).norm() for name in names}
+    return {
+        group: torch.stack([values[name] / norms[name] if norms[name] else values[name] for name in names]).mean(0)
+        for group, values in terms.items()
+    }
+
+
 def find_criterion(name: str) -> Criterion:
     """The criterion of that name; `my_file.py:my_score` loads the function `my_score` from the user's file.
 
-    A user's function takes an `Evidence` and returns one score per unit. It is given LoRA gradients and gate
+    A user's function takes an `Evidence` and returns one score per unit, or a mapping of named terms with one
+    value per unit each, which `combine` makes a score of. It is given LoRA gradients and gate
     moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
     of `{"lora", "gate", "weight"}`).
 

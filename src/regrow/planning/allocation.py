@@ -87,7 +87,8 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
         InputError: if the target is out of reach; the message says what is within it.
     """
     demands = _demands(groups, gone, pruning)
-    allocate = _uniform if pruning.shape == "uniform" else _global if pruning.allocation == "global" else _local
+    free = {"local": _local, "global": _global, "by-kind": _by_kind}
+    allocate = _uniform if pruning.shape == "uniform" else free[pruning.allocation]
     counts = dict(gone)
     for demand in demands:
         counts.update(allocate(demand, scores, pruning))
@@ -223,6 +224,20 @@ def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> 
     }
     cheapest_first = sorted(demand.groups, key=lambda g: (demand.price[g.name] > least, next_score[g.name]))
     return _settle(demand, counts, [group.name for group in cheapest_first])
+
+
+def _by_kind(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+    """As many heads and channels as `_local` takes, but of each kind the lowest scores, wherever they are."""
+    local = _local(demand, scores, pruning)
+    counts = {group.name: demand.gone[group.name] for group in demand.groups}
+    heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
+    for kind in (heads, channels):
+        rest = sum(local[group.name] - counts[group.name] for group in kind)
+        for _, name in sorted((score, group.name) for group in kind for score in scores[group.name].tolist()):
+            if rest > 0 and counts[name] < demand.limit[name]:
+                counts[name] += 1
+                rest -= 1
+    return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
 def _settle(demand: _Demand, counts: Counts, order: Sequence[str]) -> Counts:

@@ -30,6 +30,9 @@ def cut_events(pruning: Pruning, steps: int) -> dict[int, float]:
     """
     if pruning.schedule == "one-shot" or steps == 0:
         return {0: 1.0}
+    if pruning.schedule == "lhspg":
+        *starts, _ = period_bounds(pruning, steps)
+        return {start: (number + 1) / len(starts) for number, start in enumerate(starts)}
     first, last = pruning.warm_up * steps, math.floor((1 - pruning.cool_down) * steps)
     events = {
         step: cubic_sparsity(step, steps, pruning.warm_up, pruning.cool_down, 1.0)
@@ -37,3 +40,25 @@ def cut_events(pruning: Pruning, steps: int) -> dict[int, float]:
         if step > first
     }
     return {**events, last: 1.0}
+
+
+def fade_ends(pruning: Pruning, steps: int) -> dict[int, int]:
+    """For each event of `cut_events`: the step before which the gates of the units chosen then are at 0.
+
+    With the lhspg schedule a fade takes a period: it ends where the next period begins.
+    """
+    starts = list(cut_events(pruning, steps))
+    if pruning.schedule == "lhspg":
+        return dict(zip(starts, [*starts[1:], period_bounds(pruning, steps)[-1]], strict=True))
+    return {start: start + pruning.decay_steps for start in starts}
+
+
+def period_bounds(pruning: Pruning, steps: int) -> list[int]:
+    """The steps before which the periods of the lhspg schedule begin, and the one before which the last ends.
+
+    P periods share the steps between warm-up and cool-down; their lengths differ by one step at most. Where
+    there are fewer steps than periods, some begin together, which makes them one.
+    """
+    first = math.ceil(pruning.warm_up * steps)
+    last = max(first, math.floor((1 - pruning.cool_down) * steps))
+    return [first + (last - first) * number // pruning.periods for number in range(pruning.periods + 1)]

@@ -39,7 +39,7 @@ class Ladder:
         return sum(self.cost[name] * count for name, count in counts.items())
 
     def nearest(self, counts: Mapping[str, int], target: int) -> Counts:
-        """The rungs next to some counts that remove at least `target` parameters, with as little beyond it as is easy."""
+        """The rungs next to some counts that remove at least `target` parameters, with little beyond it."""
         found = {name: max(r for r in rungs if r <= counts[name]) for name, rungs in self.rungs.items()}
         while self.removed(found) < target:
             up = {name: self._step(found, name, 1) for name in found}
@@ -48,7 +48,11 @@ class Ladder:
             if not gains:
                 break
             enough = {n: gain for n, gain in gains.items() if gain >= shortfall}
-            pick = min(enough, key=lambda n: enough[n]) if enough else max(gains, key=lambda n: (counts[n] - found[n], gains[n]))
+            pick = (
+                min(enough, key=lambda n: enough[n])
+                if enough
+                else max(gains, key=lambda n: (counts[n] - found[n], gains[n]))
+            )
             found[pick] = up[pick]  # type: ignore[assignment]
         return found
 

@@ -178,4 +178,3 @@ class Compensator:
         module = self.model.get_submodule(group.consumers[0].parameter.rpartition(".")[0])
         assert isinstance(module, nn.Module)
         return module  # type: ignore[return-value]
-

@@ -1,7 +1,10 @@
-"""The progressive loop's other half: choose units by their scores, let them fade, cut them."""
+"""The progressive loop's other half: choose units by their scores, let them fade, cut them.
+
+With the lhspg schedule a fade takes a period, and a unit may be gone before its end; see `lhspg.py`.
+"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +12,13 @@ from transformers import PreTrainedModel
 
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
+from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
-from regrow.planning.schedule import cut_events
+from regrow.planning.schedule import cut_events, fade_ends
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
+from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.scoring import Scorer
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
@@ -68,10 +73,16 @@ class Pruner:
         """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
         self.gates = Gates(model, groups.groups)
         self.events = cut_events(self.pruning, recipe.training.steps)
+        self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed)
+        self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
+        """Nothing to measure: score when a choice is due, not in every step."""
         self._chosen_at = 0
+        self._fading: dict[str, torch.Tensor] = {}
+        """Which of the units as they are now are between present and gone."""
+        self._half_space: HalfSpace | None = None
         self._reached = False
 
     def __enter__(self) -> "Pruner":
@@ -90,6 +101,8 @@ class Pruner:
 
     def calibrate(self, on_batch: Callable[[], None] = lambda: None) -> None:
         """Score `calibration_batches` without training. At least once if the first cut comes before any step."""
+        if self._late_scores:
+            return
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
             count = min(count, 1)
@@ -114,15 +127,19 @@ class Pruner:
         if step in self.events:
             self._choose(step, self.events[step])
         if self.plan != self.settled_plan:
-            faded = self.pruning.decay_steps == 0 or step - self._chosen_at >= self.pruning.decay_steps
-            if faded:
+            end = self.fade_ends[self._chosen_at]
+            if step >= end:
                 self.settle()
             else:
-                self._fade(1 - (step - self._chosen_at) / self.pruning.decay_steps)
+                if self._half_space and step > self._chosen_at:
+                    self._fading = self._half_space.within(self._fading, (end - step) / (end - step + 1))
+                self._fade(1 - (step - self._chosen_at) / (end - self._chosen_at))
 
     def train_step(self) -> float:
         """One optimizer step, scored as long as there is something to choose. Returns the loss."""
-        if self._reached:
+        if self._half_space:
+            self._half_space.remember()
+        if self._reached or self._late_scores:
             return self.learner.step().loss
         return self.learner.step(self.scorer.recording, self._score).loss
 
@@ -135,6 +152,7 @@ class Pruner:
         else:
             self._fade(0.0)
             self.settled_plan = self.plan
+            self._half_space = None
 
     def finish(self) -> None:
         """Cut whatever has been chosen and is still there."""
@@ -142,26 +160,45 @@ class Pruner:
             self._cut()
 
     def _choose(self, step: int, fraction: float) -> None:
+        if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors
+            raise InputError(f"criterion {self.pruning.criterion}: scores at step {step} are not finite")
         self.settle()
         scores = self.scorer.average.scores
-        self.plan = choose(self.original, self.plan, scores, self.pruning, fraction)
+        before, self.plan = self.plan, choose(self.original, self.plan, scores, self.pruning, fraction)
+        self._fading = {
+            name: self._is_one_of(name, set(group.keep) - set(self.plan.groups[name].keep))
+            for name, group in before.groups.items()
+        }
         self._chosen_at = step
         self._reached = step == self.last_event
         self.on_event(CutEvent(step, fraction, self.plan, scores))
+        if self.pruning.schedule == "lhspg":
+            self._begin_period()
         if self._reached:
             self.scorer.close()
 
+    def _begin_period(self) -> None:
+        for group in self.groups:
+            redundant = group.only(self._fading[group.name].nonzero().flatten().numpy())
+            forget_moments(self.model, redundant, self.learner.optimizer)
+        if self.plan != self.cut_plan:
+            self._half_space = HalfSpace(self.model, self.groups, self.pruning.epsilon)
+        self.scorer.begin_period()
+
+    def _is_one_of(self, name: str, units: Collection[int]) -> torch.Tensor:
+        """For each unit of a group as it is now: whether it is among `units` (original numbers)."""
+        return torch.isin(torch.tensor(self.cut_plan.groups[name].keep), torch.tensor(sorted(units), dtype=torch.long))
+
     def _fade(self, value: float) -> None:
         for name, group in self.plan.groups.items():
-            present = torch.tensor(self.cut_plan.groups[name].keep)
-            stays = torch.isin(present, torch.tensor(group.keep))
-            fades = torch.isin(present, torch.tensor(self.settled_plan.groups[name].keep))
-            self.gates.set(name, torch.where(stays, 1.0, torch.where(fades, value, 0.0)))
+            gone = torch.where(self._fading[name], value, 0.0)
+            self.gates.set(name, torch.where(self._is_one_of(name, group.keep), 1.0, gone))
 
     def _cut(self) -> None:
         self.learner.objective.before_change()
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
         self.cut_plan = self.settled_plan = self.plan
         self.gates.rebuild(self.groups.groups, {group.name: torch.ones(group.units) for group in self.groups})
+        self._half_space = None
         if not self._reached:
             self.scorer.watch(self.groups)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -10,12 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regrow.criteria.evidence import Evidence, Linear
-from regrow.criteria.registry import Criterion
+from regrow.criteria.registry import Criterion, combine
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.structure.adapters import ADAPTER
+from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Slice
+
+PLAIN = ""
+"""The term of a criterion that gives a score and no terms."""
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module name -> its LoRA factors A `[rank, in]` and B `[out, rank]`."""
 
 
 class Average:
@@ -54,6 +61,7 @@ class Scorer:
         self.average = Average({name: group.units for name, group in plan.groups.items()}, decay)
         self.generator = torch.Generator().manual_seed(seed)
         self._moments: dict[str, GateMoments] = {}
+        self._start: Factors = {}
 
     def close(self) -> None:
         """Leave the model as it was found."""
@@ -62,6 +70,10 @@ class Scorer:
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
+
+    def begin_period(self) -> None:
+        """Remember the adapters: the displacement that a criterion sees counts from now on."""
+        self._start = copy_factors(self.model)
 
     @contextmanager
     def recording(self, scale: float) -> Iterator[None]:
@@ -88,25 +100,19 @@ class Scorer:
             False if a score was not finite; then nothing was counted.
 
         Raises:
-            InputError: if a user's criterion does not give one score per unit.
+            InputError: if a user's criterion does not give one score per unit (or the same terms for all groups).
         """
-        scores = {}
+        terms = {}
         stays = plan.positions_within(cut_plan)
         for group in groups:
             moments = self._moments.get(group.name)
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
                 moments = moments and moments.only(torch.from_numpy(units))
-            evidence = gather_evidence(self.model, group, moments, self.generator)
+            evidence = gather_evidence(self.model, group, moments, self.generator, self._start)
             with torch.no_grad():
-                score = self.criterion.score(evidence)
-            if not isinstance(score, Tensor) or score.shape != (group.units,):
-                shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-                raise InputError(
-                    f"criterion {self.criterion.name}: wanted a tensor of {group.units} scores "
-                    f"for {group.name}, got {shape}"
-                )
-            scores[group.name] = score
+                terms[group.name] = self._terms(evidence)
+        scores = self._combined(terms)
         self._moments = {}
         for parameter in self._weights(groups):
             parameter.grad = None
@@ -114,6 +120,28 @@ class Scorer:
             return False
         self.average.add(scores, plan)
         return True
+
+    def _terms(self, evidence: Evidence) -> dict[str, Tensor]:
+        score = self.criterion.score(evidence)
+        terms = dict(score) if isinstance(score, Mapping) else {PLAIN: score}
+        for value in terms.values():
+            if not isinstance(value, Tensor) or value.shape != (evidence.units,):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(
+                    f"criterion {self.criterion.name}: wanted a tensor of {evidence.units} scores "
+                    f"for {evidence.name}, got {shape}"
+                )
+        return terms
+
+    def _combined(self, terms: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        kinds = sorted({tuple(sorted(each)) for each in terms.values()})
+        if kinds == [(PLAIN,)]:
+            return {name: each[PLAIN] for name, each in terms.items()}
+        if len(kinds) > 1 or not kinds[0]:
+            raise InputError(
+                f"criterion {self.criterion.name}: wanted the same terms, at least one, for every group, got {kinds}"
+            )
+        return combine(terms)
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
@@ -129,19 +157,36 @@ class Scorer:
                 parameter.requires_grad_(True)
 
 
+def copy_factors(model: PreTrainedModel) -> Factors:
+    """Copies of all LoRA factors."""
+    return {
+        name: (a.detach().clone(), b.detach().clone())
+        for name in lora_layers(model)
+        for a, b in [lora_factors(model, name)]
+    }
+
+
 def gather_evidence(
-    model: PreTrainedModel, group: Group, gate: GateMoments | None, generator: torch.Generator
+    model: PreTrainedModel,
+    group: Group,
+    gate: GateMoments | None,
+    generator: torch.Generator,
+    start: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
 ) -> Evidence:
-    """What a criterion may look at, of one group."""
+    """What a criterion may look at, of one group.
+
+    Args:
+        start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
+    """
     linears = [
-        linear_evidence(model, piece)
+        linear_evidence(model, piece, start.get(piece.module))
         for piece in group.slices
         if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
     ]
     return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator)
 
 
-def linear_evidence(model: PreTrainedModel, piece: Slice) -> Linear:
+def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, Tensor] | None = None) -> Linear:
     """A base weight that a group has a share in, as a criterion sees it: oriented `[out, in]`, with its adapter."""
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
@@ -153,7 +198,8 @@ def linear_evidence(model: PreTrainedModel, piece: Slice) -> Linear:
     module = model.get_submodule(piece.module)
     if not isinstance(module, LoraLayer):
         return linear
-    a, b = module.get_parameter(f"lora_A.{ADAPTER}.weight"), module.get_parameter(f"lora_B.{ADAPTER}.weight")
+    a, b = lora_factors(model, piece.module)
+    start_a, start_b = start or (None, None)
     return replace(
         linear,
         lora_a=a.detach(),
@@ -161,4 +207,6 @@ def linear_evidence(model: PreTrainedModel, piece: Slice) -> Linear:
         lora_a_grad=a.grad,
         lora_b_grad=b.grad,
         scaling=module.scaling[ADAPTER],
+        start_a=start_a,
+        start_b=start_b,
     )

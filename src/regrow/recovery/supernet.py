@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.compensation.solve import elimination_order
-from regrow.planning.search import Counts, Ladder
+from regrow.planning.search import Counts
 from regrow.progress import Progress
 from regrow.recovery.compensate import Compensator, Units
-from regrow.recovery.objective import kl_divergence
+from regrow.recovery.losses import FullTarget, divergence
 from regrow.recovery.scoring import linear_evidence
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
@@ -47,7 +47,9 @@ class Supernet:
         self._whole: dict[str, Tensor] = {}
         self._now: Counts = {}
 
-    def build(self, groups: Groups, rungs: Mapping[str, Sequence[int]], batches: Sequence[Tensor], progress: Progress) -> None:
+    def build(
+        self, groups: Groups, rungs: Mapping[str, Sequence[int]], batches: Sequence[Tensor], progress: Progress
+    ) -> None:
         """Order the units of every group and refit its consumer at every rung.
 
         Args:
@@ -74,9 +76,11 @@ class Supernet:
         moments = self.compensator.measure(group, walk)
         linear = linear_evidence(self.model, group.consumers[0])
         settings = self.compensator.settings
-        order = elimination_order(
-            linear.effective_weight(slice(None)), moments, linear.positions, settings.damping, settings.rounds, max(wanted)
-        ).cpu().numpy()  # fmt: skip
+        weight_OC = linear.effective_weight(slice(None))
+        ranked = elimination_order(
+            weight_OC, moments, linear.positions, settings.damping, settings.rounds, stop=max(wanted)
+        )
+        order = ranked.cpu().numpy()
         for count in wanted:
             keep = np.delete(np.arange(group.units), order[:count])
             channels_K, weight_OK, _ = self.compensator.solve(group, keep, moments)
@@ -127,5 +131,7 @@ class Fitness:
         """Set the candidate and measure it."""
         self.supernet.set(counts)
         pairs = zip(self._dense, self.batches, strict=True)
-        values = [float(kl_divergence(self._logits(ids_BT), dense_BTV)) for dense_BTV, ids_BT in pairs]
+        values = [
+            float(divergence(self._logits(ids_BT), FullTarget(dense_BTV, 1.0), 1.0)) for dense_BTV, ids_BT in pairs
+        ]
         return sum(values) / len(values)

@@ -58,6 +58,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def lora_factors(model: nn.Module, linear: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A `[rank, in]` and B `[out, rank]` of the adapter around a linear."""
+    a, b = (model.get_parameter(f"{linear}.lora_{factor}.{ADAPTER}.weight") for factor in "AB")
+    return a, b
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes without its adapters."""
@@ -76,10 +82,7 @@ def merge_lora(model: PreTrainedModel) -> None:
     """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off."""
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
-        a, b = (
-            model.get_parameter(f"{name}.lora_A.{ADAPTER}.weight"),
-            model.get_parameter(f"{name}.lora_B.{ADAPTER}.weight"),
-        )
+        a, b = lora_factors(model, name)
         delta = layer.scaling[ADAPTER] * (b @ a)
         if isinstance(base, Conv1D):
             delta = delta.T
