@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from regrow.criteria.registry import find_criterion
 from regrow.planning.allocation import choose
-from regrow.planning.plan import Plan
+from regrow.planning.plan import Plan, layer_of
 from regrow.planning.schedule import cut_events
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
+from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
@@ -63,11 +64,12 @@ class Pruner:
         """What the model's gates and tensors will be once everything chosen has faded."""
         self.cut_plan = self.plan
         """What its tensors are."""
-        self.gates = Gates(model, groups.groups)
+        self.depth = "layer" in self.pruning.kinds
+        self.gates = Gates(model, groups.groups, groups.layers if self.depth else ())
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
-        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed)
+        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth)
         self._chosen_at = 0
         self._reached = False
 
@@ -139,14 +141,20 @@ class Pruner:
             self.scorer.close()
 
     def _fade(self, value: float) -> None:
+        for number in set(self.plan.removed_layers) - set(self.cut_plan.removed_layers):
+            self.gates.set(f"layers.{number}", torch.tensor([value]))
         for name, group in self.plan.groups.items():
+            if layer_of(name) in self.plan.removed_layers:
+                continue
             present = torch.tensor(self.cut_plan.groups[name].keep)
             stays = torch.isin(present, torch.tensor(group.keep))
             self.gates.set(name, torch.where(stays, 1.0, value))
 
     def _cut(self) -> None:
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
+        self.learner.parameters = adapter_parameters(self.model)
         self.cut_plan = self.plan
-        self.gates.rebuild(self.groups.groups, {group.name: torch.ones(group.units) for group in self.groups})
+        ones = {group.name: torch.ones(group.units) for group in self.groups}
+        self.gates.rebuild(self.groups.groups, ones, self.groups.layers if self.depth else ())
         if not self._reached:
             self.scorer.watch(self.groups)
