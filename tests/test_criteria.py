@@ -155,8 +155,8 @@ def test_a_linear_without_adapter_gives_the_lora_criterion_nothing() -> None:
 def scorer_for(name: str, decay: float | None = 0.9):
     model = build("llama-gqa")
     groups = with_lora(model)
-    gates = Gates(model, groups.groups)
-    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), decay, seed=0)
+    gates = Gates(model, groups.groups, groups.layers)
+    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), decay, seed=0, depth=True)
     scorer.watch(groups)
     return model, groups, gates, scorer
 
@@ -175,9 +175,13 @@ def test_every_criterion_scores_every_unit(name: str) -> None:
     backward(model, gates, scorer)
     assert scorer.update(groups, plan, plan)
     scores = scorer.average.scores
+    scored = CRITERIA[name].scores
     for group in groups:
         assert scores[group.name].shape == (group.units,)
-        assert len(scores[group.name].unique()) > 1
+        assert (len(scores[group.name].unique()) > 1) == ("width" in scored)
+    layers = [scores.get(layer.unit) for layer in groups.layers]
+    assert all((score is not None) == ("depth" in scored) for score in layers)
+    assert len({float(score) for score in layers if score is not None}) in (0, len(layers))
 
 
 @pytest.mark.parametrize("name", ["lora", "gate-fisher"])

@@ -65,20 +65,33 @@ class Pruning(Section):
         default="uniform",
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
+    kinds: tuple[Literal["attention", "ffn", "layer"], ...] = Field(
+        default=("attention", "ffn"),
+        min_length=1,
+        description="What may go. attention: KV heads with their query heads. ffn: channels. layer: whole layers, as "
+        "many as do least damage; alone, the fewest that reach the target.",
+    )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
     allocation: Literal["local", "global", "by-kind"] = Field(
         default="local",
         description="local: the same share in every layer. global: lowest score per parameter first, across layers. "
         "by-kind: the same share of heads as of channels, in each kind the lowest score first, across layers.",
     )
-    floor: Share = Field(default=0.0, description="Least share of a group's units that stays (one unit always does).")
-    cap: float = Field(default=1.0, gt=0, le=1, description="Largest share of a group's units that may go.")
+    floor: Share = Field(
+        default=0.0, description="Least share of a group's units, and of the layers, that stays (one always does)."
+    )
+    cap: float = Field(
+        default=1.0, gt=0, le=1, description="Largest share of a group's units, and of the layers, that may go."
+    )
     multiple: Count = Field(default=1, description="FFN widths are multiples of this.")
     protect_first: Share = Field(
-        default=0.0, description="Share of the layers, from the first, that is left alone (free shape only)."
+        default=0.0,
+        description="Share of the layers, from the first, that is left alone (uniform: is not removed whole).",
     )
     protect_last: int = Field(
-        default=0, ge=0, description="Number of last layers that are left alone (free shape only)."
+        default=0,
+        ge=0,
+        description="Number of last layers that are left alone (uniform: are not removed whole).",
     )
     schedule: Literal["one-shot", "cubic", "lhspg"] = Field(
         default="one-shot",

@@ -46,6 +46,7 @@ from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
 from regrow.structure.adapters import attach_lora, merge_lora
+from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
 
 VALIDATION_AND_TEST = 2
@@ -93,7 +94,7 @@ class Walk:
     def walk(self) -> Result:
         """Everything, start to end."""
         recipe = self.recipe
-        find_criterion(recipe.pruning.criterion)
+        find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
         check_distillation(recipe)
         if recipe.data.source is None:
             raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
@@ -103,6 +104,8 @@ class Walk:
             self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         config = load_config(self.name)
         check_expressible(config)
+        if "layer" in recipe.pruning.kinds:
+            check_depth(config)
         for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
             check_length(config, length)
         tokenizer = load_tokenizer(self.name)
@@ -200,7 +203,12 @@ class Walk:
         return trained
 
     def record_cut(self, event: CutEvent) -> None:
-        """Write down an event's plan and scores."""
+        """Write down an event's plan and scores, and say which layers go."""
+        if event.plan.removed_layers:
+            self.progress.say(
+                f"layers {', '.join(map(str, event.plan.removed_layers))} of {len(event.plan.layers)} removed; "
+                f"{event.plan.sparsity.block:.1%} of the block parameters gone"
+            )
         write_bytes(self.folder / "scores.safetensors", tensors_to_bytes(event.scores))
         write_json(self.folder / "plan.json", event.plan.to_json())
 

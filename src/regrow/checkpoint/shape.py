@@ -60,9 +60,10 @@ def is_even(widths: Sequence[dict[str, int]]) -> bool:
 
 
 def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> list[dict[str, int]]:
-    """Heads, KV heads and FFN width of every layer of a cut model, under the config's own keys."""
+    """Heads, KV heads and FFN width of every layer that a cut model has, under the config's own keys."""
     before = config.get_text_config().to_dict()
-    layers: list[dict[str, int]] = [{key: before[key] for key in WIDTH_KEYS} for _ in now.layers]
+    assert before["num_hidden_layers"] == len(now.layers), "the cut keeps the config's depth true"
+    layers = {layer.number: {key: int(before[key]) for key in WIDTH_KEYS} for layer in now.layers}
     for group in now:
         layer = layers[group.layer]
         if group.kind == "attention":
@@ -73,7 +74,7 @@ def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> lis
             )
         else:
             layer["intermediate_size"] = group.units
-    return layers
+    return list(layers.values())
 
 
 def head_dimension(config: PretrainedConfig, groups: Groups) -> int:

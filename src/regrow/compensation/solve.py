@@ -47,14 +47,16 @@ def _solve(weight_OC: Tensor, second_CC: Tensor, kept_K: Tensor, damping: float)
     kept_KK = second_CC[kept_K][:, kept_K]
     kept_KK.diagonal().add_(strength)
     target_OK = weight_OC @ second_CC[:, kept_K] + strength * weight_OC[:, kept_K]
-    solution_KO: Tensor = torch.cholesky_solve(target_OK.T, _cholesky(kept_KK))
-    return solution_KO.transpose(0, 1)
+    fitted_OK: Tensor = torch.cholesky_solve(target_OK.T, _cholesky(kept_KK)).T
+    return fitted_OK
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
     """The factor of a positive definite matrix; channels that never speak make it singular, hence the tiny ridge."""
     ridge = torch.finfo(matrix.dtype).eps * len(matrix) * matrix.diagonal().mean().clamp(min=1e-300)
-    return torch.linalg.cholesky(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor: Tensor = torch.linalg.cholesky(matrix + ridge * eye)
+    return factor
 
 
 def output_error(

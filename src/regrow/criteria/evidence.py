@@ -70,17 +70,22 @@ class Linear:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One group, as a criterion sees it. Scores are comparable within a group unless a criterion says more."""
+    """One group, as a criterion sees it. Scores are comparable within a group unless a criterion says more.
+
+    A whole layer comes as a group of one unit, without linears.
+    """
 
     name: str
     kind: str
-    """`attention` or `ffn`."""
+    """`attention` or `ffn`; `layer` for a whole layer."""
     units: int
     linears: tuple[Linear, ...]
     gate: GateMoments | None = None
     """Moments of the gate derivatives since the last scoring, if the criterion needs them."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     """The run's own source of chance."""
+    similarity: float | None = None
+    """Mean over tokens of the cosine between what enters the layer and what leaves it, if the criterion needs it."""
 
     @cached_property
     def consumers(self) -> tuple[Linear, ...]:

@@ -1,23 +1,27 @@
 """Criteria by name, and a user's own by file."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import gate, lhspg, lora, simple, taylor
+from regrow.criteria import depth, gate, lhspg, lora, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 
-Need = Literal["lora", "gate", "weight"]
+Need = Literal["lora", "gate", "weight", "similarity"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
-of the gate derivatives, or gradients of the frozen weights (as large as the weights)."""
+of the gate derivatives, gradients of the frozen weights (as large as the weights), or how alike a layer's input and
+output are."""
+
+Scored = Literal["width", "depth"]
+"""What a criterion scores: units of the groups, whole layers, or both (then in the same measure)."""
 
 Units = Float[Tensor, " units"]
 
@@ -27,12 +31,26 @@ Score = Callable[[Evidence], Units | Mapping[str, Units]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function and what it needs."""
+    """A scoring function, what it needs and what it is for."""
 
     name: str
     score: Score
     needs: frozenset[Need]
+    scores: frozenset[Scored] = frozenset({"width"})
 
+    def check_kinds(self, kinds: Collection[str]) -> None:
+        """Refuse to prune widths by a criterion that scores none (layers do without: their units' scores add up).
+
+        Raises:
+            InputError: if it is asked to.
+        """
+        if "width" not in self.scores and set(kinds) != {"layer"}:
+            raise InputError(
+                f"criterion {self.name} scores whole layers only: set pruning.kinds=[layer], or take another criterion"
+            )
+
+
+BOTH: frozenset[Scored] = frozenset({"width", "depth"})
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
@@ -41,8 +59,9 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("lora-squared", lora.lora_squared, frozenset({"lora"})),
         Criterion("taylor", taylor.taylor, frozenset({"weight"})),
         Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
-        Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"})),
-        Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"})),
+        Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"}), BOTH),
+        Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"}), BOTH),
+        Criterion("block-influence", depth.block_influence, frozenset({"similarity"}), frozenset({"depth"})),
         Criterion("lhspg", lhspg.lhspg, frozenset()),
         Criterion("lhspg-magnitude", lhspg.magnitude, frozenset()),
         Criterion("lhspg-mean-magnitude", lhspg.mean_magnitude, frozenset()),
@@ -78,7 +97,8 @@ def find_criterion(name: str) -> Criterion:
     A user's function takes an `Evidence` and returns one score per unit, or a mapping of named terms with one
     value per unit each, which `combine` makes a score of. It is given LoRA gradients and gate
     moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
-    of `{"lora", "gate", "weight"}`).
+    of `{"lora", "gate", "weight", "similarity"}`). One for whole layers says `SCORES = {"depth"}` (default
+    `{"width"}`, or both).
 
     Raises:
         InputError: if there is no such criterion, file or function.
@@ -105,6 +125,9 @@ def find_criterion(name: str) -> Criterion:
     if not callable(score):
         raise InputError(f"criterion {name!r}: {path} has no function {function!r}")
     needs = frozenset(vars(module).get("NEEDS", {"lora", "gate"}))
-    if not needs <= {"lora", "gate", "weight"}:
-        raise InputError(f"criterion {name!r}: NEEDS may hold 'lora', 'gate' and 'weight', not {sorted(needs)}")
-    return Criterion(name, score, needs)
+    if not needs <= set(get_args(Need)):
+        raise InputError(f"criterion {name!r}: NEEDS may hold {', '.join(get_args(Need))}, not {sorted(needs)}")
+    scores = frozenset(vars(module).get("SCORES", {"width"}))
+    if not scores or not scores <= BOTH:
+        raise InputError(f"criterion {name!r}: SCORES may hold width and depth, not {sorted(scores)}")
+    return Criterion(name, score, needs, scores)

@@ -64,8 +64,13 @@ def measure_perplexities(model: PreTrainedModel, protocols: Sequence[Windows], p
 def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     """The gates that make a whole model compute what it would after the plan's cut."""
     groups = find_groups(model)
-    gates = Gates(model, groups.groups)
+    gone = [layer for layer in groups.layers if layer.number in plan.removed_layers]
+    gates = Gates(model, groups.groups, gone)
+    for layer in gone:
+        gates.set(layer.unit, torch.zeros(1))
     for group in groups:
+        if group.layer in plan.removed_layers:
+            continue
         present = torch.zeros(group.units)
         present[np.array(plan.groups[group.name].keep)] = 1.0
         gates.set(group.name, present)

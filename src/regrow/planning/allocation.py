@@ -3,22 +3,35 @@
 Counts first: a target in parameters (or in units) becomes a number of units per group. Within a group the
 lowest scores go. A target is never missed: at least as much is removed as was asked, and less than one of the
 smallest steps that the shape allows beyond it (a unit; in the uniform shape, `multiple` channels in every layer).
+
+Whole layers compete with widths by the damage done in all: for every number of layers, those of least damage per
+parameter go and widths give the rest; the number with the least damage wins.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regrow.errors import InputError
-from regrow.planning.plan import Plan
+from regrow.planning.depth import (
+    emptied_layers,
+    layer_choices,
+    layer_damage,
+    layer_price,
+    layers_wanted,
+    least_damaging,
+    outer_layers,
+)
+from regrow.planning.plan import Plan, layer_of
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
 
 Counts = dict[str, int]
-"""Group name -> units removed of the original ones."""
+"""Group name -> units removed of the original ones; all of them in a layer that goes whole."""
 
 UNIT_NAMES = {"attention": "KV heads", "ffn": "FFN channels"}
 
@@ -36,6 +49,10 @@ class _Demand:
     limit: Mapping[str, int]
     """Most units that may be removed."""
     multiple: int
+    whole: int
+    """What the target is a share of."""
+    by_layers: int
+    """What layers that go whole bring, beside `amount`."""
 
     def of_kind(self, ffn: bool) -> list[Group]:
         return [group for group in self.groups if group.kind.startswith("ffn") == ffn]
@@ -51,6 +68,33 @@ class _Demand:
     def brings(self, counts: Counts) -> int:
         return sum(self.price[name] * count for name, count in counts.items())
 
+    def within(self) -> int:
+        """The most that can be brought."""
+        return self.brings({group.name: _most(self, group) for group in self.groups})
+
+    def surplus(self, counts: Counts) -> int:
+        """What is brought beyond the amount."""
+        return self.brings({group.name: counts[group.name] for group in self.groups}) - self.amount
+
+    def least_step(self, shape: str) -> int:
+        """What the shape's smallest step brings: a unit; uniform: a channel in every layer, or a head without any."""
+        if shape == "free":
+            return min((self.price[group.name] * self.step(group) for group in self.groups), default=0)
+        return sum(self.price[group.name] * self.step(group) for group in self.of_kind(ffn=True) or self.groups)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to reach the target."""
+
+    layers: tuple[int, ...]
+    """Numbers of the layers that go whole, ascending."""
+    counts: Counts
+    damage: float
+    """Sum of the scores of everything that goes and was there before."""
+    exact: bool
+    """Whether the target is passed by less than one step."""
+
 
 def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0) -> Plan:
     """The next plan on the way to the target: nothing that `plan` removed comes back.
@@ -65,15 +109,33 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
     Raises:
         InputError: if the target is out of reach.
     """
-    gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
-    present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
-    final = final_counts(groups, gone, present, pruning)
+    counts = final_counts(groups, *_present(plan, scores), pruning)
+    return lose(groups, plan, counts, scores, pruning, fraction)
+
+
+def lose(
+    groups: Groups, plan: Plan, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0
+) -> Plan:
+    """The plan in which `counts` of the units are gone, those of the lowest scores; arguments as for `choose`."""
+    gone, present = _present(plan, scores)
+    newly = emptied_layers(groups, counts) - set(plan.removed_layers)
+    layers = math.floor((len(plan.removed_layers) + len(newly)) * fraction + 0.5) - len(plan.removed_layers)
+    now_removed = least_damaging(groups, newly, gone, present, pruning)[: max(layers, 0)]
     keep = {}
-    for name, count in final.items():
+    for name, count in counts.items():
+        if layer_of(name) in newly:
+            continue
         now = max(gone[name], math.floor(count * fraction + 0.5))
         order = torch.argsort(present[name], stable=True)[now - gone[name] :]
         keep[name] = [plan.groups[name].keep[position] for position in order.tolist()]
-    return plan.keeping(keep)
+    return plan.keeping(keep, now_removed)
+
+
+def _present(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
+    """Units gone, and the scores of those still there; layers' own scores as they are."""
+    gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
+    present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
+    return gone, {**scores, **present}
 
 
 def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
@@ -81,56 +143,119 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
 
     Args:
         gone: units lost already.
-        scores: scores of the units present, any order.
+        scores: scores of the units present, any order; of layers (`layers.<number>`) if the criterion gives them.
 
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
-    demands = _demands(groups, gone, pruning)
-    free = {"local": _local, "global": _global, "by-kind": _by_kind}
-    allocate = _uniform if pruning.shape == "uniform" else free[pruning.allocation]
-    counts = dict(gone)
-    for demand in demands:
-        counts.update(allocate(demand, scores, pruning))
-    return counts
+
+    def best(demand: _Demand) -> list[Counts]:
+        if pruning.shape == "uniform":
+            return sorted(_uniform(demand), key=lambda counts: _loss(demand, counts, scores, pruning))[:1]
+        match pruning.allocation:
+            case "local":
+                return [_local(demand)]
+            case "global":
+                return [_global(demand, scores)]
+            case "by-kind":
+                return [_by_kind(demand, scores)]
+
+    # Where layers by themselves overshoot, the fewest of them go.
+    ways = _ways(groups, gone, scores, pruning, best)
+    return min(ways, key=lambda way: (not way.exact, 0 if way.exact else len(way.layers), way.damage)).counts
 
 
-def _demands(groups: Groups, gone: Counts, pruning: Pruning) -> list[_Demand]:
-    free = tuple(group for group in groups if group.layer not in protected_layers(groups, pruning))
+def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> list[Candidate]:
+    """All numbers of layers, KV heads and FFN channels that together reach the target in the uniform shape.
+
+    Only exact ones, unless there are none. Arguments and errors as for `final_counts`; `lose` makes a plan of one.
+    """
+    ways = _ways(groups, gone, scores, pruning, _uniform)
+    return [way for way in ways if way.exact] or ways
+
+
+def _ways(
+    groups: Groups,
+    gone: Counts,
+    scores: Mapping[str, Tensor],
+    pruning: Pruning,
+    allocate: Callable[[_Demand], list[Counts]],
+) -> list[Candidate]:
+    """For every choice of layers, each way in which `allocate` makes up the rest by widths."""
+    ways = []
+    for layers in layer_choices(groups, gone, scores, pruning):
+        demands = _demands(groups, gone, pruning, layers)
+        short = [demand for demand in demands if demand.within() < demand.amount]
+        if short:
+            continue
+        lost = {group.name: group.units if group.layer in layers else gone[group.name] for group in groups}
+        for parts in itertools.product(*(allocate(demand) for demand in demands if demand.groups)):
+            counts = lost | {name: count for part in parts for name, count in part.items()}
+            exact = all(demand.surplus(counts) < demand.least_step(pruning.shape) for demand in demands)
+            damage = _total_damage(groups, gone, counts, scores)
+            ways.append(Candidate(tuple(sorted(layers)), counts, damage, exact))
+    if not ways and short:
+        raise _out_of_reach(groups, short[0], layers, pruning)
+    if not ways:
+        raise InputError(
+            f"no multiples of {pruning.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
+        )
+    return ways
+
+
+def _total_damage(groups: Groups, gone: Counts, counts: Counts, scores: Mapping[str, Tensor]) -> float:
+    layers = emptied_layers(groups, counts)
+    damage = sum(layer_damage(groups, number, scores) for number in layers - emptied_layers(groups, gone))
+    for group in groups:
+        if group.layer not in layers:
+            damage += _damage(scores[group.name], counts[group.name] - gone[group.name])
+    return damage
+
+
+def _demands(groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int]) -> list[_Demand]:
+    """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing."""
+    spared = layers | protected_layers(groups, pruning)
+    free = tuple(g for g in groups if g.layer not in spared and g.kind.rstrip("0123456789") in pruning.kinds)
     limit = {
         g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
     }
-    if pruning.basis == "units":
-        kinds = sorted({group.kind for group in free})
-        parts = [tuple(group for group in free if group.kind == kind) for kind in kinds]
-        prices = [dict.fromkeys((group.name for group in part), 1) for part in parts]
-        whole = [sum(group.units for group in groups if group.kind == kind) for kind in kinds]
-        amounts = [round(pruning.sparsity * units) for units in whole]
-    else:
-        parts, prices = [free], [{group.name: group.cost for group in free}]
-        whole = [groups.block_parameters if pruning.basis == "block" else groups.total_parameters]
-        amounts = [math.ceil(pruning.sparsity * whole[0] - 1e-6)]
+
+    def demand(part: tuple[Group, ...], price: Mapping[str, int], whole: int, wanted: int, by_layers: int) -> _Demand:
+        return _Demand(part, price, wanted - by_layers, gone, limit, pruning.multiple, whole, by_layers)
+
+    if pruning.basis != "units":
+        whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
+        wanted = math.ceil(pruning.sparsity * whole - 1e-6)
+        by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers)
+        return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
     demands = []
-    for part, price, amount, size in zip(parts, prices, amounts, whole, strict=True):
-        demand = _Demand(part, price, amount, gone, limit, pruning.multiple)
-        within = demand.brings({group.name: _most(demand, group) for group in part})
-        if within < amount:
-            left = sorted({f"{g.units - _most(demand, g)} of {g.units} {UNIT_NAMES.get(g.kind, g.kind)}" for g in part})
-            raise InputError(
-                f"sparsity {pruning.sparsity} of {pruning.basis} is out of reach: even with only "
-                f"{' and '.join(left)} left in each layer that may be cut, {within / size:.3f} is removed; "
-                f"use at most {math.floor(100 * within / size) / 100}"
-            )
-        demands.append(demand)
-    return demands
+    for kind in sorted({group.kind for group in free}):
+        part = tuple(group for group in free if group.kind == kind)
+        units = sum(group.units for group in groups if group.kind == kind)
+        by_layers = sum(group.units for group in groups if group.kind == kind and group.layer in layers)
+        price = dict.fromkeys((group.name for group in part), 1)
+        demands.append(demand(part, price, units, round(pruning.sparsity * units), by_layers))
+    return demands or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
+
+
+def _out_of_reach(groups: Groups, demand: _Demand, layers: frozenset[int], pruning: Pruning) -> InputError:
+    """How far one gets with `layers` gone and as little as may be left in the others."""
+    units = sorted(
+        {f"{g.units - _most(demand, g)} of {g.units} {UNIT_NAMES.get(g.kind, g.kind)}" for g in demand.groups}
+    )
+    left = [f"{' and '.join(units)} left in each layer that may be cut"] if units else []
+    if layers or not units:
+        left.insert(0, f"{len(groups.layers) - len(layers)} of {len(groups.layers)} layers")
+    within = (demand.by_layers + demand.within()) / demand.whole
+    return InputError(
+        f"sparsity {pruning.sparsity} of {pruning.basis} is out of reach: even with only {', and '.join(left)}, "
+        f"{within:.3f} is removed; use at most {math.floor(100 * within) / 100}"
+    )
 
 
 def protected_layers(groups: Groups, pruning: Pruning) -> set[int]:
-    """Numbers of the layers that the recipe leaves alone; none in the uniform shape."""
-    if pruning.shape == "uniform":
-        return set()
-    layers = len(groups.layers)
-    return {*range(int(pruning.protect_first * layers)), *range(layers - pruning.protect_last, layers)}
+    """Numbers of the layers whose widths the recipe leaves alone; none in the uniform shape."""
+    return set() if pruning.shape == "uniform" else outer_layers(groups, pruning)
 
 
 def _most(demand: _Demand, group: Group) -> int:
@@ -141,15 +266,16 @@ def _most(demand: _Demand, group: Group) -> int:
     )
 
 
-def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
-    """The same widths in every layer: a number of KV heads, then as many channels as the rest takes."""
+def _uniform(demand: _Demand) -> list[Counts]:
+    """The same widths in every layer: every number of KV heads, then as many channels as the rest takes.
+
+    Those that are exact, or if there are none all that reach the amount.
+    """
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     for kind in (heads, channels):
         if len({(group.units, demand.price[group.name]) for group in kind}) > 1:
             raise InputError("the uniform shape needs a model whose layers are equally wide; use pruning.shape=free")
-    share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
-    best: tuple[tuple[bool, float], Counts] | None = None
-    step = sum(demand.price[group.name] for group in channels or heads) * (demand.multiple if channels else 1)
+    found = []
     for removed in range(
         max((demand.gone[g.name] for g in heads), default=0), 1 + (_most(demand, heads[0]) if heads else 0)
     ):
@@ -159,27 +285,25 @@ def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) ->
             per_layer = math.ceil(rest / sum(demand.price[group.name] for group in channels))
             per_layer = demand.width_ok(channels[0], max(per_layer, demand.gone[channels[0].name]))
             counts |= dict.fromkeys((group.name for group in channels), per_layer)
-        if demand.brings(counts) < demand.amount or any(counts[g.name] > demand.limit[g.name] for g in demand.groups):
-            continue
-        if pruning.allocation == "global":
-            loss = sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
-        else:
-            loss = abs(removed / heads[0].units - share) if heads else 0.0
-        rank = (demand.brings(counts) - demand.amount >= step, loss)
-        if best is None or rank < best[0]:
-            best = rank, counts
-    if best is None:
-        raise InputError(
-            f"no multiples of {demand.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
-        )
-    return best[1]
+        if demand.surplus(counts) >= 0 and all(counts[g.name] <= demand.limit[g.name] for g in demand.groups):
+            found.append(counts)
+    return [counts for counts in found if demand.surplus(counts) < demand.least_step("uniform")] or found
+
+
+def _loss(demand: _Demand, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> float:
+    """What decides between uniform widths: damage, or (local) how far heads are from losing the same share as all."""
+    if pruning.allocation == "global":
+        return sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
+    share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
+    heads = demand.of_kind(ffn=False)
+    return abs(counts[heads[0].name] / heads[0].units - share) if heads else 0.0
 
 
 def _damage(scores: Tensor, count: int) -> float:
     return float(scores.sort().values[:count].sum())
 
 
-def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _local(demand: _Demand) -> Counts:
     """The same share in every layer: heads to the nearest, channels evenly to fill the rest."""
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
@@ -199,7 +323,7 @@ def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> C
     return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _global(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
     """Lowest score per parameter first, wherever it is (the LP relaxation of the budgeted choice)."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     ranked = [
@@ -226,9 +350,9 @@ def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> 
     return _settle(demand, counts, [group.name for group in cheapest_first])
 
 
-def _by_kind(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _by_kind(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
     """As many heads and channels as `_local` takes, but of each kind the lowest scores, wherever they are."""
-    local = _local(demand, scores, pruning)
+    local = _local(demand)
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     for kind in (heads, channels):

@@ -1,6 +1,6 @@
 """The plan: which units stay. Plain data that always speaks of the original model's units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from regrow.errors import InputError
 from regrow.structure.groups import Groups
+
+
+def layer_of(group: str) -> int:
+    """The number in a group's name, `layers.<number>.<kind>`."""
+    _, number, _ = group.split(".")
+    return int(number)
 
 
 class PlannedGroup(BaseModel):
@@ -21,15 +27,25 @@ class PlannedGroup(BaseModel):
     cost: int
     """Parameters of one unit."""
     keep: tuple[int, ...]
-    """Numbers of the units that stay, ascending."""
+    """Numbers of the units that stay, ascending; none in a layer that is removed whole."""
 
     @model_validator(mode="after")
     def _check(self) -> "PlannedGroup":
         if list(self.keep) != sorted(set(self.keep)):
             raise ValueError("keep must be ascending without repeats")
-        if not self.keep or self.keep[0] < 0 or self.keep[-1] >= self.units:
-            raise ValueError(f"keep must name at least one of the units 0 to {self.units - 1} and no others")
+        if self.keep and (self.keep[0] < 0 or self.keep[-1] >= self.units):
+            raise ValueError(f"keep must name units from 0 to {self.units - 1} and no others")
         return self
+
+
+class PlannedLayer(BaseModel):
+    """What removing one layer whole would take away."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int
+    block_parameters: int
+    """Of its prunable linears."""
 
 
 class Sparsity(BaseModel):
@@ -55,6 +71,24 @@ class Plan(BaseModel):
     block_parameters: int
     """Of the original model, as `total_parameters`."""
     total_parameters: int
+    layers: tuple[PlannedLayer, ...] = ()
+    """The original model's; empty in plans from before layers could be removed."""
+    removed_layers: tuple[int, ...] = ()
+    """Numbers of the layers that are removed whole, ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Plan":
+        if list(self.removed_layers) != sorted(set(self.removed_layers)):
+            raise ValueError("removed_layers must be ascending without repeats")
+        if not set(self.removed_layers) <= set(range(len(self.layers))):
+            raise ValueError(f"removed_layers must name some of the {len(self.layers)} layers that the plan describes")
+        if self.layers and len(self.removed_layers) == len(self.layers):
+            raise ValueError("removed_layers names every layer; at least one must stay")
+        for name, group in self.groups.items():
+            if bool(group.keep) == (layer_of(name) in self.removed_layers):
+                wanted = "none, for its layer is removed" if group.keep else f"at least one of {group.units}"
+                raise ValueError(f"groups.{name}: keep must name {wanted}")
+        return self
 
     @classmethod
     def whole(cls, groups: Groups) -> "Plan":
@@ -63,6 +97,10 @@ class Plan(BaseModel):
             groups={g.name: PlannedGroup(units=g.units, cost=g.cost, keep=tuple(range(g.units))) for g in groups},
             block_parameters=groups.block_parameters,
             total_parameters=groups.total_parameters,
+            layers=tuple(
+                PlannedLayer(parameters=layer.parameters, block_parameters=layer.block_parameters)
+                for layer in groups.layers
+            ),
         )
 
     @classmethod
@@ -79,35 +117,55 @@ class Plan(BaseModel):
             place = ".".join(str(part) for part in first["loc"])
             raise InputError(f"not a valid plan: {place + ': ' if place else ''}{first['msg']}") from error
 
-    def keeping(self, keep: Mapping[str, Sequence[int]]) -> "Plan":
-        """This plan with other units kept in the groups named."""
+    def keeping(self, keep: Mapping[str, Sequence[int]], removed_layers: Iterable[int] = ()) -> "Plan":
+        """This plan with other units kept in the groups named, and more layers removed whole."""
+        removed = {*self.removed_layers, *removed_layers}
+        empty = {name: () for name in self.groups if layer_of(name) in removed}
         changed = {
             name: PlannedGroup(units=self.groups[name].units, cost=self.groups[name].cost, keep=tuple(sorted(units)))
-            for name, units in keep.items()
+            for name, units in {**keep, **empty}.items()
         }
-        return self.model_copy(update={"groups": {**self.groups, **changed}})
+        return Plan(
+            groups={**self.groups, **changed},
+            block_parameters=self.block_parameters,
+            total_parameters=self.total_parameters,
+            layers=self.layers,
+            removed_layers=tuple(sorted(removed)),
+        )
 
     @property
     def removed_parameters(self) -> int:
-        """Parameters that the plan takes away."""
-        return sum(group.cost * (group.units - len(group.keep)) for group in self.groups.values())
+        """Parameters that the plan takes away: of its units, and everything in the layers it removes."""
+        return self._removed_units() + sum(self.layers[number].parameters for number in self.removed_layers)
+
+    @property
+    def removed_block_parameters(self) -> int:
+        """Those of them that are in the blocks' linears."""
+        return self._removed_units() + sum(self.layers[number].block_parameters for number in self.removed_layers)
+
+    def _removed_units(self) -> int:
+        return sum(
+            group.cost * (group.units - len(group.keep))
+            for name, group in self.groups.items()
+            if layer_of(name) not in self.removed_layers
+        )
 
     @property
     def sparsity(self) -> Sparsity:
         """The three ratios."""
         units = sum(group.units for group in self.groups.values())
         kept = sum(len(group.keep) for group in self.groups.values())
-        removed = self.removed_parameters
         return Sparsity(
             units=(units - kept) / units,
-            block=removed / self.block_parameters,
-            total=removed / self.total_parameters,
+            block=self.removed_block_parameters / self.block_parameters,
+            total=self.removed_parameters / self.total_parameters,
         )
 
     def positions_within(self, earlier: "Plan") -> dict[str, NDArray[np.int64]]:
         """For a model already cut to `earlier`: the numbers, among its units, of those that stay now.
 
-        Only groups that change are named. Nothing that `earlier` removed may come back.
+        Only groups that change are named, with no units if their layer goes whole. Nothing that `earlier` removed
+        may come back.
         """
         positions = {}
         for name, group in self.groups.items():

@@ -14,12 +14,13 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.plan import Plan
+from regrow.planning.plan import Plan, layer_of
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.scoring import Scorer
+from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
@@ -71,12 +72,13 @@ class Pruner:
         """What its tensors are."""
         self.settled_plan = self.plan
         """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
-        self.gates = Gates(model, groups.groups)
+        self.depth = "layer" in self.pruning.kinds
+        self.gates = Gates(model, groups.groups, groups.layers if self.depth else ())
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
-        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed)
+        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth)
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
         self._chosen_at = 0
@@ -190,15 +192,22 @@ class Pruner:
         return torch.isin(torch.tensor(self.cut_plan.groups[name].keep), torch.tensor(sorted(units), dtype=torch.long))
 
     def _fade(self, value: float) -> None:
+        for number in set(self.plan.removed_layers) - set(self.cut_plan.removed_layers):
+            fades = number not in self.settled_plan.removed_layers
+            self.gates.set(f"layers.{number}", torch.tensor([value if fades else 0.0]))
         for name, group in self.plan.groups.items():
+            if layer_of(name) in self.plan.removed_layers:
+                continue
             gone = torch.where(self._fading[name], value, 0.0)
             self.gates.set(name, torch.where(self._is_one_of(name, group.keep), 1.0, gone))
 
     def _cut(self) -> None:
         self.learner.objective.before_change()
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
+        self.learner.parameters = adapter_parameters(self.model)
         self.cut_plan = self.settled_plan = self.plan
-        self.gates.rebuild(self.groups.groups, {group.name: torch.ones(group.units) for group in self.groups})
+        ones = {group.name: torch.ones(group.units) for group in self.groups}
+        self.gates.rebuild(self.groups.groups, ones, self.groups.layers if self.depth else ())
         self._half_space = None
         if not self._reached:
             self.scorer.watch(self.groups)

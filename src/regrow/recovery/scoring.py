@@ -1,8 +1,10 @@
 """Measure what a criterion needs during backward passes, score all groups, and keep a moving average."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -16,7 +18,8 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
-from regrow.structure.groups import Group, Groups, Slice
+from regrow.structure.groups import Group, Groups, Layer, Slice
+from regrow.structure.similarity import Cosines, watching_layers
 
 PLAIN = ""
 """The term of a criterion that gives a score and no terms."""
@@ -35,12 +38,12 @@ class Average:
         self._weight = 0.0
 
     def add(self, scores: Mapping[str, Tensor], plan: Plan) -> None:
-        """Count one score per unit that `plan` keeps; removed units keep what they had."""
+        """Count one score per unit (or layer) that `plan` keeps; removed units keep what they had."""
         self.count += 1
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
         for name, score in scores.items():
-            kept = list(plan.groups[name].keep)
+            kept = list(plan.groups[name].keep) if name in plan.groups else [0]
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
 
     @property
@@ -50,18 +53,30 @@ class Average:
 
 
 class Scorer:
-    """Scores the groups of a model as it trains."""
+    """Scores the groups of a model as it trains, and whole layers if asked to and the criterion can."""
 
     def __init__(
-        self, model: PreTrainedModel, plan: Plan, gates: Gates, criterion: Criterion, decay: float | None, seed: int
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        gates: Gates,
+        criterion: Criterion,
+        decay: float | None,
+        seed: int,
+        depth: bool = False,
     ) -> None:
         self.model = model
         self.gates = gates
         self.criterion = criterion
-        self.average = Average({name: group.units for name, group in plan.groups.items()}, decay)
+        self.depth = depth and "depth" in criterion.scores
+        units = {name: group.units for name, group in plan.groups.items()}
+        layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
+        self.average = Average(units | layers, decay)
         self.generator = torch.Generator().manual_seed(seed)
         self._moments: dict[str, GateMoments] = {}
         self._start: Factors = {}
+        self._cosines: dict[str, Cosines] = defaultdict(Cosines)
+        self._layers: tuple[Layer, ...] = ()
 
     def close(self) -> None:
         """Leave the model as it was found."""
@@ -69,6 +84,7 @@ class Scorer:
 
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
+        self._layers = groups.layers
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
 
     def begin_period(self) -> None:
@@ -78,10 +94,12 @@ class Scorer:
     @contextmanager
     def recording(self, scale: float) -> Iterator[None]:
         """A context for one forward and backward pass; see `Gates.recording`."""
-        if "gate" not in self.criterion.needs:
-            yield
-            return
-        with self.gates.recording(scale, self._count):
+        with ExitStack() as stack:
+            if "gate" in self.criterion.needs:
+                stack.enter_context(self.gates.recording(scale, self._count))
+            if "similarity" in self.criterion.needs and self.depth:
+                look = watching_layers(self.model, self._layers, lambda unit, c_BT: self._cosines[unit].add(c_BT))
+                stack.enter_context(look)
             yield
 
     def _count(self, name: str, c_BU: Tensor) -> None:
@@ -102,17 +120,10 @@ class Scorer:
         Raises:
             InputError: if a user's criterion does not give one score per unit (or the same terms for all groups).
         """
-        terms = {}
-        stays = plan.positions_within(cut_plan)
-        for group in groups:
-            moments = self._moments.get(group.name)
-            if (units := stays.get(group.name)) is not None:
-                group = group.only(units)
-                moments = moments and moments.only(torch.from_numpy(units))
-            evidence = gather_evidence(self.model, group, moments, self.generator, self._start)
-            with torch.no_grad():
-                terms[group.name] = self._terms(evidence)
-        scores = self._combined(terms)
+        with torch.no_grad():
+            evidence = chain(self._of_groups(groups, cut_plan, plan), self._of_layers(groups, plan))
+            scores = self._combined({one.name: self._terms(one) for one in evidence})
+        self._cosines.clear()
         self._moments = {}
         for parameter in self._weights(groups):
             parameter.grad = None
@@ -142,6 +153,32 @@ class Scorer:
                 f"criterion {self.criterion.name}: wanted the same terms, at least one, for every group, got {kinds}"
             )
         return combine(terms)
+
+    def _of_groups(self, groups: Groups, cut_plan: Plan, plan: Plan) -> Iterator[Evidence]:
+        """What is known of the units that stay."""
+        if "width" not in self.criterion.scores:
+            return
+        stays = plan.positions_within(cut_plan)
+        for group in groups:
+            moments = self._moments.get(group.name)
+            if group.layer in plan.removed_layers:
+                continue
+            if (units := stays.get(group.name)) is not None:
+                group = group.only(units)
+                moments = moments and moments.only(torch.from_numpy(units))
+            yield gather_evidence(self.model, group, moments, self.generator, self._start)
+
+    def _of_layers(self, groups: Groups, plan: Plan) -> Iterator[Evidence]:
+        """What is known of the layers that stay."""
+        for layer in groups.layers:
+            if self.depth and layer.number not in plan.removed_layers:
+                cosines = self._cosines.get(layer.unit)
+                yield Evidence(
+                    layer.unit, "layer", 1, (),
+                    gate=self._moments.get(layer.unit),
+                    similarity=cosines.mean if cosines else None,
+                    generator=self.generator,
+                )  # fmt: skip
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}

@@ -40,13 +40,20 @@ def model_card(name: str, recipe: Recipe, plan: Plan, results: dict[str, Any] | 
     head = "\n".join([*metadata, "tags: [pruned, regrow]", "---", ""])
     body = [
         f"# {name}, {plan.sparsity.block:.0%} of its block parameters removed",
-        "A plain checkpoint: whole attention heads and FFN channels were cut out with "
+        f"A plain checkpoint: {_what_went(plan)} were cut out with "
         f"[regrow](https://pypi.org/project/regrow/) (recipe `{recipe.name}`, seed {recipe.seed}) and LoRA "
         "adapters, trained to make up for them, were merged in. It loads like any other.",
     ]
     if results:
         body += [_before_after(results), _ratios(results)]
     return head + "\n" + "\n\n".join(body) + "\n"
+
+
+def _what_went(plan: Plan) -> str:
+    layers = f"{len(plan.removed_layers)} of {len(plan.layers)} layers" if plan.removed_layers else ""
+    narrower = any(0 < len(group.keep) < group.units for group in plan.groups.values())
+    widths = "whole attention heads and FFN channels" if narrower or not layers else ""
+    return " and ".join(part for part in (layers, widths) if part)
 
 
 def short_name(model: str) -> str:
@@ -113,7 +120,11 @@ def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
         layers.setdefault(layer, {})[kind] = width
     kinds = sorted({kind for widths in layers.values() for kind in widths})
     widths = _table(
-        ["layer", *kinds], [[layer, *(str(widths.get(kind, "")) for kind in kinds)] for layer, widths in layers.items()]
+        ["layer", *kinds],
+        [
+            [layer, *(str(widths.get(kind, "")) if any(widths.values()) else "removed" for kind in kinds)]
+            for layer, widths in layers.items()
+        ],
     )
     events = _table(
         ["before step", "of the target", "block parameters removed"],

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.structure.depth import remove_layers
 from regrow.structure.groups import Groups, Slice
 
 
@@ -19,7 +20,7 @@ def cut(
     keep: Mapping[str, NDArray[np.int64]],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Groups:
-    """Remove units from the model's tensors, in place.
+    """Remove units from the model's tensors, in place. A layer of which no group keeps a unit goes whole.
 
     Parameters keep their identity (an optimizer's references stay valid) and change their shape; moments that
     the optimizer holds for them are cut alike. Gradients are dropped: cut between steps.
@@ -27,11 +28,15 @@ def cut(
     Args:
         groups: the groups as they are now.
         keep: group name -> numbers (within the group as it is now) of the units that stay, ascending. Groups
-            that are not named stay whole.
+            that are not named stay whole. None for all groups of a layer: the layer goes, the config with it.
 
     Returns:
         The groups of the model after the cut.
     """
+    emptied = {group.layer for group in groups if group.name in keep and len(keep[group.name]) == 0}
+    if emptied:
+        assert all(len(keep[group.name]) == 0 for group in groups if group.layer in emptied)
+        groups = remove_layers(model, groups, emptied, optimizer)
     left = []
     for group in groups:
         units = keep.get(group.name)
@@ -41,23 +46,21 @@ def cut(
         for piece in group.slices:
             _cut_slice(model, piece, units, optimizer)
         left.append(group.keep(units))
-    removed = sum(before.cost * (before.units - after.units) for before, after in zip(groups, left, strict=True))
-    layers = tuple(
-        replace(
-            layer,
-            parameters=layer.parameters
-            - sum(
-                before.cost * (before.units - after.units)
-                for before, after in zip(groups, left, strict=True)
-                if before.layer == layer.number
-            ),
-        )
-        for layer in groups.layers
-    )
+    lost = dict.fromkeys((layer.number for layer in groups.layers), 0)
+    for before, after in zip(groups, left, strict=True):
+        lost[before.layer] += before.cost * (before.units - after.units)
+    removed = sum(lost.values())
     return replace(
         groups,
         groups=tuple(left),
-        layers=layers,
+        layers=tuple(
+            replace(
+                layer,
+                parameters=layer.parameters - lost[layer.number],
+                block_parameters=layer.block_parameters - lost[layer.number],
+            )
+            for layer in groups.layers
+        ),
         block_parameters=groups.block_parameters - removed,
         total_parameters=groups.total_parameters - removed,
     )

@@ -4,7 +4,10 @@ With `g` at 1 a gate changes nothing, not even a bit. Its derivative is exactly 
 removing the unit, adapters included: `dL/dg = <x, dL/dx> = <W[:, unit], (dL/dW)[:, unit]>`, without any tensor
 of a weight's shape and whatever precision the frozen weight is kept in.
 
-Shapes: B batch, T time, C input channels of the consumer, U units of the group.
+A whole layer's gate sits on what the layer adds to the residual stream: `h' = h_in + g (h_out - h_in)`, so that
+`dL/dg = <h_out - h_in, dL/dh'>` and at 0 the layer is the identity, whatever biases or norms it ends in.
+
+Shapes: B batch, T time, C input channels of the consumer, U units of the group, D hidden channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regrow.structure.groups import Group
+from regrow.structure.groups import Group, Layer
 
 Sink = Callable[[str, Tensor], None]
 """Takes a group's name and the gate gradients of one batch, `[B, U]` float32, unscaled."""
@@ -42,6 +45,29 @@ class _Gate(torch.autograd.Function):
             products = [(x.float() * g.float()).sum(0) for x, g in zip(x_BTC, grad_BTC, strict=True)]
             ctx.report(torch.stack(products))
         return (grad_BTC * saved[0] if saved else grad_BTC), None, None
+
+
+class _LayerGate(torch.autograd.Function):
+    """The gated output of a layer as it is, with the gradient of the layer's gate kept apart for every sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gated_BTD: Tensor, in_BTD: Tensor, out_BTD: Tensor, report: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.report = report
+        ctx.save_for_backward(in_BTD, out_BTD)
+        return gated_BTD.view_as(gated_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_BTD,) = grads
+        samples = zip(*ctx.saved_tensors, grad_BTD, strict=True)
+        ctx.report(torch.stack([((y.float() - x.float()) * g.float()).sum() for x, y, g in samples]))
+        return grad_BTD, None, None, None
+
+
+def _open(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    return {layer.unit: torch.ones(1) for layer in layers}
 
 
 @dataclass
@@ -80,12 +106,16 @@ class GateMoments:
 
 
 class Gates:
-    """The gates of a model's groups; a context: the hooks are on the model while it is entered."""
+    """The gates of a model's groups, and of whole layers; a context: hooks are on the model while it is entered.
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
+    A group's gates go by its name, a layer's single one by `Layer.unit`.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], layers: Sequence[Layer] = ()) -> None:
         self.model = model
         self._groups = {group.name: group for group in groups}
-        self._values = {group.name: torch.ones(group.units) for group in groups}
+        self._layers = {layer.unit: layer for layer in layers}
+        self._values = {group.name: torch.ones(group.units) for group in groups} | _open(layers)
         self._sink: Sink | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -108,6 +138,9 @@ class Gates:
                     unit_of_column[torch.from_numpy(columns)] = unit
                 hook = partial(self._gate_input, group.name, unit_of_column)
                 self._handles.append(module.register_forward_pre_hook(hook))
+        for layer in self._layers.values():
+            module = self.model.get_submodule(layer.name)
+            self._handles.append(module.register_forward_hook(partial(self._gate_layer, layer.unit)))
 
     def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
@@ -125,12 +158,28 @@ class Gates:
 
         return (_Gate.apply(x, gate, report), *args[1:])  # type: ignore[no-untyped-call]
 
+    def _gate_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        gated = self._gated(name, args[0], first)
+        return (gated, *rest) if isinstance(output, tuple) else gated
+
+    def _gated(self, name: str, in_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+        gate = float(self._values[name])
+        gated = out_BTD if gate == 1 else in_BTD if gate == 0 else torch.lerp(in_BTD, out_BTD, gate)
+        sink = self._sink
+        if sink is None or not torch.is_grad_enabled():
+            return gated
+        if not gated.requires_grad:  # nothing trainable up to here: the gate's gradient begins here
+            gated = gated.detach().requires_grad_(True)
+        report = lambda c_B: sink(name, c_B[:, None])  # noqa: E731
+        return _LayerGate.apply(gated, in_BTD.detach(), out_BTD.detach(), report)  # type: ignore[no-any-return, no-untyped-call]
+
     def value(self, name: str) -> Tensor:
-        """The gates of one group, shape `[U]`."""
+        """The gates of one group, shape `[U]`, or of one layer, shape `[1]`."""
         return self._values[name]
 
     def set(self, name: str, value: Tensor) -> None:
-        """Set the gates of one group: 0 removes a unit, values between let it fade."""
+        """Set the gates of one group or layer: 0 removes a unit, values between let it fade."""
         assert value.shape == self._values[name].shape
         self._values[name] = value.detach().float().cpu().clone()
 
@@ -149,10 +198,11 @@ class Gates:
         finally:
             self._values, self._sink = former
 
-    def rebuild(self, groups: Sequence[Group], values: Mapping[str, Tensor]) -> None:
-        """Follow a cut: new groups, new gate values."""
+    def rebuild(self, groups: Sequence[Group], values: Mapping[str, Tensor], layers: Sequence[Layer] = ()) -> None:
+        """Follow a cut: new groups, new gate values; the gates of `layers` are open."""
         self._groups = {group.name: group for group in groups}
-        self._values = {group.name: values[group.name].clone() for group in groups}
+        self._layers = {layer.unit: layer for layer in layers}
+        self._values = {group.name: values[group.name].clone() for group in groups} | _open(layers)
         if self._handles:
             self._hook()
 

@@ -1,7 +1,7 @@
 """Groups: what can be removed from a model, unit by unit, and what each unit costs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -49,6 +49,7 @@ class Group:
     name: str
     """`layers.<number>.attention` or `layers.<number>.ffn`: a plan's key."""
     layer: int
+    """The layer's `number`."""
     kind: str
     """`attention`: a unit is a KV head with its query heads. `ffn`: a unit is a channel."""
     units: int
@@ -75,8 +76,17 @@ class Layer:
     """A decoder layer as a depth unit."""
 
     name: str
+    """Dotted name of its module in the model as it is now."""
     number: int
+    """In the model that was traced; a layer keeps it when layers before it are cut."""
     parameters: int
+    block_parameters: int
+    """Those of its modules that the groups have a share in."""
+
+    @property
+    def unit(self) -> str:
+        """`layers.<number>`: the depth unit's name, beside the groups' `layers.<number>.<kind>`."""
+        return f"layers.{self.number}"
 
 
 @dataclass(frozen=True)
@@ -165,16 +175,20 @@ def find_groups(model: PreTrainedModel) -> Groups:
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     sliced = {s.module for s in pieces}
     linears = sorted({s.module for s in pieces if model.get_parameter(s.parameter).ndim == 2}, key=_natural)
-    block = sum(p.numel() for name, p in base.items() if _module_of(name) in sliced)
+    block = {name: p.numel() for name, p in base.items() if _module_of(name) in sliced}
+
+    def inside_layer(number: int, sizes: Mapping[str, int]) -> int:
+        return sum(size for name, size in sizes.items() if name.startswith(f"{path}.{number}."))
+
+    every = {name: p.numel() for name, p in base.items()}
     return Groups(
         groups=tuple(groups),
         layers=tuple(
-            Layer(f"{path}.{i}", i, sum(p.numel() for n, p in base.items() if n.startswith(f"{path}.{i}.")))
-            for i in range(len(layers))
+            Layer(f"{path}.{i}", i, inside_layer(i, every), inside_layer(i, block)) for i in range(len(layers))
         ),
         linears=tuple(linears),
-        block_parameters=block,
-        total_parameters=sum(p.numel() for p in base.values()),
+        block_parameters=sum(block.values()),
+        total_parameters=sum(every.values()),
     )
 
 

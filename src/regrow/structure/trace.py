@@ -83,6 +83,7 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     bones: PreTrainedModel = copy.deepcopy(model, memo)
     for module in bones.modules():
         module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
     layers = bones.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     bones.set_submodule(path, nn.ModuleList([layers[number] for number in keep]))
