@@ -21,6 +21,7 @@ from environment import describe_machine, peak_resident, resident
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Batch
 from regrow.planning.plan import Plan
 from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
@@ -46,7 +47,7 @@ def build(arguments: argparse.Namespace) -> tuple[Learner, Groups]:
     model = AutoModelForCausalLM.from_config(config)
     attach_lora(model, find_groups(model).linears, rank=8, alpha=16, dropout=0.0)
     ids = torch.randint(0, 512, (arguments.batch, arguments.length))
-    learner = Learner(model, Training(steps=10**6, learning_rate=1e-4), iter(lambda: ids, None))
+    learner = Learner(model, Training(steps=10**6, learning_rate=1e-4), iter(lambda: Batch(ids), None))
     return learner, find_groups(model)
 
 

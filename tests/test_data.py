@@ -190,8 +190,9 @@ def test_every_epoch_is_a_permutation(count: int, size: int) -> None:
     windows = numbered(count)
     epochs = 6
     drawn = list(itertools.islice(batches(windows, size, seed=0), epochs * count // size))
-    assert all(batch.shape == (size, 3) for batch in drawn)
-    order = [int(row[0]) // 3 for batch in drawn for row in batch]
+    assert all(batch.ids_BT.shape == (size, 3) for batch in drawn)
+    order = [int(row[0]) // 3 for batch in drawn for row in batch.ids_BT]
+    assert order == [int(number) for batch in drawn for number in batch.numbers_B]
     for start in range(0, len(order) - count + 1, count):
         assert sorted(order[start : start + count]) == list(range(count))
     if count > 3:
@@ -203,7 +204,7 @@ def test_batches_are_by_the_seed_alone() -> None:
 
     def rows(seed: int, disturb: int = 0) -> list[list[list[int]]]:
         torch.manual_seed(disturb)
-        return [batch.tolist() for batch in itertools.islice(batches(windows, 4, seed), 9)]
+        return [batch.ids_BT.tolist() for batch in itertools.islice(batches(windows, 4, seed), 9)]
 
     assert rows(0) == rows(0, disturb=1)
     assert rows(0) != rows(1)
@@ -217,4 +218,4 @@ def test_batches_resume() -> None:
         next(stream)
     resumed = itertools.islice(batches(windows, 4, seed=7), 11, None)
     for _ in range(5):
-        assert torch.equal(next(stream), next(resumed))
+        assert torch.equal(next(stream).ids_BT, next(resumed).ids_BT)

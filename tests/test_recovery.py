@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import build, logits, with_lora
 
+from regrow.data.tokens import Batch
 from regrow.planning.plan import Plan
 from regrow.recipe import Recipe, load_recipe
 from regrow.recovery.learner import Diverged, Learner, automatic_learning_rate, learning_rate_factor
@@ -21,7 +22,7 @@ STEPS = 12
 def data(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randint(0, 64, (3, 10), generator=generator)
+        yield Batch(torch.randint(0, 64, (3, 10), generator=generator))
 
 
 def recipe_for(name: str = "loraprune", **settings: object) -> Recipe:
@@ -130,7 +131,7 @@ def test_only_adapters_are_trained() -> None:
 def test_accumulation_is_one_large_batch() -> None:
     ids = torch.randint(0, 64, (4, 10))
     results = []
-    for accumulate, batches in ((1, [ids]), (2, list(ids.split(2)))):
+    for accumulate, batches in ((1, [Batch(ids)]), (2, [Batch(part) for part in ids.split(2)])):
         model = build("llama-gqa")
         with_lora(model)
         learner = learner_for(model, itertools.cycle(batches), accumulate=accumulate)

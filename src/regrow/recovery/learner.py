@@ -14,9 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.settings import Training
 from regrow.structure.adapters import adapter_parameters
+
+UNSCORED = -100
+"""A target that counts for nothing."""
 
 Recording = Callable[[float], AbstractContextManager[None]]
 """Given the factor from the loss that runs backward to summed NLL: a context for one backward pass."""
@@ -56,15 +60,18 @@ def learning_rate_factor(step: int, steps: int, training: Training) -> float:
             return 1.0
 
 
-def language_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Mean NLL of tokens 2 to T, in float32."""
-    return functional.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), ids_BT[:, 1:].flatten())
+def language_loss(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor | None = None) -> Tensor:
+    """Mean NLL of tokens 2 to T, in float32; only of those that `scored_BT` (boolean) marks, if it is given."""
+    targets_BT = ids_BT if scored_BT is None else ids_BT.masked_fill(~scored_BT, UNSCORED)
+    return functional.cross_entropy(
+        logits_BTV[:, :-1].float().flatten(0, 1), targets_BT[:, 1:].flatten(), ignore_index=UNSCORED
+    )
 
 
 class Learner:
     """Trains the adapters of a model; everything else is frozen."""
 
-    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Batch]) -> None:
         self.model = model
         self.training = training
         self.data = data
@@ -89,7 +96,7 @@ class Learner:
             return torch.autocast(device, torch.bfloat16)
         return nullcontext()
 
-    def backward(self, data: Iterator[Tensor], recording: Recording | None = None) -> float:
+    def backward(self, data: Iterator[Batch], recording: Recording | None = None) -> float:
         """Gradients of one step: `accumulate` forward and backward passes.
 
         Returns:
@@ -98,12 +105,11 @@ class Learner:
         self.model.train()
         total = 0.0
         for _ in range(self.training.accumulate):
-            ids_BT = next(data).to(self.model.device)
-            tokens = ids_BT[:, 1:].numel() * self.training.accumulate
-            with recording(tokens) if recording else nullcontext():
+            batch = next(data).to(self.model.device)
+            with recording(batch.tokens * self.training.accumulate) if recording else nullcontext():
                 with self.autocast:
-                    logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-                    loss = language_loss(logits_BTV, ids_BT) / self.training.accumulate
+                    logits_BTV = self.model(input_ids=batch.ids_BT, use_cache=False).logits
+                    loss = language_loss(logits_BTV, batch.ids_BT, batch.scored_BT) / self.training.accumulate
                 if not torch.isfinite(loss):
                     return math.nan
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Batch
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
@@ -40,7 +41,7 @@ class Pruner:
         groups: Groups,
         recipe: Recipe,
         learner: Learner,
-        calibration: Iterator[torch.Tensor],
+        calibration: Iterator[Batch],
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
     ) -> None:
@@ -48,7 +49,7 @@ class Pruner:
 
         Args:
             groups: of the whole model, adapters attached.
-            calibration: batches `[B, T]` to score before training.
+            calibration: batches to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
         """
         self.model = model

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.data.tokens import Windows, batches
+from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
+from regrow.recovery.mixing import DataMix
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.structure.groups import Groups
 
@@ -27,6 +28,8 @@ class History:
     steps: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
     cuts: list[dict[str, float]] = field(default_factory=list)
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    """Per round: step, stage, and by source its weight, loss and degradation; empty with a single source."""
 
 
 @dataclass
@@ -63,8 +66,7 @@ def train(
     model: PreTrainedModel,
     groups: Groups,
     recipe: Recipe,
-    text: Windows,
-    validation: Windows,
+    corpus: Corpus,
     progress: Progress,
     *,
     on_cut: Callable[[CutEvent], None],
@@ -81,39 +83,46 @@ def train(
         InputError: if training diverges.
     """
     training = recipe.training
-    learner = Learner(model, training, batches(text, training.batch_size, recipe.seed))
-    calibration = batches(text, training.batch_size, recipe.seed + 1)
-    history, best = History(), Best()
+    mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, training.batch_size))
+    learner = Learner(model, training, mix)
+    history, best = History(mixture=mix.history), Best()
+    mix.remember_dense()
 
     def record_cut(event: CutEvent) -> None:
         history.cuts.append({"step": event.step, "fraction": event.fraction, **event.plan.sparsity.model_dump()})
         on_cut(event)
 
     def validate(step: int) -> None:
-        loss = held_out_nll(model, validation, training.batch_size)
+        loss = mix.validation_loss(step)
         history.validations.append({"step": step, "loss": loss})
         best.offer(loss, step, learner)
         on_validation(history)
 
-    with Pruner(model, groups, recipe, learner, calibration, record_cut) as pruner:
+    with Pruner(model, groups, recipe, learner, mix.calibration(), record_cut) as pruner:
         if recipe.pruning.calibration_batches:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         progress.stage("train", training.steps)
         began = time.perf_counter()
-        for step in range(training.steps):
+        for step in mix.steps():
             pruner.before_step(step)
-            if step % training.eval_interval == 0 and pruner.finished:
+            mix.before_step(step, pruner.finished)
+            if pruner.finished and (step % training.eval_interval == 0 or mix.has_ended(step)):
                 validate(step)
                 if training.patience and best.waited >= training.patience:
                     progress.say(f"no better validation loss for {best.waited} validations; stopped at step {step}")
                     break
+            if mix.has_ended(step):
+                progress.say(f"stage {mix.stage.name} has converged; ended at step {step}")
+                continue
+            learner.step_number = step  # where a stage ended early, the learning rate goes on with the next one's
             loss = pruner.train_step()
             seconds = round(time.perf_counter() - began, 3)
             history.steps.append({"step": step, "loss": loss, "seconds": seconds})
             progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
         pruner.before_step(training.steps)
         pruner.finish()
+    mix.record(learner.step_number)
     validate(learner.step_number)
     if not best.adapters:
         raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
@@ -122,14 +131,15 @@ def train(
 
     names = [name for name, _ in model.named_parameters() if ".lora_" in name]
     adapters = dict(zip(names, best.adapters, strict=True))
-    return Trained(pruner.plan, pruner.groups, adapters, history, _summary(learner, recipe, text, best))
+    summary = _summary(learner, recipe, mix, best, len(history.steps))
+    return Trained(pruner.plan, pruner.groups, adapters, history, summary)
 
 
-def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dict[str, Any]:
-    training = recipe.training
+def _summary(learner: Learner, recipe: Recipe, mix: DataMix, best: Best, steps: int) -> dict[str, Any]:
+    training, text = recipe.training, mix.corpus.train
     return {
-        "steps": learner.step_number,
-        "tokens": learner.step_number * training.batch_size * training.accumulate * text.length,
+        "steps": steps,
+        "tokens": steps * training.batch_size * training.accumulate * text.length,
         "learning_rate": learner.learning_rate,
         "rank": recipe.lora.rank,
         "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
@@ -138,4 +148,5 @@ def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dic
         "best_validation_loss": best.loss,
         "train_windows": len(text),
         "train_sha256": text.sha256,
+        **({"mixture": mix.summary()} if mix.in_rounds else {}),
     }
