@@ -31,7 +31,8 @@ from regrow.planning.allocation import choose, final_counts, lose, uniform_candi
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
 from regrow.recipe import load_recipe
-from regrow.recovery.learner import Learner, language_loss
+from regrow.recovery.learner import Learner
+from regrow.recovery.losses import language_loss
 from regrow.recovery.pruner import Pruner
 from regrow.recovery.scoring import Scorer
 from regrow.settings import Pruning

@@ -60,6 +60,10 @@ def prune(
         str | None, typer.Option(help="Share of the block parameters to remove, for example 0.5.")
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"Text to score and train on. {SOURCE_HELP}")] = None,
+    instructions: Annotated[
+        str | None,
+        typer.Option(help="Instructions to train on after the text: .jsonl, .json, .parquet, or from the hub."),
+    ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Text to evaluate on; by default documents held out of --data.")
     ] = None,
@@ -82,6 +86,7 @@ def prune(
     given = {
         "pruning.sparsity": _number("--sparsity", sparsity, float),
         "data.source": data,
+        "data.instructions": instructions,
         "data.eval_source": eval_data,
         "training.steps": _number("--steps", steps, int),
         "seed": _number("--seed", seed, int),

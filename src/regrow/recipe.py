@@ -1,17 +1,28 @@
 """The recipe: a whole run as one validated document (its sections are in `settings.py`)."""
 
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from regrow.errors import InputError
-from regrow.settings import Data, Distillation, Evaluation, Lora, Output, Pruning, Section, Training
+from regrow.settings import (
+    Compensation,
+    Data,
+    Distillation,
+    Evaluation,
+    Lora,
+    Output,
+    Pruning,
+    Recovery,
+    Search,
+    Section,
+    Training,
+)
 
 
 class Recipe(Section):
@@ -24,8 +35,11 @@ class Recipe(Section):
     data: Data = Data()
     lora: Lora = Lora()
     pruning: Pruning = Pruning()
+    search: Search = Search()
+    compensation: Compensation = Compensation()
     training: Training = Training()
     distillation: Distillation = Distillation()
+    recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
 
@@ -149,10 +163,17 @@ def _suggest(word: str, known: Any) -> str:
 def _section_at(path: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for key in path:
-        annotation = section.model_fields[key].annotation
-        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        if isinstance(key, str):  # a number is a place in a list of what has been found already
+            section = next(_sections_of(section.model_fields[key].annotation))
     return section
+
+
+def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in what a field may hold: itself, one of several, or what a tuple is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_of(part)
 
 
 def _explain(error: ValidationError) -> str:

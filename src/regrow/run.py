@@ -16,6 +16,7 @@ def prune(
     recipe: str | Recipe = "regrow",
     *,
     data: str | None = None,
+    instructions: str | None = None,
     eval_data: str | None = None,
     sparsity: float | None = None,
     steps: int | None = None,
@@ -31,13 +32,14 @@ def prune(
         out: a new or empty folder, or that of an earlier run, which is then done afresh.
         recipe: a shipped recipe's name, a YAML file, or a recipe.
         data: text to score and train on; see `regrow.data.source.load_documents`.
+        instructions: records to train on after the text; see `regrow.data.instructions`.
         eval_data: text to evaluate on; by default documents held out of `data`.
         overrides: `key.path` -> value, applied to the recipe last.
 
     Raises:
         InputError: if something given cannot work; nothing half-written is left.
     """
-    chosen = _settle_recipe(recipe, data, eval_data, sparsity, steps, seed, criterion, overrides)
+    chosen = _settle_recipe(recipe, data, instructions, eval_data, sparsity, steps, seed, criterion, overrides)
     with storage_errors():
         return Walk(model, Path(out), chosen, progress or Silent()).walk()
 
@@ -45,6 +47,7 @@ def prune(
 def _settle_recipe(
     recipe: str | Recipe,
     data: str | None,
+    instructions: str | None,
     eval_data: str | None,
     sparsity: float | None,
     steps: int | None,
@@ -54,6 +57,7 @@ def _settle_recipe(
 ) -> Recipe:
     given = {
         "data.source": data,
+        "data.instructions": instructions,
         "data.eval_source": eval_data,
         "pruning.sparsity": sparsity,
         "training.steps": steps,

@@ -10,12 +10,30 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
+Stage = Literal["pretrain", "instruct"]
+MixtureRule = Literal["fixed", "degradation", "sheared", "drpruning"]
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextSource(Section):
+    """One of several sources of text."""
+
+    name: str = Field(min_length=1, description="What reports call it.")
+    source: str = Field(description="A file or a data set on the hub, as `data.source`.")
+    text_field: str = Field(default="text", description="pretrain: the field of a record that holds its text.")
+    weight: float = Field(
+        default=1.0, gt=0, description="What it contributes at first, relative to the other sources of its stage."
+    )
+    stage: Stage = Field(
+        default="pretrain",
+        description="pretrain: text. instruct: records with instruction, input and output, or with messages; trained "
+        "on after the text, responses only.",
+    )
 
 
 class Data(Section):
@@ -25,12 +43,30 @@ class Data(Section):
         default=None,
         description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, or a data set on the hub.",
     )
+    sources: tuple[TextSource, ...] = Field(
+        default=(),
+        description="Several sources in place of `source`: a list of {name, source, text_field, weight, stage}; scored "
+        "and evaluated on are those of stage pretrain.",
+    )
+    instructions: str | None = Field(
+        default=None,
+        description="Instructions to train on after the text, responses only: a .jsonl, .json or .parquet file or a "
+        "data set on the hub, of records with instruction, input and output, or with messages.",
+    )
+    template: Literal["auto", "alpaca", "chat"] = Field(
+        default="auto",
+        description="How instructions become text. alpaca: the Alpaca prompt. chat: the tokenizer's chat template. "
+        "auto: chat if the tokenizer has one.",
+    )
     eval_source: str | None = Field(
         default=None, description="Text to evaluate on; without it, documents held out of `source`."
     )
     text_field: str = Field(default="text", description="The field of a record that holds its text.")
     held_out: float = Field(
-        default=0.05, gt=0, lt=0.5, description="Share of the documents of `source` held out for the validation loss."
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of the documents of each source held out for the validation loss.",
     )
     sequence_length: int = Field(default=256, ge=8, description="Tokens in a training window.")
     bos: Literal["document", "once", "none"] = Field(
@@ -148,6 +184,22 @@ class Compensation(Section):
     )
 
 
+class Search(Section):
+    """Better widths than scores alone can tell: candidates of equal size, tried out with their refits in place."""
+
+    evaluations: int = Field(
+        default=0,
+        ge=0,
+        description="Candidates to measure; 0: no search. free shape: exchanges between groups. uniform shape: numbers "
+        "of layers, KV heads and channels that reach the target.",
+    )
+    windows: Count = Field(default=64, description="Training windows that the candidates are refitted on.")
+    judge_windows: Count = Field(
+        default=16, description="Training windows on which a candidate's divergence from the dense model is measured."
+    )
+    levels: Count = Field(default=16, description="free shape: steps in which a group may shrink.")
+
+
 class Training(Section):
     """LoRA training: recovery, and the steps between cuts."""
 
@@ -155,7 +207,11 @@ class Training(Section):
     batch_size: Count = Field(default=8, description="Sequences in a forward pass.")
     accumulate: Count = Field(default=1, description="Forward passes in an optimizer step.")
     learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak learning rate of AdamW; null: 3e-4 · sqrt(4096 / hidden_size)."
+        default=None, gt=0, description="Peak learning rate of AdamW; null: by `learning_rate_rule`."
+    )
+    learning_rate_rule: Literal["sqrt-width", "width"] = Field(
+        default="sqrt-width",
+        description="sqrt-width: 3e-4 · sqrt(4096 / hidden_size). width: 2e-4 · 4096 / hidden_size, as μP does.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Learning rate after warm-up."
@@ -170,7 +226,7 @@ class Training(Section):
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
-    eval_windows: Count = Field(default=32, description="Windows of held-out text in a validation loss.")
+    eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
     patience: int = Field(
         default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
     )
@@ -220,6 +276,37 @@ class Distillation(Section):
     def needs_whole_weights(self) -> bool:
         """Whether nothing may be cut before training is over."""
         return self.on and self.teacher == "self"
+
+
+class Recovery(Section):
+    """What is trained on when: stages, and the shares of several sources.
+
+    Training goes in rounds; before each, the held-out loss on every source is measured. Degradation is that loss minus
+    the dense model's.
+    """
+
+    mixture: MixtureRule = Field(
+        default="fixed",
+        description="How the sources' shares follow their degradation. fixed: not at all. degradation: more of what "
+        "has degraded more (LoRAShear). sheared: multiplied up round by round (Sheared-LLaMA). drpruning: the worst "
+        "case near the initial shares (DRPruning).",
+    )
+    interval: Count = Field(default=50, description="Optimizer steps in a round.")
+    floor: Share | None = Field(
+        default=None,
+        description="Least share of a source: of its initial share (degradation, drpruning), or of all spread evenly "
+        "(sheared); null: 0.3, 0.2 and 0.0001.",
+    )
+    tolerance: Share = Field(
+        default=0.0,
+        description="End a stage when a round lowers the mean degradation by less than this share of it; 0: never.",
+    )
+    max_rounds: Count | None = Field(
+        default=None, description="End a stage after so many rounds with everything cut; null: when its steps are done."
+    )
+    instruct_share: float = Field(
+        default=0.25, gt=0, lt=1, description="Share of the steps, the last ones, that train on instructions, if any."
+    )
 
 
 class Evaluation(Section):

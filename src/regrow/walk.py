@@ -33,8 +33,8 @@ from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
-from regrow.data.source import load_documents, split_documents
-from regrow.data.tokens import Windows, make_windows
+from regrow.data.corpus import Corpus, list_sources, read_corpus
+from regrow.data.source import load_documents
 from regrow.errors import InputError
 from regrow.evaluation.compare import compare, protocol_windows
 from regrow.planning.allocation import final_counts
@@ -49,17 +49,12 @@ from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
 
-VALIDATION_AND_TEST = 2
-CHARACTERS_PER_TOKEN = 12
-"""More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
-
 
 @dataclass(frozen=True)
 class Text:
-    """Windows for training, for the validation loss, and documents to evaluate on."""
+    """Windows for training and for the validation loss, and documents to evaluate on."""
 
-    train: Windows
-    validation: Windows
+    corpus: Corpus
     test_documents: list[str]
     test_source: str
 
@@ -96,8 +91,7 @@ class Walk:
         recipe = self.recipe
         find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
         check_distillation(recipe)
-        if recipe.data.source is None:
-            raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
+        list_sources(recipe.data)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
         if check_folder(self.folder):
@@ -146,29 +140,18 @@ class Walk:
             self.progress.stage(stage, total)
 
     def read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
-        """Documents, parted once by the seed, as windows."""
-        data, training = self.recipe.data, self.recipe.training
-        assert data.source is not None
+        """Documents of all sources, parted once by the seed, as windows."""
+        data, training, seed = self.recipe.data, self.recipe.training, self.recipe.seed
         use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
         limit = data.max_tokens or (use + 1) * data.sequence_length
-        documents = load_documents(data.source, data.text_field, max_characters=CHARACTERS_PER_TOKEN * limit)
+        corpus, test = read_corpus(data, tokenizer, max_tokens=limit, eval_windows=training.eval_windows, seed=seed)
         if data.eval_source is not None:
-            validation, train = split_documents(documents, [data.held_out], self.recipe.seed)
             test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
         else:
-            shares = [data.held_out] * VALIDATION_AND_TEST
-            validation, test, train = split_documents(documents, shares, self.recipe.seed)
-            source = f"{data.source} (held-out documents)"
+            names = ", ".join(source.source for source in list_sources(data) if source.stage == "pretrain")
+            source = f"{names} (held-out documents)"
         protocol_windows(test, tokenizer, source, self.recipe)  # too short a text is better found now than at the end
-        length, bos = data.sequence_length, data.bos
-        return Text(
-            make_windows(train, tokenizer, length, bos=bos, source=data.source, max_tokens=limit),
-            make_windows(validation, tokenizer, length, bos=bos, source=f"{data.source} (held out)").first(
-                training.eval_windows
-            ),
-            test,
-            source,
-        )
+        return Text(corpus, test, source)
 
     def check_reach(self, groups: Groups) -> None:
         """Fail now, not after hours, if the target cannot be reached."""
@@ -192,8 +175,7 @@ class Walk:
             model,
             find_groups(model),
             self.recipe,
-            text.train,
-            text.validation,
+            text.corpus,
             self.progress,
             teacher_folder=self.folder / "teacher",
             on_cut=self.record_cut,
@@ -230,7 +212,7 @@ class Walk:
         """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
         folder = self.folder / "model"
         try:
-            verification = verify_checkpoint(model, folder, text.validation.ids_NT[:2, :128])
+            verification = verify_checkpoint(model, folder, text.corpus.validation.ids_NT[:2, :128])
             if not verification.passed:
                 raise InputError(
                     f"the saved checkpoint does not compute what the model in memory does: logits differ by "

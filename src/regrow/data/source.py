@@ -6,10 +6,15 @@ import itertools
 import random
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from regrow.errors import InputError
+
+Record = dict[str, Any]
+Piece = TypeVar("Piece")
 
 SEPARATOR = "<|endoftext|>"
 """A line that parts the documents of a plain text file."""
@@ -51,22 +56,48 @@ def load_documents(
     Raises:
         InputError: if the source is not there, cannot be read, or holds no text.
     """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        raise InputError(f"{source!r} is a folder; give a .txt, .jsonl, .json or .parquet file")
-    if not path.is_file() and (suffix in (".txt", ".raw", *FORMS) or looks_like_path(source)):
-        raise InputError(f"there is no text file {source}; check its path")
-    if suffix in FORMS:
-        documents = _from_records(path, text_field)
-    elif path.is_file():
-        documents = _from_text(path)
-    else:
+    path = _path_of(source)
+    if path is None:
         documents = _from_hub(source, text_field, split, max_characters)
+    elif path.suffix.lower() in FORMS:
+        documents = list(_field_of(_from_records(path), text_field, str(path)))
+    else:
+        documents = _from_text(path)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise InputError(f"{source} holds no text; give another file or data set")
     return documents
+
+
+def load_records(source: str, max_characters: int = HUB_CHARACTERS) -> list[Record]:
+    """The records of a `.jsonl`, `.json` or `.parquet` file, or of a data set's training split on the hub.
+
+    Raises:
+        InputError: if the source is not there, cannot be read, or holds no records.
+    """
+    path = _path_of(source)
+    if path is None:
+        with _hub_errors(source):
+            records = list(upto(_hub_records(source, "train"), max_characters, lambda record: len(str(record))))
+    elif path.suffix.lower() in FORMS:
+        records = list(_from_records(path))
+    else:
+        raise InputError(f"{source} holds no records; give a .jsonl, .json or .parquet file, or a hub data set")
+    if not records:
+        raise InputError(f"{source} holds no records; give another file or data set")
+    return records
+
+
+def _path_of(source: str) -> Path | None:
+    """The file that a source is, or None if it is a data set on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{source!r} is a folder; give a .txt, .jsonl, .json or .parquet file")
+    if path.is_file():
+        return path
+    if path.suffix.lower() in (".txt", ".raw", *FORMS) or looks_like_path(source):
+        raise InputError(f"there is no text file {source}; check its path")
+    return None
 
 
 def _from_text(path: Path) -> list[str]:
@@ -79,11 +110,11 @@ def _from_text(path: Path) -> list[str]:
     return [part.strip("\n") for part in text.split(SEPARATOR)]
 
 
-def _from_records(path: Path, text_field: str) -> list[str]:
+def _from_records(path: Path) -> Iterator[Record]:
     import datasets
 
     if not path.stat().st_size:
-        return []
+        return
     suffix = path.suffix.lower()
     datasets.disable_progress_bars()
     try:
@@ -92,11 +123,8 @@ def _from_records(path: Path, text_field: str) -> list[str]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             builder = datasets.load_dataset_builder(kind, data_files=glob.escape(str(path)), cache_dir=scratch)
             builder.download_and_prepare()
-            if not builder.info.splits["train"].num_examples:
-                return []
-            return list(_field_of(builder.as_dataset("train"), text_field, str(path)))
-    except InputError:
-        raise
+            if builder.info.splits["train"].num_examples:
+                yield from builder.as_dataset("train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
@@ -106,15 +134,26 @@ def _from_records(path: Path, text_field: str) -> list[str]:
 
 
 def _from_hub(source: str, text_field: str, split: str, max_characters: int) -> list[str]:
+    with _hub_errors(source):
+        rows = _field_of(_hub_records(source, split), text_field, source)
+        is_wikitext = source.partition(":")[0] in ("wikitext", HUB_NAMES["wikitext"][0])
+        return list(upto(articles(rows) if is_wikitext else rows, max_characters))
+
+
+def _hub_records(source: str, split: str) -> Iterable[Record]:
     import datasets
 
     name, _, configuration = source.partition(":")
     repository, default, evaluation_split = HUB_NAMES.get(name, (name, None, "test"))
     split = evaluation_split if split == "test" else split
+    records: Iterable[Record] = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
+    return records
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
     try:
-        records = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
-        rows = _field_of(records, text_field, source)
-        return list(upto(articles(rows) if repository == HUB_NAMES["wikitext"][0] else rows, max_characters))
+        yield
     except InputError:
         raise
     except Exception as error:
@@ -124,11 +163,11 @@ def _from_hub(source: str, text_field: str, split: str, max_characters: int) -> 
         ) from error
 
 
-def upto(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Documents until `characters` of them have been seen; the one that passes the mark is the last."""
-    for document in documents:
-        yield document
-        characters -= len(document)
+def upto(pieces: Iterable[Piece], characters: int, length: Callable[[Any], int] = len) -> Iterator[Piece]:
+    """Pieces until `characters` of them have been seen; the one that passes the mark is the last."""
+    for piece in pieces:
+        yield piece
+        characters -= length(piece)
         if characters <= 0:
             return
 
@@ -173,18 +212,31 @@ def split_documents(documents: Sequence[str], shares: Sequence[float], seed: int
     Raises:
         InputError: if a part would get nothing.
     """
-    pieces = list(documents)
-    if len(pieces) <= len(shares):
-        pieces = [line for document in documents for line in document.splitlines(keepends=True)]
-        join = True
-    else:
-        random.Random(seed).shuffle(pieces)
-        join = False
-    reached = list(itertools.accumulate(map(len, pieces)))
+    if len(documents) <= len(shares):
+        lines = [line for document in documents for line in document.splitlines(keepends=True)]
+        return [["".join(part)] for part in _part(lines, shares, len)]
+    return split_pieces(documents, shares, seed, len)
+
+
+def split_pieces(
+    pieces: Sequence[Piece], shares: Sequence[float], seed: int, length: Callable[[Piece], int]
+) -> list[list[Piece]]:
+    """Part whatever has a length at random: one list per share of the whole length, then the rest.
+
+    Raises:
+        InputError: if a part would get nothing.
+    """
+    shuffled = list(pieces)
+    random.Random(seed).shuffle(shuffled)
+    return _part(shuffled, shares, length)
+
+
+def _part(pieces: Sequence[Piece], shares: Sequence[float], length: Callable[[Piece], int]) -> list[list[Piece]]:
+    reached = list(itertools.accumulate(map(length, pieces)))
     starts = [0]
     for bound in itertools.accumulate(shares):
         starts.append(max(bisect.bisect_left(reached, bound * reached[-1]) + 1, starts[-1] + 1))
-    parts = [pieces[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    parts = [list(pieces[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
     if not all(parts):
         raise InputError("the text is too short to hold some of it out; give more text, or --eval-data")
-    return [["".join(part)] for part in parts] if join else parts
+    return parts

@@ -4,6 +4,7 @@ Shapes: N windows, T tokens in a window, B windows in a batch.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class Windows:
     ids_NT: Tensor
     source: str
     bos: Bos
+    scored_NT: Tensor | None = None
+    """Which tokens count in a loss, boolean; without it all do that have one before them to be predicted from."""
 
     def __len__(self) -> int:
         return len(self.ids_NT)
@@ -35,16 +38,28 @@ class Windows:
         return self.ids_NT.shape[1]
 
     @property
+    def tokens(self) -> int:
+        """How many tokens count in a loss."""
+        return self.ids_NT[:, 1:].numel() if self.scored_NT is None else int(self.scored_NT[:, 1:].sum())
+
+    @property
     def sha256(self) -> str:
-        """Hash of the tokens, to tell whether two runs saw the same text."""
-        return hashlib.sha256(self.ids_NT.numpy().tobytes()).hexdigest()
+        """Hash of the tokens, and of which are scored, to tell whether two runs saw the same text."""
+        scored = b"" if self.scored_NT is None else self.scored_NT.numpy().tobytes()
+        return hashlib.sha256(self.ids_NT.numpy().tobytes() + scored).hexdigest()
 
     def first(self, count: int | None) -> "Windows":
         """At most `count` windows, evenly spread over the text."""
         if count is None or count >= len(self):
             return self
         chosen = torch.linspace(0, len(self) - 1, count).long()
-        return Windows(self.ids_NT[chosen], self.source, self.bos)
+        scored_NT = None if self.scored_NT is None else self.scored_NT[chosen]
+        return Windows(self.ids_NT[chosen], self.source, self.bos, scored_NT)
+
+    def batch(self, numbers_B: Tensor) -> "Batch":
+        """The windows of these numbers."""
+        scored_BT = None if self.scored_NT is None else self.scored_NT[numbers_B]
+        return Batch(self.ids_NT[numbers_B], scored_BT, numbers_B)
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,30 @@ def make_windows(
     return Windows(torch.tensor(ids[: count * length]).view(count, length), source, bos)
 
 
+def join_windows(parts: Sequence[Windows]) -> Windows:
+    """One after the other. Where any has a mask, the others' tokens are all scored."""
+    if len(parts) == 1:
+        return parts[0]
+    scored_NT = None
+    if any(part.scored_NT is not None for part in parts):
+        masks = [
+            torch.ones_like(part.ids_NT, dtype=torch.bool) if part.scored_NT is None else part.scored_NT
+            for part in parts
+        ]
+        scored_NT = torch.cat(masks)
+    source = ", ".join(part.source for part in parts)
+    return Windows(torch.cat([part.ids_NT for part in parts]), source, parts[0].bos, scored_NT)
+
+
+def window_order(count: int, seed: int) -> Iterator[int]:
+    """Numbers of windows without end: every epoch a new permutation, from the seed alone."""
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
 def batches(windows: Windows, size: int, seed: int) -> Iterator[Batch]:
-    """Batches of `size` without end: every epoch a new permutation of the windows, from the seed alone."""
-    epoch, left = 0, torch.empty(0, dtype=torch.long)
+    """Batches of `size` without end, in `window_order`."""
+    order = window_order(len(windows), seed)
     while True:
-        while len(left) < size:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            left = torch.cat([left, torch.randperm(len(windows), generator=generator)])
-            epoch += 1
-        yield Batch(windows.ids_NT[left[:size]], numbers_B=left[:size])
-        left = left[size:]
+        yield windows.batch(torch.tensor(list(itertools.islice(order, size))))

@@ -31,8 +31,8 @@ EVAL_BATCH = 8
 
 def held_out_nll(model: PreTrainedModel, windows: Windows, batch_size: int) -> float:
     """Mean NLL per scored token, nats; not finite if the model is broken (the caller decides what that means)."""
-    losses = window_losses(model, windows.ids_NT, batch_size, None)
-    return float(losses.sum()) / windows.ids_NT[:, 1:].numel()
+    losses = window_losses(model, windows.ids_NT, batch_size, None, windows.scored_NT)
+    return float(losses.sum()) / windows.tokens
 
 
 def protocol_windows(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from regrow.errors import InputError
 
+UNSCORED = -100  # what PyTorch's cross-entropy passes over
 LOGITS_AT_ONCE = 2**24  # upcast in one go: 64 MiB in float32, and as much again inside the cross-entropy
 
 
@@ -90,17 +91,21 @@ def window_losses(
     windows_NT: Tensor,
     batch_size: int,
     on_batch: Callable[[int], None] | None,
+    scored_NT: Tensor | None = None,
 ) -> Tensor:
     """The summed negative log-likelihood of tokens 2..T of every window: nats, float64, `[N]`, on the CPU.
 
-    Non-finite losses are returned as they are. `on_batch` gets the number of windows just scored.
+    Non-finite losses are returned as they are. `on_batch` gets the number of windows just scored. With `scored_NT`
+    (boolean) only the tokens that it marks count.
     """
+    targets_NT = windows_NT if scored_NT is None else windows_NT.masked_fill(~scored_NT, UNSCORED)
     losses = []
     with inference(model):
-        for ids_BT in torch.split(windows_NT, batch_size):
-            ids_BT = ids_BT.to(model.device)
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            losses.append(_summed_loss(logits_BTV[:, :-1], ids_BT[:, 1:].to(logits_BTV.device)).cpu())
+        for ids_BT, targets_BT in zip(
+            torch.split(windows_NT, batch_size), torch.split(targets_NT, batch_size), strict=True
+        ):
+            logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+            losses.append(_summed_loss(logits_BTV[:, :-1], targets_BT[:, 1:].to(logits_BTV.device)).cpu())
             if on_batch is not None:
                 on_batch(len(ids_BT))
     return torch.cat(losses)

@@ -174,6 +174,23 @@ def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor
     return [way for way in ways if way.exact] or ways
 
 
+def most_removed(groups: Groups, pruning: Pruning) -> Counts:
+    """The most units that each group may lose while its layer stays; none where the recipe protects."""
+    nothing = {group.name: 0 for group in groups}
+    demands = _demands(groups, nothing, pruning, frozenset())
+    return nothing | {group.name: _most(demand, group) for demand in demands for group in demand.groups}
+
+
+def settle(groups: Groups, counts: Counts, pruning: Pruning) -> Counts:
+    """Counts near some that roughly reach the target, and reach it exactly: channels make up the difference first."""
+    nothing = {group.name: 0 for group in groups}
+    settled = dict(counts)
+    for demand in _demands(groups, nothing, pruning, emptied_layers(groups, counts)):
+        order = [group.name for group in (*demand.of_kind(ffn=True), *demand.of_kind(ffn=False))]
+        settled |= _settle(demand, {name: counts[name] for name in order}, order)
+    return settled
+
+
 def _ways(
     groups: Groups,
     gone: Counts,

@@ -34,9 +34,13 @@ class Step:
     skipped: bool
 
 
-def automatic_learning_rate(hidden_size: int) -> float:
-    """`3e-4 · sqrt(4096 / hidden_size)`: 3e-4 for a 7B model, more for narrower ones."""
-    return 3e-4 * math.sqrt(4096 / hidden_size)
+def automatic_learning_rate(hidden_size: int, rule: str = "sqrt-width") -> float:
+    """Peak learning rate by a model's width; the two rules agree within a third at 7B's 4096.
+
+    `sqrt-width`: `3e-4 · sqrt(4096 / hidden_size)`. `width`: `2e-4 · 4096 / hidden_size`, Adam's scaling under the
+    maximal update parametrisation (arXiv 2203.03466, table 3).
+    """
+    return 2e-4 * 4096 / hidden_size if rule == "width" else 3e-4 * math.sqrt(4096 / hidden_size)
 
 
 def learning_rate_factor(step: int, steps: int, training: Training) -> float:
@@ -67,7 +71,7 @@ class Learner:
         """What the last loss was made of, if of more than the NLL."""
         self.parameters = adapter_parameters(model)
         hidden = model.config.get_text_config().hidden_size
-        self.learning_rate = training.learning_rate or automatic_learning_rate(hidden)
+        self.learning_rate = training.learning_rate or automatic_learning_rate(hidden, training.learning_rate_rule)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=training.weight_decay)
         self.step_number = 0
         self.skipped = 0

@@ -19,6 +19,7 @@ from regrow.planning.schedule import cut_events, fade_ends
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
+from regrow.recovery.preparation import Preparation
 from regrow.recovery.scoring import Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
@@ -50,6 +51,7 @@ class Pruner:
         calibration: Iterator[Batch],
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
+        prepare: Callable[[Gates], Preparation] | None = None,
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -57,6 +59,7 @@ class Pruner:
             groups: of the whole model, adapters attached.
             calibration: batches to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
+            prepare: makes what searches and compensates, given the gates; needed if the recipe asks for either.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -81,6 +84,9 @@ class Pruner:
         self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth)
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
+        self.preparation = prepare(self.gates) if prepare else None
+        self.search = recipe.search.evaluations > 0
+        self.compensation = recipe.compensation.method != "none"
         self._chosen_at = 0
         self._fading: dict[str, torch.Tensor] = {}
         """Which of the units as they are now are between present and gone."""
@@ -166,7 +172,7 @@ class Pruner:
             raise InputError(f"criterion {self.pruning.criterion}: scores at step {step} are not finite")
         self.settle()
         scores = self.scorer.average.scores
-        before, self.plan = self.plan, choose(self.original, self.plan, scores, self.pruning, fraction)
+        before, self.plan = self.plan, self._next_plan(scores, fraction)
         self._fading = {
             name: self._is_one_of(name, set(group.keep) - set(self.plan.groups[name].keep))
             for name, group in before.groups.items()
@@ -178,6 +184,16 @@ class Pruner:
             self._begin_period()
         if self._reached:
             self.scorer.close()
+
+    def _next_plan(self, scores: dict[str, torch.Tensor], fraction: float) -> Plan:
+        if not self.preparation:
+            return choose(self.original, self.plan, scores, self.pruning, fraction)
+        self.learner.objective.before_change()
+        if self.search:
+            plan = self.preparation.search(self.original, self.plan, scores)
+        else:
+            plan = choose(self.original, self.plan, scores, self.pruning, fraction)
+        return self.preparation.compensate(self.groups, self.cut_plan, plan) if self.compensation else plan
 
     def _begin_period(self) -> None:
         for group in self.groups:

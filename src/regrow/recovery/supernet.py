@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.compensation.solve import elimination_order
+from regrow.planning.depth import emptied_layers
 from regrow.planning.search import Counts
 from regrow.progress import Progress
 from regrow.recovery.compensate import Compensator, Units
@@ -38,10 +39,16 @@ class Rung:
 class Supernet:
     """A dense model whose groups can be set to any rung of a ladder, and back."""
 
-    def __init__(self, model: PreTrainedModel, gates: Gates, compensator: Compensator) -> None:
+    def __init__(self, model: PreTrainedModel, gates: Gates, compensator: Compensator, depth: bool) -> None:
+        """Take charge of a dense model.
+
+        Args:
+            depth: whether `gates` has those of whole layers; a layer all of whose units go is then closed.
+        """
         self.model = model
         self.gates = gates
         self.compensator = compensator
+        self.depth = depth
         self._groups: dict[str, Group] = {}
         self._rungs: dict[str, dict[int, Rung]] = {}
         self._whole: dict[str, Tensor] = {}
@@ -56,6 +63,7 @@ class Supernet:
             rungs: group name -> numbers of units removed to prepare for.
             batches: calibration token ids, each `[B, T]`.
         """
+        self._all = groups
         walk = LayerWalk(self.model, batches)
         progress.stage("prepare search", len(groups.layers))
         for layer in groups.layers:
@@ -70,7 +78,7 @@ class Supernet:
         self._whole[group.name] = parameter.detach().clone()
         self._now[group.name] = 0
         self._rungs[group.name] = {}
-        wanted = [count for count in rungs if count]
+        wanted = [count for count in rungs if 0 < count < group.units]
         if not wanted:
             return
         moments = self.compensator.measure(group, walk)
@@ -91,21 +99,24 @@ class Supernet:
 
     @torch.no_grad()
     def set(self, counts: Mapping[str, int]) -> None:
-        """Let every group named have lost so many units, each number one of its rungs (or 0: whole again)."""
+        """Let every group named have lost so many units: one of its rungs, 0 (whole again) or all (with its layer)."""
         for name, count in counts.items():
             if count == self._now[name]:
                 continue
             group, parameter = self._groups[name], self._parameter(self._groups[name])
             parameter.copy_(self._whole[name])
-            present = torch.ones(group.units)
-            if count:
+            present = torch.full((group.units,), float(count == 0))
+            if 0 < count < group.units:
                 rung = self._rungs[name][count]
-                present = torch.zeros(group.units)
                 present[torch.from_numpy(rung.keep)] = 1.0
                 weight_OC = parameter if group.consumers[0].axis == 1 else parameter.T
                 weight_OC[:, rung.channels_K] = rung.weight_OK
             self.gates.set(name, present)
             self._now[name] = count
+        if self.depth:
+            emptied = emptied_layers(self._all, self._now)
+            for layer in self._all.layers:
+                self.gates.set(layer.unit, torch.tensor([float(layer.number not in emptied)]))
 
     def close(self) -> None:
         """Make the model whole, to the bit."""

@@ -7,18 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.data.tokens import Windows, batches
+from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.planning.plan import Plan
-from regrow.progress import Progress
+from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
+from regrow.recovery.mixing import DataMix
+from regrow.recovery.preparation import Preparation
 from regrow.recovery.pruner import CutEvent, Pruner
+from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 
 
@@ -29,6 +33,8 @@ class History:
     steps: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
     cuts: list[dict[str, float]] = field(default_factory=list)
+    mixture: list[dict[str, Any]] = field(default_factory=list)
+    """Per round: step, stage, and by source its weight, loss and degradation; empty with a single source."""
 
 
 @dataclass
@@ -65,8 +71,7 @@ def train(
     model: PreTrainedModel,
     groups: Groups,
     recipe: Recipe,
-    text: Windows,
-    validation: Windows,
+    corpus: Corpus,
     progress: Progress,
     *,
     teacher_folder: Path,
@@ -85,36 +90,47 @@ def train(
         InputError: if training diverges.
     """
     training = recipe.training
-    learner = Learner(model, training, batches(text, training.batch_size, recipe.seed))
-    calibration = batches(text, training.batch_size, recipe.seed + 1)
-    history, best = History(), Best()
+    mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, training.batch_size))
+    learner = Learner(model, training, mix)
+    history, best = History(mixture=mix.history), Best()
+    mix.remember_dense()
 
     def record_cut(event: CutEvent) -> None:
         history.cuts.append({"step": event.step, "fraction": event.fraction, **event.plan.sparsity.model_dump()})
         on_cut(event)
 
     def validate(step: int) -> None:
-        loss = held_out_nll(model, validation, training.batch_size)
+        loss = mix.validation_loss(step)
         history.validations.append({"step": step, "loss": loss})
         best.offer(loss, step, learner)
         on_validation(history)
 
     cut_early = not recipe.distillation.needs_whole_weights
-    with Pruner(model, groups, recipe, learner, calibration, record_cut, cut_early) as pruner:
+    prepare = preparer(model, recipe, corpus, progress)
+    with Pruner(model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare) as pruner:
         if recipe.pruning.calibration_batches:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         if recipe.distillation.on:
-            learner.objective = distil(recipe.distillation, learner, pruner.gates, text, teacher_folder, progress)
+            learner.objective = distil(
+                recipe.distillation, learner, pruner.gates, corpus.train, teacher_folder, progress
+            )
+        pruner.before_step(0)
         progress.stage("train", training.steps)
         began = time.perf_counter()
-        for step in range(training.steps):
-            pruner.before_step(step)
-            if step % training.eval_interval == 0 and pruner.finished:
+        for step in mix.steps():
+            if step:
+                pruner.before_step(step)
+            mix.before_step(step, pruner.finished)
+            if pruner.finished and (step % training.eval_interval == 0 or mix.has_ended(step)):
                 validate(step)
                 if training.patience and best.waited >= training.patience:
                     progress.say(f"no better validation loss for {best.waited} validations; stopped at step {step}")
                     break
+            if mix.has_ended(step):
+                progress.say(f"stage {mix.stage.name} has converged; ended at step {step}")
+                continue
+            learner.step_number = step  # where a stage ended early, the learning rate goes on with the next one's
             loss = pruner.train_step()
             seconds = round(time.perf_counter() - began, 3)
             history.steps.append({"step": step, "loss": loss, **learner.terms, "seconds": seconds})
@@ -122,6 +138,7 @@ def train(
         learner.objective.close()
         pruner.before_step(training.steps)
         pruner.settle()
+        mix.record(learner.step_number)
         validate(learner.step_number)
         if not best.adapters:
             raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
@@ -131,14 +148,34 @@ def train(
 
     names = [name for name, _ in model.named_parameters() if ".lora_" in name]
     adapters = dict(zip(names, learner.snapshot(), strict=True))
-    return Trained(pruner.plan, pruner.groups, adapters, history, _summary(learner, recipe, text, best))
+    summary = _summary(learner, recipe, mix, best, len(history.steps))
+    if pruner.preparation:
+        summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}
+    return Trained(pruner.plan, pruner.groups, adapters, history, summary)
 
 
-def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dict[str, Any]:
-    training = recipe.training
+def preparer(
+    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress
+) -> Callable[[Gates], Preparation] | None:
+    """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
+    search, compensation = recipe.search, recipe.compensation
+    wanted = [max(search.windows, search.judge_windows)] if search.evaluations else []
+    wanted += [compensation.windows] if compensation.method != "none" else []
+    if not wanted:
+        return None
+    size = recipe.training.batch_size
+    batches = list(torch.split(corpus.train.first(max(wanted)).ids_NT, size))
+    shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
+    return lambda gates: Preparation(
+        model, gates, recipe, batches, lambda: held_out_nll(model, corpus.validation, size), shown
+    )
+
+
+def _summary(learner: Learner, recipe: Recipe, mix: DataMix, best: Best, steps: int) -> dict[str, Any]:
+    training, text = recipe.training, mix.corpus.train
     return {
-        "steps": learner.step_number,
-        "tokens": learner.step_number * training.batch_size * training.accumulate * text.length,
+        "steps": steps,
+        "tokens": steps * training.batch_size * training.accumulate * text.length,
         "learning_rate": learner.learning_rate,
         "rank": recipe.lora.rank,
         "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
@@ -148,4 +185,5 @@ def _summary(learner: Learner, recipe: Recipe, text: Windows, best: Best) -> dic
         "train_windows": len(text),
         "train_sha256": text.sha256,
         **({"distillation": learner.objective.summary()} if recipe.distillation.on else {}),
+        **({"mixture": mix.summary()} if mix.in_rounds else {}),
     }

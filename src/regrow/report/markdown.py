@@ -23,6 +23,7 @@ def write_report(
         *(_completion(item) for item in results["completions"]),
         "## Training",
         _training(results, validations),
+        *(["## Data over time", _mixture(results["training"]["mixture"])] if "mixture" in results["training"] else []),
         "## Checked",
         _checked(results),
         "## Where the time went",
@@ -148,6 +149,37 @@ def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) 
     )
     curve = _table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
     return f"{lines}\n\n{curve}"
+
+
+def _mixture(mixture: dict[str, Any]) -> str:
+    """Where the training text came from, and how that changed."""
+    sources = mixture["sources"]
+    drawn = _table(
+        ["source", "stage", "first share", "sequences drawn", "dense loss"],
+        [
+            [
+                name,
+                one["stage"],
+                f"{one['initial_share']:.1%}",
+                f"{one['sequences_drawn']:,}",
+                f"{one['dense_loss']:.4f}",
+            ]
+            for name, one in sources.items()
+        ],
+    )
+    rounds = _table(
+        ["before step", "stage", *sources],
+        [[str(one["step"]), one["stage"], *(_of_source(one, name) for name in sources)] for one in mixture["rounds"]],
+    )
+    ended = [f"Stage {stage} had converged by step {step}." for stage, step in mixture["ended_early_at"].items()]
+    text = (
+        f"Shares by the rule `{mixture['rule']}`. In a cell: share, held-out loss (and that minus the dense model's)."
+    )
+    return "\n\n".join([drawn, " ".join([text, *ended]), rounds])
+
+
+def _of_source(one: dict[str, Any], name: str) -> str:
+    return f"{one['weights'][name]:.1%}, {one['losses'][name]:.4f} ({one['degradation'][name]:+.4f})"
 
 
 def _checked(results: dict[str, Any]) -> str:

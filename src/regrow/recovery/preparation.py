@@ -1,0 +1,151 @@
+"""What comes between choosing units and cutting them: a search for better widths, and compensation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow.planning.allocation import final_counts, lose, most_removed, settle, uniform_candidates
+from regrow.planning.plan import Plan
+from regrow.planning.search import Counts, Ladder, exchange_search
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.compensate import Compensator
+from regrow.recovery.supernet import Fitness, Supernet
+from regrow.settings import Pruning
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups
+
+
+@dataclass
+class Prepared:
+    """What was found and done, for the report."""
+
+    search: dict[str, Any] = field(default_factory=dict)
+    """Divergences (nats per token) of every start or candidate, of the best, and how many were tried."""
+    compensation: dict[str, Any] = field(default_factory=dict)
+    """Mean share of the output error taken away, and the share of the refit that the held-out text preferred."""
+
+
+class Preparation:
+    """Improves plans with the help of calibration windows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: Gates,
+        recipe: Recipe,
+        batches: Sequence[Tensor],
+        held_out: Callable[[], float],
+        progress: Progress,
+    ) -> None:
+        """Prepare to prepare.
+
+        Args:
+            gates: on the model.
+            batches: token ids, each `[B, T]`; as many as the recipe's larger wish.
+            held_out: mean NLL of the model as it is, on text that is not in `batches`.
+        """
+        self.model = model
+        self.gates = gates
+        self.recipe = recipe
+        self.batches = batches
+        self.held_out = held_out
+        self.progress = progress
+        self.compensator = Compensator(model, gates, recipe.compensation)
+        self.done = Prepared()
+
+    def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor]) -> Plan:
+        """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
+
+        Args:
+            groups: of the whole model; nothing has been cut yet.
+            plan: the whole one.
+        """
+        pruning, settings = self.recipe.pruning, self.recipe.search
+        nothing = {group.name: 0 for group in groups}
+        present = {name: score.double() for name, score in scores.items()}
+        if pruning.shape == "uniform":
+            candidates = uniform_candidates(groups, nothing, present, pruning)
+            candidates.sort(key=lambda candidate: candidate.damage)
+            starts = [candidate.counts for candidate in candidates[: settings.evaluations]]
+            ladder = Ladder(
+                {g.name: tuple(sorted({0} | {counts[g.name] for counts in starts})) for g in groups},
+                {group.name: group.cost for group in groups},
+            )
+        else:
+            ladder = Ladder.of(groups, most_removed(groups, pruning), settings.levels)
+            ways = [final_counts(groups, nothing, present, way) for way in _allocations(pruning)]
+            amount = min(sum(g.cost * counts[g.name] for g in groups) for counts in ways)
+            starts = [ladder.nearest(counts, amount) for counts in ways]
+        supernet = Supernet(self.model, self.gates, self.compensator, depth="layer" in pruning.kinds)
+        supernet.build(groups, ladder.rungs, self.batches[: self._batches_of(settings.windows)], self.progress)
+        fitness = Fitness(supernet, self.batches[-self._batches_of(settings.judge_windows) :])
+        self.progress.stage("search", len(starts) if pruning.shape == "uniform" else settings.evaluations)
+
+        def measured(counts: Counts) -> float:
+            value = fitness(counts)
+            self.progress.advance(1, f"divergence {value:.4f}")
+            return value
+
+        if pruning.shape == "uniform":
+            values = [measured(counts) for counts in starts]
+            counts, value = starts[int(np.argmin(values))], min(values)
+            self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
+        else:
+            found = exchange_search(starts, ladder, amount, measured, settings.evaluations, self.recipe.seed)
+            counts, value = settle(groups, found.counts, pruning), found.fitness
+            self.done.search = {"starts": len(starts), "trace": list(found.trace)}
+        supernet.close()
+        self.done.search["best"] = value
+        return lose(groups, plan, counts, scores, pruning)
+
+    def _batches_of(self, windows: int) -> int:
+        return max(1, round(windows / len(self.batches[0])))
+
+    def compensate(self, groups: Groups, cut_plan: Plan, plan: Plan) -> Plan:
+        """Refit what stays. The gates of what goes are closed afterwards.
+
+        Args:
+            groups: as the tensors are now, cut to `cut_plan`.
+
+        Returns:
+            The plan; with `selection: obs`, of the same widths but other units.
+        """
+        for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
+            self.gates.set(f"layers.{number}", torch.zeros(1))
+        keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
+        batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
+        done = self.compensator.run(groups, keep, batches, self.progress)
+        trials = {}
+        for share in self.recipe.compensation.blend:
+            self.compensator.blend(done, share)
+            trials[share] = self.held_out()
+        best = min(trials, key=lambda share: trials[share])
+        self.compensator.blend(done, best)
+        self.done.compensation = {
+            "repaired": float(np.mean(list(done.repaired.values()))) if done.repaired else 0.0,
+            "blend": best,
+            "validation_loss": {str(share): loss for share, loss in trials.items()},
+        }
+        chosen = {
+            name: [cut_plan.groups[name].keep[position] for position in units] for name, units in done.keep.items()
+        }
+        return plan.keeping(chosen)
+
+
+def _allocations(pruning: Pruning) -> list[Pruning]:
+    """The recipe's own way to share out the target, then the others."""
+    others = [pruning.model_copy(update={"allocation": way}) for way in ("local", "by-kind", "global")]
+    return [pruning, *(other for other in others if other.allocation != pruning.allocation)]
+
+
+def _widths(groups: Groups, counts: Counts) -> dict[str, int]:
+    """Layers that stay, and what is left of each kind in one of them."""
+    left = {group.name: group.units - counts[group.name] for group in groups}
+    stays = [group for group in groups if left[group.name]]
+    return {"layers": len({group.layer for group in stays}), **{group.kind: left[group.name] for group in stays}}
