@@ -3,6 +3,7 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
+`generated.jsonl` is there if the model wrote the text, `latency.json` and `trials/` if the recipe's target needs them.
 Every file appears whole or not at all.
 """
 
@@ -10,6 +11,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.aim import LATENCY_FILE, Aim
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
 from regrow.checkpoint.load import (
     check_length,
@@ -39,9 +42,12 @@ from regrow.errors import InputError
 from regrow.evaluation.compare import compare, protocol_windows
 from regrow.planning.allocation import final_counts
 from regrow.planning.plan import Plan
+from regrow.planning.target import parse_target
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.pruner import CutEvent
+from regrow.recovery.scoring import Average
+from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
 from regrow.structure.adapters import attach_lora, merge_lora
@@ -50,6 +56,9 @@ from regrow.structure.groups import Groups, find_groups
 VALIDATION_AND_TEST = 2
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
+
+OWN_TEXT = "text by the model itself"
+OWN_TEXT_FILE = "generated.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,9 @@ class Walk:
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
+        target = recipe.pruning.target
+        self.aim = None if target is None else Aim(parse_target(target), model, folder, progress)
+        self.own_text: OwnText | None = None
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._stage = ("", self._started)
@@ -93,8 +105,6 @@ class Walk:
         """Everything, start to end."""
         recipe = self.recipe
         find_criterion(recipe.pruning.criterion)
-        if recipe.data.source is None:
-            raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
         if check_folder(self.folder):
@@ -105,21 +115,25 @@ class Walk:
             check_length(config, length)
         tokenizer = load_tokenizer(self.name)
 
-        self.begin("read text")
-        text = self.read_text(tokenizer)
+        text = None
+        if recipe.data.source is None:
+            check_length(config, recipe.generate.length)
+            start_token(tokenizer)
+            tokens_to_write(recipe, self.training_tokens())
+        else:
+            self.begin("read text")
+            text = self.read_text(tokenizer)
         self.begin("load model")
-        torch.manual_seed(recipe.seed)
-        device = pick_device(recipe.device)
-        model = load_model(self.name, device)
-        check_vocabulary(model, tokenizer, self.name)
+        model = self.load(tokenizer)
         self.begin("trace groups")
         whole = find_groups(model)
-        self.check_reach(whole)
+        self.check_reach(model, whole)
+        if text is None:
+            text = self.write_text(model, tokenizer)
         self.begin("attach LoRA")
-        lora = recipe.lora
-        attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        self.attach(model, whole)
         self.claim(whole)
-        trained = self.train(model, text)
+        model, trained = self.recover(model, tokenizer, whole, text)
         self.begin("merge and save")
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
@@ -140,33 +154,68 @@ class Walk:
         if stage:
             self.progress.stage(stage, total)
 
+    def training_tokens(self) -> int:
+        """How many tokens scoring and training can use."""
+        data, training = self.recipe.data, self.recipe.training
+        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
+        return data.max_tokens or (use + 1) * data.sequence_length
+
     def read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """The documents of the recipe's source, as windows."""
+        data = self.recipe.data
+        assert data.source is not None
+        characters = CHARACTERS_PER_TOKEN * self.training_tokens()
+        documents = load_documents(data.source, data.text_field, max_characters=characters)
+        return self.part_text(documents, data.source, tokenizer)
+
+    def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Documents that the model writes itself, as windows."""
+        self.begin("write text")
+        self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
+        tokens = tokens_to_write(self.recipe, self.training_tokens())
+        self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
+        return self.part_text(self.own_text.documents, OWN_TEXT, tokenizer)
+
+    def part_text(self, documents: Sequence[str], source_name: str, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents, parted once by the seed, as windows."""
         data, training = self.recipe.data, self.recipe.training
-        assert data.source is not None
-        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
-        limit = data.max_tokens or (use + 1) * data.sequence_length
-        documents = load_documents(data.source, data.text_field, max_characters=CHARACTERS_PER_TOKEN * limit)
         if data.eval_source is not None:
             validation, train = split_documents(documents, [data.held_out], self.recipe.seed)
             test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
         else:
             shares = [data.held_out] * VALIDATION_AND_TEST
             validation, test, train = split_documents(documents, shares, self.recipe.seed)
-            source = f"{data.source} (held-out documents)"
+            source = f"{source_name} (held-out documents)"
         protocol_windows(test, tokenizer, source, self.recipe)  # too short a text is better found now than at the end
         length, bos = data.sequence_length, data.bos
         return Text(
-            make_windows(train, tokenizer, length, bos=bos, source=data.source, max_tokens=limit),
-            make_windows(validation, tokenizer, length, bos=bos, source=f"{data.source} (held out)").first(
+            make_windows(train, tokenizer, length, bos=bos, source=source_name, max_tokens=self.training_tokens()),
+            make_windows(validation, tokenizer, length, bos=bos, source=f"{source_name} (held out)").first(
                 training.eval_windows
             ),
             test,
             source,
         )
 
-    def check_reach(self, groups: Groups) -> None:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The dense model; from here on chance comes from the seed alone."""
+        torch.manual_seed(self.recipe.seed)
+        model = load_model(self.name, pick_device(self.recipe.device))
+        check_vocabulary(model, tokenizer, self.name)
+        return model
+
+    def attach(self, model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
+        """Wrap the linears with LoRA."""
+        lora = self.recipe.lora
+        attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        return model
+
+    def check_reach(self, model: PreTrainedModel, groups: Groups) -> None:
         """Fail now, not after hours, if the target cannot be reached."""
+        if self.aim is not None:
+            self.recipe = self.aim.prepare(self.recipe, model, groups, self.output_dtype(), machine(model.device))
+            if not self.aim.is_settled:
+                return
         nothing = {group.name: 0 for group in groups}
         scores = {group.name: torch.zeros(group.units) for group in groups}
         final_counts(groups, nothing, scores, self.recipe.pruning)
@@ -179,27 +228,55 @@ class Walk:
         )
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
+        if self.own_text is not None:
+            lines = [json.dumps({self.recipe.data.text_field: document}) for document in self.own_text.documents]
+            write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
+        if self.aim is not None and self.aim.latency is not None:
+            write_json(self.folder / LATENCY_FILE, self.aim.latency.to_json())
 
-    def train(self, model: PreTrainedModel, text: Text) -> Trained:
-        """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters."""
+    def recover(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, whole: Groups, text: Text
+    ) -> tuple[PreTrainedModel, Trained]:
+        """Train to the sparsity asked for, or to the one that the target asks for.
+
+        Returns:
+            The cut and recovered model (for a perplexity not the one given, which then holds no weights).
+        """
         self.begin("train")
+        if self.aim is None:
+            return model, self.train(model, text, self.recipe, self.folder)
+        model, trained, self.recipe = self.aim.recover(
+            self.recipe,
+            model,
+            (text.train, text.validation),
+            fresh=lambda: self.attach(self.load(tokenizer), whole),
+            train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores),
+        )
+        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        return model, trained
+
+    def train(
+        self, model: PreTrainedModel, text: Text, recipe: Recipe, folder: Path, scores: Average | None = None
+    ) -> Trained:
+        """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
+
+        def record_cut(event: CutEvent) -> None:
+            write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
+            write_json(folder / "plan.json", event.plan.to_json())
+
         trained = train(
             model,
             find_groups(model),
-            self.recipe,
+            recipe,
             text.train,
             text.validation,
             self.progress,
-            on_cut=self.record_cut,
-            on_validation=lambda history: write_json(self.folder / "history.json", vars(history)),
+            on_cut=record_cut,
+            on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+            scores=scores,
         )
-        write_bytes(self.folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
+        write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
         return trained
-
-    def record_cut(self, event: CutEvent) -> None:
-        """Write down an event's plan and scores."""
-        write_bytes(self.folder / "scores.safetensors", tensors_to_bytes(event.scores))
-        write_json(self.folder / "plan.json", event.plan.to_json())
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
         """The checkpoint, with its plan and card inside."""
@@ -249,7 +326,7 @@ class Walk:
             self.recipe, device, self.progress,
         )  # fmt: skip
         self.begin("")
-        return {
+        results: dict[str, Any] = {
             "regrow": version("regrow"),
             "model": self.name,
             "recipe": self.recipe.name,
@@ -263,6 +340,12 @@ class Walk:
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
             "machine": machine(device),
         }
+        if self.own_text is not None:
+            results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
+            results["own_text"]["evaluated_on_it"] = self.recipe.data.eval_source is None
+        if self.aim is not None:
+            results["target"] = self.aim.outcome(self.recipe, plan, results, self.folder / "model")
+        return results
 
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""

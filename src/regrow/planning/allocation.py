@@ -94,6 +94,13 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
     return counts
 
 
+def reach(groups: Groups, pruning: Pruning) -> int:
+    """Most parameters that the recipe's shape and limits let go."""
+    least = pruning.model_copy(update={"sparsity": 0.5 / groups.block_parameters, "basis": "block"})
+    (demand,) = _demands(groups, {group.name: 0 for group in groups}, least)
+    return demand.brings({group.name: _most(demand, group) for group in demand.groups})
+
+
 def _demands(groups: Groups, gone: Counts, pruning: Pruning) -> list[_Demand]:
     free = tuple(group for group in groups if group.layer not in protected_layers(groups, pruning))
     limit = {

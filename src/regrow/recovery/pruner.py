@@ -1,5 +1,6 @@
 """The progressive loop's other half: choose units by their scores, let them fade, cut them."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
-from regrow.recovery.scoring import Scorer
+from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
@@ -43,6 +44,7 @@ class Pruner:
         calibration: Iterator[torch.Tensor],
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
+        scores: Average | None = None,
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -50,6 +52,7 @@ class Pruner:
             groups: of the whole model, adapters attached.
             calibration: batches `[B, T]` to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
+            scores: what `calibrate` would find, if it has been found before.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -68,6 +71,9 @@ class Pruner:
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed)
+        self._known = scores is not None
+        if scores is not None:
+            self.scorer.average = copy.deepcopy(scores)
         self._chosen_at = 0
         self._reached = False
 
@@ -86,7 +92,12 @@ class Pruner:
         return self._reached and self.cut_plan == self.plan
 
     def calibrate(self, on_batch: Callable[[], None] = lambda: None) -> None:
-        """Score `calibration_batches` without training. At least once if the first cut comes before any step."""
+        """Score `calibration_batches` without training. At least once if the first cut comes before any step.
+
+        Nothing is done if the scores were given.
+        """
+        if self._known:
+            return
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
             count = min(count, 1)

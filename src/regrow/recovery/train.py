@@ -17,6 +17,7 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.pruner import CutEvent, Pruner
+from regrow.recovery.scoring import Average
 from regrow.structure.groups import Groups
 
 
@@ -69,6 +70,7 @@ def train(
     *,
     on_cut: Callable[[CutEvent], None],
     on_validation: Callable[[History], None],
+    scores: Average | None = None,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -76,6 +78,7 @@ def train(
         groups: of the whole model, adapters attached.
         on_cut: sees every plan as it is made.
         on_validation: sees the history whenever it is worth writing down.
+        scores: as `measure_scores` found them before; by default they are measured here.
 
     Raises:
         InputError: if training diverges.
@@ -95,8 +98,8 @@ def train(
         best.offer(loss, step, learner)
         on_validation(history)
 
-    with Pruner(model, groups, recipe, learner, calibration, record_cut) as pruner:
-        if recipe.pruning.calibration_batches:
+    with Pruner(model, groups, recipe, learner, calibration, record_cut, scores=scores) as pruner:
+        if recipe.pruning.calibration_batches and scores is None:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         progress.stage("train", training.steps)
