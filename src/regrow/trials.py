@@ -8,8 +8,10 @@ recipe on the same model and text has finished is not trained again.
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,9 @@ class Trials:
         if not any(trial.holds for trial in trials):
             raise _none_holds(trials, target, most)
         best = smallest(trials)
+        for left_over in (self.folder / "trials").iterdir():  # of an earlier run that needed more
+            if left_over not in [self._folder(number) for number in range(len(trials))]:
+                shutil.rmtree(left_over)
         return *self._load(self._folder(trials.index(best)), fresh()), trials
 
     def _folder(self, number: int) -> Path:
@@ -115,7 +120,7 @@ class Trials:
         """Tells whether a trial found in the folder is this one: recipe, model, text and sparsity."""
         sections = self.recipe.model_dump(mode="json", exclude={"evaluation", "output", "name", "description"})
         del sections["pruning"]["target"], sections["pruning"]["target_trials"], sections["pruning"]["sparsity"]
-        parts = [self.name, dense, share, sections, self.train_text.sha256, self.validation.sha256]
+        parts = [version("regrow"), self.name, dense, share, sections, self.train_text.sha256, self.validation.sha256]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _trial(

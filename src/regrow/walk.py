@@ -170,9 +170,9 @@ class Walk:
 
     def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents that the model writes itself, as windows."""
-        self.begin("write text")
-        self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
         tokens = tokens_to_write(self.recipe, self.training_tokens())
+        self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
+        self.begin("write text", tokens)
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
         return self.part_text(self.own_text.documents, OWN_TEXT, tokenizer)
 

@@ -129,13 +129,12 @@ def sparsity_for(
     if not 0 < removed <= within:
 
         def told(parameters: int) -> str:
-            if not is_size:
-                return f"{parameters:,} parameters"
-            return f"{(parameters * bytes_per_parameter + other_bytes) / 1e6:,.3f}MB"
+            size = parameters * bytes_per_parameter + other_bytes
+            return f"{size:,} bytes" if is_size else f"{parameters:,} parameters"
 
         raise InputError(
             f"target {target.text!r} is out of reach: the model has {told(groups.total_parameters)} and can be cut to "
-            f"{told(groups.total_parameters - within)}; ask for that much, or for something between"
+            f"{told(groups.total_parameters - within)}; ask for so many, or for something between"
         )
     return share_of(removed, groups)
 

@@ -88,7 +88,8 @@ def write_own_text(
 ) -> OwnText:
     """Let the model write until it has written `tokens` tokens, and keep the texts that surprise it least.
 
-    The same seed gives the same texts; the state of torch's random generators is left as it was.
+    The same seed gives the same texts; the state of torch's random generators is left as it was. `progress` advances
+    by the tokens written.
 
     Raises:
         InputError: if the tokenizer has no token to begin with.
@@ -97,7 +98,6 @@ def write_own_text(
     texts: list[str] = []
     losses: list[float] = []
     lengths: list[int] = []
-    progress.stage("write text", tokens)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), inference(model):
         torch.manual_seed(seed)
         while sum(lengths) < tokens:
