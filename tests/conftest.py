@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from regrow.checkpoint.verify import Verification
 from regrow.planning.plan import Plan
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
@@ -273,6 +274,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "stories.jsonl"
     file.write_text("".join(json.dumps({"text": STORY.format(number=n)}) + "\n" for n in range(120)))
     return file
+
+
+@pytest.fixture
+def lean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without completions and without the fresh process that reloads the checkpoint: most of a tiny run."""
+    passed = Verification("LlamaForCausalLM", "", 0.0, 1.0, False)
+    monkeypatch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
+    monkeypatch.setattr("regrow.evaluation.compare.complete", lambda model, tokenizer, prompt: "…")
 
 
 QUICK = {

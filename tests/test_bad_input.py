@@ -135,6 +135,12 @@ def larger_tokenizer(model: Path) -> None:
     tokenizer.save_pretrained(model)
 
 
+def no_special_tokens(model: Path) -> None:
+    path = model / "tokenizer_config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in described.items() if "_token" not in key}))
+
+
 @dataclass(frozen=True)
 class Case:
     """A command and what it must answer. In `argv`, LLAMA is the tiny checkpoint and TEXT a text that suits it."""
@@ -157,6 +163,7 @@ EVALUATE_MODEL = "evaluate model --data TEXT"
 A_FOLDER = "give a checkpoint's folder, or a repository on the hub"
 NOT_ON_HUB = ("there is no folder nobody/nothing", "hub", "couldn't connect", "check the name and the connection")
 ANEW = "get it anew"
+OWN = "prune LLAMA --out out "
 LONGER = "give more text or a shorter window"
 TRUST = ("model runs Python files of its own", "--trust-remote-code")
 RECIPE = "--recipe my.yaml"
@@ -206,7 +213,9 @@ MODELS = [
 ]  # fmt: skip
 
 TEXTS = [
-    case("no --data", nothing, "prune LLAMA --out out", "no text to train on", "give --data FILE"),
+    case("own text too long", nothing, OWN + "--set generate.length=999", "than the 256 positions", "shorten it"),
+    case("too little own text", nothing, OWN + "--set generate.tokens=99", "too little", "at least 12800", "--data"),
+    case("own text, no start", copy(no_special_tokens), "prune model --out out", "neither BOS nor EOS", "give --data"),
     case("empty --data", nothing, PRUNE_ON + "''", "'' is a folder", "give a .txt"),
     case("no text file", nothing, PRUNE_ON + "absent.txt", "no text file absent.txt", "check its path"),
     case("no text file, other suffix", nothing, PRUNE_ON + "./absent.md", "no text file ./absent.md", "check its path"),
@@ -250,6 +259,11 @@ SETTINGS = [
     case("sparsity in percent", nothing, PRUNE + "--sparsity 50%", "--sparsity '50%'", "give a number"),
     case("sparsity nan", nothing, PRUNE + "--sparsity nan", "pruning.sparsity = nan", "finite"),
     case("sparsity out of reach", nothing, PRUNE + "--sparsity 0.99999", "out of reach", "use at most 0.73"),
+    case("sparsity and target", nothing, PRUNE + "--sparsity 0.5 --target size=1GB", "give --sparsity or --target"),
+    case("target", nothing, PRUNE + "--target smaller", "target 'smaller'", "write one of params=2.0B, size=3GB"),
+    case("target of a wrong kind", nothing, PRUNE + "--target memory=3GB", "'memory=3GB'", "write one of params=2.0B"),
+    case("target too large", nothing, PRUNE + "--target params=1M", "out of reach", "47,072 parameters", "26,624"),
+    case("target too small", nothing, PRUNE + "--target size=9KB", "out of reach", "cut to 109,", "ask for so many"),
     case("steps -1", nothing, PRUNE + "--steps=-1", "training.steps = -1", "greater than or equal to 0"),
     case("steps abc", nothing, PRUNE + "--steps abc", "--steps 'abc'", "give a whole number"),
     case("steps 1.5", nothing, PRUNE + "--steps 1.5", "--steps '1.5'", "give a whole number"),

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow.errors import InputError
-from regrow.planning.allocation import choose, protected_layers
+from regrow.planning.allocation import choose
+from regrow.planning.demand import protected_layers
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning

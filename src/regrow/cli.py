@@ -59,7 +59,14 @@ def prune(
     sparsity: Annotated[
         str | None, typer.Option(help="Share of the block parameters to remove, for example 0.5.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help=f"Text to score and train on. {SOURCE_HELP}")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Instead of --sparsity: params=2.0B, size=3GB, speedup=1.6x, perplexity=+5% or =6.5."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"Text to score and train on; without it the model writes its own. {SOURCE_HELP}"),
+    ] = None,
     instructions: Annotated[
         str | None,
         typer.Option(help="Instructions to train on after the text: .jsonl, .json, .parquet, or from the hub."),
@@ -85,6 +92,7 @@ def prune(
 
     given = {
         "pruning.sparsity": _number("--sparsity", sparsity, float),
+        "pruning.target": target,
         "data.source": data,
         "data.instructions": instructions,
         "data.eval_source": eval_data,

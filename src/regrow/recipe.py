@@ -15,6 +15,7 @@ from regrow.settings import (
     Data,
     Distillation,
     Evaluation,
+    Generate,
     Lora,
     Output,
     Pruning,
@@ -33,6 +34,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="Source of all chance in the run.")
     device: str = Field(default="auto", description="auto: the first GPU, else the CPU.")
     data: Data = Data()
+    generate: Generate = Generate()
     lora: Lora = Lora()
     pruning: Pruning = Pruning()
     search: Search = Search()
@@ -46,9 +48,13 @@ class Recipe(Section):
     def override(self, settings: Mapping[str, Any]) -> "Recipe":
         """This recipe with `key.path` -> value changed, validated anew."""
         tree = self.model_dump(mode="json")
-        for path, value in settings.items():
-            _set(tree, path, value)
+        _change(tree, settings)
         return parse_recipe(tree, self.name)
+
+    def with_sparsity(self, share: float) -> "Recipe":
+        """This recipe with a share of the block parameters to remove; a target, if it has one, stays written in it."""
+        pruning = self.pruning.model_copy(update={"sparsity": share, "basis": "block"})
+        return self.model_copy(update={"pruning": pruning})
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -88,8 +94,7 @@ def load_recipe(name: str = "regrow", overrides: Mapping[str, Any] | None = None
         raise InputError(f"recipe {name}{line}: not valid YAML: {problem}") from error
     if not isinstance(tree, dict):
         raise InputError(f"recipe {name}: must be a mapping of keys to values")
-    for path, value in (overrides or {}).items():
-        _set(tree, path, value)
+    _change(tree, overrides or {})
     return parse_recipe(tree, name)
 
 
@@ -135,6 +140,17 @@ def explain_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Itera
             yield from explain_fields(part, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", field.description or "", field.default
+
+
+def _change(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Set `key.path` -> value. A sparsity asked for takes the place of a target that stands in the recipe."""
+    asked = [key for key in ("pruning.sparsity", "pruning.target") if settings.get(key) is not None]
+    if len(asked) == 2:
+        raise InputError("a sparsity and a target are both asked for; give --sparsity or --target, not both")
+    for path, value in settings.items():
+        _set(tree, path, value)
+    if asked == ["pruning.sparsity"]:
+        _set(tree, "pruning.target", None)
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -41,7 +41,8 @@ class Data(Section):
 
     source: str | None = Field(
         default=None,
-        description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, or a data set on the hub.",
+        description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, or a data set on the hub; "
+        "null: text that the model writes itself (see `generate`).",
     )
     sources: tuple[TextSource, ...] = Field(
         default=(),
@@ -78,6 +79,28 @@ class Data(Section):
     )
 
 
+class Generate(Section):
+    """Text that the model writes itself, when `data.source` gives none."""
+
+    tokens: Count = Field(
+        default=200_000, description="Tokens to write at most, dropped texts included; fewer if the run needs fewer."
+    )
+    length: Length = Field(
+        default=256, description="Tokens of a text at most, its start token included; the model may end it earlier."
+    )
+    prefix_tokens: Count = Field(
+        default=2, description="First tokens of a text, sampled from the model as it is, so that texts differ."
+    )
+    temperature: float = Field(default=0.7, gt=0, description="Of the tokens after the prefix.")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="Sample among the likeliest tokens of this much mass.")
+    top_k: Count = Field(default=50, description="Sample among at most so many tokens.")
+    repetition_penalty: float = Field(
+        default=1.1, gt=0, description="Divides the logits of tokens that the text already has; 1: none."
+    )
+    drop: Share = Field(default=0.2, description="Share of the texts to drop: those that surprise the model most.")
+    batch_size: Count = Field(default=16, description="Texts written at once.")
+
+
 class Lora(Section):
     """The adapters that regrow the skill."""
 
@@ -93,6 +116,18 @@ class Pruning(Section):
     """What is removed, by which measure, and when."""
 
     sparsity: float = Field(default=0.5, gt=0, lt=1, description="Share to remove.")
+    target: str | None = Field(
+        default=None,
+        description="What the result shall be, instead of a sparsity, which (of the blocks' parameters) then follows: "
+        "params=2.0B, size=3GB, speedup=1.6x, perplexity=+5% (of the dense model's) or perplexity=6.5.",
+    )
+    target_trials: Count = Field(
+        default=4, description="Target perplexity: trainings, each at another sparsity, to find the smallest model."
+    )
+    speed_phase: Literal["prefill", "decode"] = Field(
+        default="decode",
+        description="Target speedup: of writing on token by token, or of reading a prompt; one text at a time.",
+    )
     basis: Literal["block", "units", "total"] = Field(
         default="block",
         description="What the share is of: parameters of the blocks, units of each kind, or all parameters.",

@@ -3,7 +3,8 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
-While a cached teacher teaches, it lies in `teacher/`. Every file appears whole or not at all.
+While a cached teacher teaches, it lies in `teacher/`. `generated.jsonl` is there if the model wrote the text,
+`latency.json` and `trials/` if the recipe's target needs them. Every file appears whole or not at all.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.aim import LATENCY_FILE, Aim
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
 from regrow.checkpoint.load import (
     check_length,
@@ -33,21 +35,26 @@ from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
-from regrow.data.corpus import Corpus, list_sources, read_corpus
+from regrow.data.corpus import Corpus, list_sources, read_corpus, writes_own_text
 from regrow.data.source import load_documents
 from regrow.errors import InputError
 from regrow.evaluation.compare import compare, protocol_windows
 from regrow.planning.allocation import final_counts
 from regrow.planning.plan import Plan
+from regrow.planning.target import parse_target
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import CutEvent
+from regrow.recovery.scoring import Average
+from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
+
+OWN_TEXT_FILE = "generated.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class Walk:
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
+        target = recipe.pruning.target
+        self.aim = None if target is None else Aim(parse_target(target), model, folder, progress)
+        self.own_text: OwnText | None = None
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._stage = ("", self._started)
@@ -104,21 +114,25 @@ class Walk:
             check_length(config, length)
         tokenizer = load_tokenizer(self.name)
 
-        self.begin("read text")
-        text = self.read_text(tokenizer)
+        text = None
+        if writes_own_text(recipe.data):
+            check_length(config, recipe.generate.length)
+            start_token(tokenizer)
+            tokens_to_write(recipe, self.training_tokens())
+        else:
+            self.begin("read text")
+            text = self.read_text(tokenizer)
         self.begin("load model")
-        torch.manual_seed(recipe.seed)
-        device = pick_device(recipe.device)
-        model = load_model(self.name, device)
-        check_vocabulary(model, tokenizer, self.name)
+        model = self.load(tokenizer)
         self.begin("trace groups")
         whole = find_groups(model)
-        self.check_reach(whole)
+        self.check_reach(model, whole)
+        if text is None:
+            text = self.write_text(model, tokenizer)
         self.begin("attach LoRA")
-        lora = recipe.lora
-        attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        self.attach(model, whole)
         self.claim(whole)
-        trained = self.train(model, text)
+        model, trained = self.recover(model, tokenizer, whole, text)
         self.begin("merge and save")
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
@@ -139,12 +153,20 @@ class Walk:
         if stage:
             self.progress.stage(stage, total)
 
+    def training_tokens(self) -> int:
+        """How many tokens scoring and training can use."""
+        data, training = self.recipe.data, self.recipe.training
+        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
+        return data.max_tokens or (use + 1) * data.sequence_length
+
     def read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents of all sources, parted once by the seed, as windows."""
-        data, training, seed = self.recipe.data, self.recipe.training, self.recipe.seed
-        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
-        limit = data.max_tokens or (use + 1) * data.sequence_length
-        corpus, test = read_corpus(data, tokenizer, max_tokens=limit, eval_windows=training.eval_windows, seed=seed)
+        own = None if self.own_text is None else self.own_text.documents
+        data, training = self.recipe.data, self.recipe.training
+        corpus, test = read_corpus(
+            data, tokenizer, max_tokens=self.training_tokens(), eval_windows=training.eval_windows,
+            seed=self.recipe.seed, own_documents=own,
+        )  # fmt: skip
         if data.eval_source is not None:
             test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
         else:
@@ -153,8 +175,33 @@ class Walk:
         protocol_windows(test, tokenizer, source, self.recipe)  # too short a text is better found now than at the end
         return Text(corpus, test, source)
 
-    def check_reach(self, groups: Groups) -> None:
+    def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
+        """Documents that the model writes itself, as windows."""
+        tokens = tokens_to_write(self.recipe, self.training_tokens())
+        self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
+        self.begin("write text", tokens)
+        self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
+        return self.read_text(tokenizer)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The dense model; from here on chance comes from the seed alone."""
+        torch.manual_seed(self.recipe.seed)
+        model = load_model(self.name, pick_device(self.recipe.device))
+        check_vocabulary(model, tokenizer, self.name)
+        return model
+
+    def attach(self, model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
+        """Wrap the linears with LoRA."""
+        lora = self.recipe.lora
+        attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        return model
+
+    def check_reach(self, model: PreTrainedModel, groups: Groups) -> None:
         """Fail now, not after hours, if the target cannot be reached."""
+        if self.aim is not None:
+            self.recipe = self.aim.prepare(self.recipe, model, groups, self.output_dtype(), machine(model.device))
+            if not self.aim.is_settled:
+                return
         nothing = {group.name: 0 for group in groups}
         scores = {group.name: torch.zeros(group.units) for group in groups}
         final_counts(groups, nothing, scores, self.recipe.pruning)
@@ -167,32 +214,57 @@ class Walk:
         )
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
+        if self.own_text is not None:
+            lines = [json.dumps({self.recipe.data.text_field: document}) for document in self.own_text.documents]
+            write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
+        if self.aim is not None and self.aim.latency is not None:
+            write_json(self.folder / LATENCY_FILE, self.aim.latency.to_json())
 
-    def train(self, model: PreTrainedModel, text: Text) -> Trained:
-        """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters."""
+    def recover(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, whole: Groups, text: Text
+    ) -> tuple[PreTrainedModel, Trained]:
+        """Train to the sparsity asked for, or to the one that the target asks for.
+
+        Returns:
+            The cut and recovered model (for a perplexity not the one given, which then holds no weights).
+        """
         self.begin("train")
+        if self.aim is None:
+            return model, self.train(model, text, self.recipe, self.folder)
+        model, trained, self.recipe = self.aim.recover(
+            self.recipe,
+            model,
+            (text.corpus.train, text.corpus.validation),
+            fresh=lambda: self.attach(self.load(tokenizer), whole),
+            train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores),
+        )
+        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        return model, trained
+
+    def train(
+        self, model: PreTrainedModel, text: Text, recipe: Recipe, folder: Path, scores: Average | None = None
+    ) -> Trained:
+        """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
+
+        def record_cut(event: CutEvent) -> None:
+            if gone := event.plan.removed_layers:
+                self.progress.say(f"layers {', '.join(map(str, gone))} of {len(event.plan.layers)} removed")
+            write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
+            write_json(folder / "plan.json", event.plan.to_json())
+
         trained = train(
             model,
             find_groups(model),
-            self.recipe,
+            recipe,
             text.corpus,
             self.progress,
-            teacher_folder=self.folder / "teacher",
-            on_cut=self.record_cut,
-            on_validation=lambda history: write_json(self.folder / "history.json", vars(history)),
+            teacher_folder=folder / "teacher",
+            on_cut=record_cut,
+            on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+            scores=scores,
         )
-        write_bytes(self.folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
+        write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
         return trained
-
-    def record_cut(self, event: CutEvent) -> None:
-        """Write down an event's plan and scores, and say which layers go."""
-        if event.plan.removed_layers:
-            self.progress.say(
-                f"layers {', '.join(map(str, event.plan.removed_layers))} of {len(event.plan.layers)} removed; "
-                f"{event.plan.sparsity.block:.1%} of the block parameters gone"
-            )
-        write_bytes(self.folder / "scores.safetensors", tensors_to_bytes(event.scores))
-        write_json(self.folder / "plan.json", event.plan.to_json())
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
         """The checkpoint, with its plan and card inside."""
@@ -242,7 +314,7 @@ class Walk:
             self.recipe, device, self.progress,
         )  # fmt: skip
         self.begin("")
-        return {
+        results: dict[str, Any] = {
             "regrow": version("regrow"),
             "model": self.name,
             "recipe": self.recipe.name,
@@ -256,6 +328,12 @@ class Walk:
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
             "machine": machine(device),
         }
+        if self.own_text is not None:
+            results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
+            results["own_text"]["evaluated_on_it"] = self.recipe.data.eval_source is None
+        if self.aim is not None:
+            results["target"] = self.aim.outcome(self.recipe, plan, results, self.folder / "model")
+        return results
 
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""

@@ -9,8 +9,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from regrow.checkpoint.files import new_folder
+from regrow.planning.target import parse_bytes
 
 MODELING_FILE = "modeling_regrow.py"
+BYTES_OF_AN_EMPTY_FILE = 64
+"""Of safetensors without a tensor: length, metadata, padding; a little more than there are."""
 
 UNEVEN_MODEL = '''"""A {stock} whose layers have widths of their own, as `per_layer_config` in the config says."""
 
@@ -67,6 +70,27 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial)
         for name, text in extras.items():
             (partial / name).write_text(text, encoding="utf-8")
+
+
+def bytes_besides_parameters(model: PreTrainedModel, dtype: torch.dtype, shard_size: str) -> int:
+    """Most bytes that the saved weights of a model, or of any cut of it, take besides its parameters.
+
+    The buffers that are saved, and the headers of safetensors: a length in eight bytes, then JSON, padded to eight.
+    """
+    saved = model.state_dict()
+    buffers = [saved[name] for name, _ in model.named_buffers() if name in saved]
+    held = sum(int(buffer.nbytes) for buffer in buffers)
+    total = held + sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    described = {
+        name: {"dtype": "BF16", "shape": list(saved[name].shape), "data_offsets": [total, total]} for name in saved
+    }
+    shards = 1 + 2 * total // parse_bytes(shard_size)
+    return held + len(json.dumps(described, separators=(",", ":"))) + shards * BYTES_OF_AN_EMPTY_FILE
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _name_the_class(folder: Path, config: PretrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,9 @@ from regrow.settings import Data, Stage, TextSource
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
+
+OWN_TEXT = "text by the model itself"
+"""Name of the source when no text is given."""
 
 INSTRUCTIONS = "instructions"
 """Name of the source that `data.instructions` gives."""
@@ -61,6 +65,11 @@ class Corpus:
         return [number for number, source in enumerate(self.sources) if source.stage == stage]
 
 
+def writes_own_text(data: Data) -> bool:
+    """Whether no text is given, so that the model has to write it."""
+    return data.source is None and not data.sources
+
+
 def list_sources(data: Data) -> tuple[TextSource, ...]:
     """What the recipe reads, whichever way it is written there.
 
@@ -72,8 +81,10 @@ def list_sources(data: Data) -> tuple[TextSource, ...]:
     sources = data.sources
     if data.source is not None:
         sources = (TextSource(name=Path(data.source).name, source=data.source, text_field=data.text_field),)
+    if writes_own_text(data):
+        sources = (TextSource(name=OWN_TEXT, source=OWN_TEXT),)
     if not any(source.stage == "pretrain" for source in sources):
-        raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
+        raise InputError("data.sources has no text of the pretrain stage; give one, or --data")
     if data.instructions is not None:
         sources += (TextSource(name=INSTRUCTIONS, source=data.instructions, stage="instruct"),)
     name, count = Counter(source.name for source in sources).most_common(1)[0]
@@ -83,11 +94,18 @@ def list_sources(data: Data) -> tuple[TextSource, ...]:
 
 
 def read_corpus(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, eval_windows: int, seed: int
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    eval_windows: int,
+    seed: int,
+    own_documents: Sequence[str] | None = None,
 ) -> tuple[Corpus, list[str]]:
     """Read every source, and hold documents out of each.
 
     Args:
+        own_documents: the text, if the model has written it.
         max_tokens: use at most so many of each source.
         eval_windows: held-out windows of each source.
 
@@ -102,7 +120,9 @@ def read_corpus(
     for wanted in list_sources(data):
         if wanted.stage == "pretrain":
             tested = data.eval_source is None
-            train, validation, held_out = _read_text(wanted, data, tokenizer, max_tokens, seed, tested)
+            characters = CHARACTERS_PER_TOKEN * max_tokens
+            documents = own_documents or load_documents(wanted.source, wanted.text_field, max_characters=characters)
+            train, validation, held_out = _part_text(documents, wanted, data, tokenizer, max_tokens, seed, tested)
             test += held_out
         else:
             train, validation = _read_instructions(wanted, data, tokenizer, max_tokens, seed)
@@ -111,11 +131,15 @@ def read_corpus(
     return Corpus(tuple(sources)), test
 
 
-def _read_text(
-    wanted: TextSource, data: Data, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, tested: bool
+def _part_text(
+    documents: Sequence[str],
+    wanted: TextSource,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    seed: int,
+    tested: bool,
 ) -> tuple[Windows, Windows, list[str]]:
-    characters = CHARACTERS_PER_TOKEN * max_tokens
-    documents = load_documents(wanted.source, wanted.text_field, max_characters=characters)
     validation, *test, train = split_documents(documents, [data.held_out] * (1 + tested), seed)
     length, bos, held_out = data.sequence_length, data.bos, f"{wanted.source} (held out)"
     return (

@@ -105,13 +105,13 @@ def window_losses(
             torch.split(windows_NT, batch_size), torch.split(targets_NT, batch_size), strict=True
         ):
             logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
-            losses.append(_summed_loss(logits_BTV[:, :-1], targets_BT[:, 1:].to(logits_BTV.device)).cpu())
+            losses.append(summed_loss(logits_BTV[:, :-1], targets_BT[:, 1:].to(logits_BTV.device)).cpu())
             if on_batch is not None:
                 on_batch(len(ids_BT))
     return torch.cat(losses)
 
 
-def _summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy in float32, a few positions at a time, summed over each row in float64: `[B]`."""
     batch, _, vocabulary = logits_BTV.shape
     positions = max(1, LOGITS_AT_ONCE // (batch * vocabulary))

@@ -17,70 +17,16 @@ import torch
 from torch import Tensor
 
 from regrow.errors import InputError
+from regrow.planning.demand import Counts, Demand, demands, out_of_reach
 from regrow.planning.depth import (
     emptied_layers,
     layer_choices,
     layer_damage,
-    layer_price,
-    layers_wanted,
     least_damaging,
-    outer_layers,
 )
 from regrow.planning.plan import Plan, layer_of
 from regrow.settings import Pruning
-from regrow.structure.groups import Group, Groups
-
-Counts = dict[str, int]
-"""Group name -> units removed of the original ones; all of them in a layer that goes whole."""
-
-UNIT_NAMES = {"attention": "KV heads", "ffn": "FFN channels"}
-
-
-@dataclass(frozen=True)
-class _Demand:
-    """A number of parameters (or units, `price` then being 1) to take from some groups."""
-
-    groups: tuple[Group, ...]
-    price: Mapping[str, int]
-    """What removing one unit of a group brings."""
-    amount: int
-    gone: Mapping[str, int]
-    """Units already removed; they stay so."""
-    limit: Mapping[str, int]
-    """Most units that may be removed."""
-    multiple: int
-    whole: int
-    """What the target is a share of."""
-    by_layers: int
-    """What layers that go whole bring, beside `amount`."""
-
-    def of_kind(self, ffn: bool) -> list[Group]:
-        return [group for group in self.groups if group.kind.startswith("ffn") == ffn]
-
-    def step(self, group: Group) -> int:
-        return self.multiple if group.kind.startswith("ffn") else 1
-
-    def width_ok(self, group: Group, removed: int) -> int:
-        """The least removal from `removed` on that leaves a width which is a multiple."""
-        left = group.units - removed
-        return removed if removed == 0 else removed + left % self.step(group)
-
-    def brings(self, counts: Counts) -> int:
-        return sum(self.price[name] * count for name, count in counts.items())
-
-    def within(self) -> int:
-        """The most that can be brought."""
-        return self.brings({group.name: _most(self, group) for group in self.groups})
-
-    def surplus(self, counts: Counts) -> int:
-        """What is brought beyond the amount."""
-        return self.brings({group.name: counts[group.name] for group in self.groups}) - self.amount
-
-    def least_step(self, shape: str) -> int:
-        """What the shape's smallest step brings: a unit; uniform: a channel in every layer, or a head without any."""
-        if shape == "free":
-            return min((self.price[group.name] * self.step(group) for group in self.groups), default=0)
-        return sum(self.price[group.name] * self.step(group) for group in self.of_kind(ffn=True) or self.groups)
+from regrow.structure.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -149,7 +95,7 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
         InputError: if the target is out of reach; the message says what is within it.
     """
 
-    def best(demand: _Demand) -> list[Counts]:
+    def best(demand: Demand) -> list[Counts]:
         if pruning.shape == "uniform":
             return sorted(_uniform(demand), key=lambda counts: _loss(demand, counts, scores, pruning))[:1]
         match pruning.allocation:
@@ -174,18 +120,11 @@ def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor
     return [way for way in ways if way.exact] or ways
 
 
-def most_removed(groups: Groups, pruning: Pruning) -> Counts:
-    """The most units that each group may lose while its layer stays; none where the recipe protects."""
-    nothing = {group.name: 0 for group in groups}
-    demands = _demands(groups, nothing, pruning, frozenset())
-    return nothing | {group.name: _most(demand, group) for demand in demands for group in demand.groups}
-
-
 def settle(groups: Groups, counts: Counts, pruning: Pruning) -> Counts:
     """Counts near some that roughly reach the target, and reach it exactly: channels make up the difference first."""
     nothing = {group.name: 0 for group in groups}
     settled = dict(counts)
-    for demand in _demands(groups, nothing, pruning, emptied_layers(groups, counts)):
+    for demand in demands(groups, nothing, pruning, emptied_layers(groups, counts)):
         order = [group.name for group in (*demand.of_kind(ffn=True), *demand.of_kind(ffn=False))]
         settled |= _settle(demand, {name: counts[name] for name in order}, order)
     return settled
@@ -196,23 +135,23 @@ def _ways(
     gone: Counts,
     scores: Mapping[str, Tensor],
     pruning: Pruning,
-    allocate: Callable[[_Demand], list[Counts]],
+    allocate: Callable[[Demand], list[Counts]],
 ) -> list[Candidate]:
     """For every choice of layers, each way in which `allocate` makes up the rest by widths."""
     ways = []
     for layers in layer_choices(groups, gone, scores, pruning):
-        demands = _demands(groups, gone, pruning, layers)
-        short = [demand for demand in demands if demand.within() < demand.amount]
+        asked = demands(groups, gone, pruning, layers)
+        short = [demand for demand in asked if demand.within() < demand.amount]
         if short:
             continue
         lost = {group.name: group.units if group.layer in layers else gone[group.name] for group in groups}
-        for parts in itertools.product(*(allocate(demand) for demand in demands if demand.groups)):
+        for parts in itertools.product(*(allocate(demand) for demand in asked if demand.groups)):
             counts = lost | {name: count for part in parts for name, count in part.items()}
-            exact = all(demand.surplus(counts) < demand.least_step(pruning.shape) for demand in demands)
+            exact = all(demand.surplus(counts) < demand.least_step(pruning.shape) for demand in asked)
             damage = _total_damage(groups, gone, counts, scores)
             ways.append(Candidate(tuple(sorted(layers)), counts, damage, exact))
     if not ways and short:
-        raise _out_of_reach(groups, short[0], layers, pruning)
+        raise out_of_reach(groups, short[0], layers, pruning)
     if not ways:
         raise InputError(
             f"no multiples of {pruning.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
@@ -229,61 +168,7 @@ def _total_damage(groups: Groups, gone: Counts, counts: Counts, scores: Mapping[
     return damage
 
 
-def _demands(groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int]) -> list[_Demand]:
-    """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing."""
-    spared = layers | protected_layers(groups, pruning)
-    free = tuple(g for g in groups if g.layer not in spared and g.kind.rstrip("0123456789") in pruning.kinds)
-    limit = {
-        g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
-    }
-
-    def demand(part: tuple[Group, ...], price: Mapping[str, int], whole: int, wanted: int, by_layers: int) -> _Demand:
-        return _Demand(part, price, wanted - by_layers, gone, limit, pruning.multiple, whole, by_layers)
-
-    if pruning.basis != "units":
-        whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
-        wanted = math.ceil(pruning.sparsity * whole - 1e-6)
-        by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers)
-        return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
-    demands = []
-    for kind in sorted({group.kind for group in free}):
-        part = tuple(group for group in free if group.kind == kind)
-        units = sum(group.units for group in groups if group.kind == kind)
-        by_layers = sum(group.units for group in groups if group.kind == kind and group.layer in layers)
-        price = dict.fromkeys((group.name for group in part), 1)
-        demands.append(demand(part, price, units, round(pruning.sparsity * units), by_layers))
-    return demands or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
-
-
-def _out_of_reach(groups: Groups, demand: _Demand, layers: frozenset[int], pruning: Pruning) -> InputError:
-    """How far one gets with `layers` gone and as little as may be left in the others."""
-    units = sorted(
-        {f"{g.units - _most(demand, g)} of {g.units} {UNIT_NAMES.get(g.kind, g.kind)}" for g in demand.groups}
-    )
-    left = [f"{' and '.join(units)} left in each layer that may be cut"] if units else []
-    if layers or not units:
-        left.insert(0, f"{len(groups.layers) - len(layers)} of {len(groups.layers)} layers")
-    within = (demand.by_layers + demand.within()) / demand.whole
-    return InputError(
-        f"sparsity {pruning.sparsity} of {pruning.basis} is out of reach: even with only {', and '.join(left)}, "
-        f"{within:.3f} is removed; use at most {math.floor(100 * within) / 100}"
-    )
-
-
-def protected_layers(groups: Groups, pruning: Pruning) -> set[int]:
-    """Numbers of the layers whose widths the recipe leaves alone; none in the uniform shape."""
-    return set() if pruning.shape == "uniform" else outer_layers(groups, pruning)
-
-
-def _most(demand: _Demand, group: Group) -> int:
-    """The largest removal within the limit that leaves an allowed width."""
-    limit = demand.limit[group.name]
-    return max(
-        (r for r in range(limit, max(limit - demand.step(group), -1), -1) if demand.width_ok(group, r) == r), default=0
-    )
-
-
-def _uniform(demand: _Demand) -> list[Counts]:
+def _uniform(demand: Demand) -> list[Counts]:
     """The same widths in every layer: every number of KV heads, then as many channels as the rest takes.
 
     Those that are exact, or if there are none all that reach the amount.
@@ -294,7 +179,7 @@ def _uniform(demand: _Demand) -> list[Counts]:
             raise InputError("the uniform shape needs a model whose layers are equally wide; use pruning.shape=free")
     found = []
     for removed in range(
-        max((demand.gone[g.name] for g in heads), default=0), 1 + (_most(demand, heads[0]) if heads else 0)
+        max((demand.gone[g.name] for g in heads), default=0), 1 + (demand.most(heads[0]) if heads else 0)
     ):
         counts = dict.fromkeys((group.name for group in heads), removed)
         if channels:
@@ -307,7 +192,7 @@ def _uniform(demand: _Demand) -> list[Counts]:
     return [counts for counts in found if demand.surplus(counts) < demand.least_step("uniform")] or found
 
 
-def _loss(demand: _Demand, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> float:
+def _loss(demand: Demand, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> float:
     """What decides between uniform widths: damage, or (local) how far heads are from losing the same share as all."""
     if pruning.allocation == "global":
         return sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
@@ -320,12 +205,12 @@ def _damage(scores: Tensor, count: int) -> float:
     return float(scores.sort().values[:count].sum())
 
 
-def _local(demand: _Demand) -> Counts:
+def _local(demand: Demand) -> Counts:
     """The same share in every layer: heads to the nearest, channels evenly to fill the rest."""
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
     counts = {g.name: max(min(round(share * g.units), demand.limit[g.name]), demand.gone[g.name]) for g in heads}
-    room = sum(demand.price[g.name] * _most(demand, g) for g in channels)
+    room = sum(demand.price[g.name] * demand.most(g) for g in channels)
     for group in sorted(heads, key=lambda g: -g.units):
         while demand.amount - demand.brings(counts) > room and counts[group.name] < demand.limit[group.name]:
             counts[group.name] += 1
@@ -340,7 +225,7 @@ def _local(demand: _Demand) -> Counts:
     return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _global(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
+def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
     """Lowest score per parameter first, wherever it is (the LP relaxation of the budgeted choice)."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     ranked = [
@@ -367,7 +252,7 @@ def _global(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
     return _settle(demand, counts, [group.name for group in cheapest_first])
 
 
-def _by_kind(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
+def _by_kind(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
     """As many heads and channels as `_local` takes, but of each kind the lowest scores, wherever they are."""
     local = _local(demand)
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
@@ -381,11 +266,11 @@ def _by_kind(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
     return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _settle(demand: _Demand, counts: Counts, order: Sequence[str]) -> Counts:
+def _settle(demand: Demand, counts: Counts, order: Sequence[str]) -> Counts:
     """Make widths multiples and the total exact: remove more, or give back, a step at a time along `order`."""
     groups = {group.name: group for group in demand.groups}
     for name, group in groups.items():
-        counts[name] = min(demand.width_ok(group, counts[name]), _most(demand, group))
+        counts[name] = min(demand.width_ok(group, counts[name]), demand.most(group))
     changed = True
     while changed and demand.brings(counts) < demand.amount:
         changed = False

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.planning.allocation import final_counts, lose, most_removed, settle, uniform_candidates
+from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
+from regrow.planning.demand import most_removed
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.progress import Progress
@@ -58,6 +59,8 @@ class Preparation:
         self.progress = progress
         self.compensator = Compensator(model, gates, recipe.compensation)
         self.done = Prepared()
+        self.refitted: set[str] = set()
+        """Names of the groups whose consumers have been written to."""
 
     def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor]) -> Plan:
         """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
@@ -121,6 +124,7 @@ class Preparation:
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
         done = self.compensator.run(groups, keep, batches, self.progress)
+        self.refitted |= done.repaired.keys()
         trials = {}
         for share in self.recipe.compensation.blend:
             self.compensator.blend(done, share)

@@ -3,6 +3,7 @@
 With the lhspg schedule a fade takes a period, and a unit may be gone before its end; see `lhspg.py`.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.preparation import Preparation
-from regrow.recovery.scoring import Scorer
+from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
@@ -52,6 +53,7 @@ class Pruner:
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
         prepare: Callable[[Gates], Preparation] | None = None,
+        scores: Average | None = None,
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -60,6 +62,7 @@ class Pruner:
             calibration: batches to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
             prepare: makes what searches and compensates, given the gates; needed if the recipe asks for either.
+            scores: what `calibrate` would find, if it has been found before.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -87,6 +90,9 @@ class Pruner:
         self.preparation = prepare(self.gates) if prepare else None
         self.search = recipe.search.evaluations > 0
         self.compensation = recipe.compensation.method != "none"
+        self._known = scores is not None
+        if scores is not None:
+            self.scorer.average = copy.deepcopy(scores)
         self._chosen_at = 0
         self._fading: dict[str, torch.Tensor] = {}
         """Which of the units as they are now are between present and gone."""
@@ -108,8 +114,11 @@ class Pruner:
         return self._reached and self.settled_plan == self.plan
 
     def calibrate(self, on_batch: Callable[[], None] = lambda: None) -> None:
-        """Score `calibration_batches` without training. At least once if the first cut comes before any step."""
-        if self._late_scores:
+        """Score `calibration_batches` without training. At least once if the first cut comes before any step.
+
+        Nothing is done if the scores were given, or are taken when a choice is due.
+        """
+        if self._known or self._late_scores:
             return
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
@@ -166,6 +175,18 @@ class Pruner:
         """Cut whatever has been chosen and is still there."""
         if self.plan != self.cut_plan:
             self._cut()
+
+    def refitted(self) -> dict[str, torch.Tensor]:
+        """Copies of the base parameters that compensation has written to, by their present names, on the CPU."""
+        if not (self.preparation and self.compensation):
+            return {}
+        found: dict[str, torch.Tensor] = {}
+        for group in self.groups:
+            if group.name in self.preparation.refitted:
+                module = group.consumers[0].parameter.rpartition(".")[0]
+                parameters = self.model.get_submodule(module).named_parameters(recurse=False)
+                found |= {f"{module}.{name}": parameter.detach().cpu().clone() for name, parameter in parameters}
+        return found
 
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors

@@ -22,6 +22,7 @@ from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import DataMix
 from regrow.recovery.preparation import Preparation
 from regrow.recovery.pruner import CutEvent, Pruner
+from regrow.recovery.scoring import Average
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 
@@ -62,7 +63,7 @@ class Trained:
     groups: Groups
     """As they are now."""
     adapters: dict[str, Tensor]
-    """The best ones, by parameter name, on the CPU; the model holds the same."""
+    """The best ones, by parameter name, and refitted weights; on the CPU. The model holds the same."""
     history: History
     summary: dict[str, Any]
 
@@ -77,6 +78,7 @@ def train(
     teacher_folder: Path,
     on_cut: Callable[[CutEvent], None],
     on_validation: Callable[[History], None],
+    scores: Average | None = None,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -85,6 +87,7 @@ def train(
         teacher_folder: where a cached teacher may write; it is gone when training is over.
         on_cut: sees every plan as it is made.
         on_validation: sees the history whenever it is worth writing down.
+        scores: as `measure_scores` found them before; by default they are measured here.
 
     Raises:
         InputError: if training diverges.
@@ -107,8 +110,8 @@ def train(
 
     cut_early = not recipe.distillation.needs_whole_weights
     prepare = preparer(model, recipe, corpus, progress)
-    with Pruner(model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare) as pruner:
-        if recipe.pruning.calibration_batches:
+    with Pruner(model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare, scores) as pruner:
+        if recipe.pruning.calibration_batches and scores is None:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         if recipe.distillation.on:
@@ -147,7 +150,7 @@ def train(
     progress.say(f"best validation loss {best.loss:.4f}, at step {best.step}")
 
     names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    adapters = dict(zip(names, learner.snapshot(), strict=True))
+    adapters = dict(zip(names, learner.snapshot(), strict=True)) | pruner.refitted()
     summary = _summary(learner, recipe, mix, best, len(history.steps))
     if pruner.preparation:
         summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}

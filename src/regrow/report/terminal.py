@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regrow.report.markdown import short_name
+from regrow.report.markdown import own_text_line, short_name, target_line
 
 
 def show(results: dict[str, Any], folder: Path, console: Console) -> None:
@@ -37,6 +37,9 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
         f"removed {sparsity['units']:.2%} of the units, {sparsity['block']:.2%} of the block parameters, "
         f"{sparsity['total']:.2%} of all parameters"
     )
+    for key, tell in (("target", target_line), ("own_text", own_text_line)):
+        if key in results:
+            console.print(tell(results[key]).replace("**", ""), markup=False, highlight=False)
     for item in results["completions"]:
         console.print(f"\n[b]prompt[/b] {_one_line(item['prompt'])}")
         for kind in ("dense", "cut", "pruned"):

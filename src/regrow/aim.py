@@ -1,0 +1,183 @@
+"""From a target to a sparsity, within a walk: what can be settled before training, and what came of it."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.data.tokens import Windows
+from regrow.evaluation.latency import Latency, measure_latency, probe_turns
+from regrow.planning.plan import Plan
+from regrow.planning.target import Target, check_speedup, sparsity_for, sparsity_for_speedup
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.forecast import measure_scores
+from regrow.recovery.scoring import Average
+from regrow.recovery.train import Trained
+from regrow.structure.groups import Groups, find_groups
+from regrow.trials import TrainInto, Trial, Trials, smallest
+
+LATENCY_FILE = "latency.json"
+SCORELESS = "local"
+"""The allocation that settles widths without looking at scores."""
+
+
+@dataclass
+class Aim:
+    """A target, and what becomes known of it on the way."""
+
+    target: Target
+    name: str
+    """The model's."""
+    folder: Path
+    """The run's."""
+    progress: Progress
+    latency: Latency | None = None
+    """Target speedup: this machine's table."""
+    trials: list[Trial] = field(default_factory=list)
+    """Target perplexity: the trainings made."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `prepare` gives the sparsity."""
+        return self.target.kind in ("params", "size")
+
+    def prepare(
+        self, recipe: Recipe, model: PreTrainedModel, groups: Groups, dtype: torch.dtype, machine: dict[str, Any]
+    ) -> Recipe:
+        """What the target asks of the recipe, as far as the untouched model tells; nothing is written.
+
+        Parameters and bytes give the sparsity at once. For a speed-up the latency table is measured, or taken from
+        the run's folder if it is of the same machine and model.
+
+        Args:
+            groups: of the whole model.
+            dtype: what the result will be saved in.
+            machine: what the latency table is of, the model apart.
+
+        Raises:
+            InputError: if the target is out of reach.
+        """
+        match self.target.kind:
+            case "params" | "size":
+                other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
+                share = sparsity_for(
+                    self.target, groups, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
+                )
+                return recipe.with_sparsity(share)
+            case "speedup":
+                self.latency = self._table(model, groups, machine)
+                check_speedup(self.target, groups, recipe.pruning, self._seconds(recipe))
+                return recipe.override({"evaluation.speed": True, "evaluation.speed_batches": _with_one(recipe)})
+            case "perplexity":
+                return recipe
+
+    def recover(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        text: tuple[Windows, Windows],
+        fresh: Callable[[], PreTrainedModel],
+        train_into: TrainInto,
+    ) -> tuple[PreTrainedModel, Trained, Recipe]:
+        """Settle what the sparsity is, and train to it.
+
+        Args:
+            recipe: as `prepare` gave it.
+            model: whole, LoRA-wrapped. For a perplexity another takes its place, and it is left without weights.
+            text: to train on, and for the validation.
+            fresh: another such model.
+
+        Returns:
+            The cut and recovered model, adapters attached; what training found; the recipe with the sparsity.
+
+        Raises:
+            InputError: if no trial holds a perplexity.
+        """
+        scores = None
+        if self.target.kind == "perplexity":
+            trials = Trials(self.name, self.folder, recipe, *text, self.progress)
+            model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
+            return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
+        if self.target.kind == "speedup":
+            recipe, scores = self._settle_speedup(recipe, model, find_groups(model), text[0])
+        return model, train_into(model, recipe, self.folder, scores), recipe
+
+    def _settle_speedup(
+        self, recipe: Recipe, model: PreTrainedModel, groups: Groups, text: Windows
+    ) -> tuple[Recipe, Average | None]:
+        """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
+        scores = None
+        if recipe.pruning.allocation != SCORELESS:
+            scores = measure_scores(model, groups, recipe, text, self.progress)
+        known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
+        share = sparsity_for_speedup(self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
+        return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None
+
+    def outcome(self, recipe: Recipe, plan: Plan, results: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+        """What was asked, what it came to, and what was reached: for `results.json` and the report.
+
+        Args:
+            results: of the finished run, sizes and speeds in them.
+        """
+        told: dict[str, Any] = {
+            "asked": self.target.text,
+            "kind": self.target.kind,
+            "sparsity": recipe.pruning.sparsity,
+            "limit": self.target.value,
+        }
+        match self.target.kind:
+            case "params":
+                told["reached"] = results["size"]["pruned"]["total"]
+            case "size":
+                told["reached"] = weight_bytes(checkpoint)
+            case "speedup":
+                seconds, phase = self._seconds(recipe), recipe.pruning.speed_phase
+                whole = seconds({name: group.units for name, group in plan.groups.items()})
+                left = seconds({name: len(group.keep) for name, group in plan.groups.items()})
+                told |= {"phase": phase, "predicted": whole / left}
+                told["reached"] = next(one[phase] for one in results["speedup"] if one["batch"] == 1)
+            case "perplexity":
+                best = smallest(self.trials)
+                told |= {"limit": self.target.most_perplexity(best.dense), "dense": best.dense}
+                told |= {"reached": best.recovered, "trials": [asdict(trial) for trial in self.trials]}
+        return told
+
+    def _seconds(self, recipe: Recipe) -> Callable[[Mapping[str, int]], float]:
+        assert self.latency is not None
+        return partial(self.latency.seconds, recipe.pruning.speed_phase)
+
+    def _table(self, model: PreTrainedModel, groups: Groups, machine: dict[str, Any]) -> Latency:
+        file = self.folder / LATENCY_FILE
+        config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+        measured_on = {
+            **machine,
+            "host": _short_hash(platform.node()),
+            "model": _short_hash(json.dumps(config, sort_keys=True, default=str)),
+            "dtype": str(model.dtype),
+        }
+        if file.is_file():
+            earlier = Latency.from_json(json.loads(file.read_text(encoding="utf-8")))
+            if earlier.measured_on == measured_on:
+                self.progress.say(f"latency table of this machine and model: {file}")
+                return earlier
+        self.progress.stage("measure latency", probe_turns(groups))
+        return measure_latency(model, groups, measured_on, lambda _: self.progress.advance())
+
+
+def _with_one(recipe: Recipe) -> list[int]:
+    """The batch sizes to measure, one text at a time among them: what the table predicts."""
+    return sorted({1, *recipe.evaluation.speed_batches})
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

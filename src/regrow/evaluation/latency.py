@@ -1,0 +1,169 @@
+"""How long a model takes on this machine at widths that it does not have yet.
+
+An additive model: a fixed part (embedding, head, whatever comes with a forward pass) and the layers, each its whole
+time less what narrower attention and a narrower FFN save. The savings are measured at a few widths, one kind of unit
+narrowed at a time, and interpolated between; the fixed part is what remains of two depths.
+
+What is measured are models of random weights, of the same class, device and dtype, only as deep as it takes to
+outgrow the caches: a whole copy of a large model would not fit beside it.
+
+Not covered: steps between the measured widths (kernels like multiples of 64), batches, and models of which not all
+layers are equally wide.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from regrow.checkpoint.shape import pruned_config
+from regrow.evaluation.speed import measure_speed
+from regrow.structure.groups import Groups
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Seconds = dict[Phase, float]
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75)
+"""Of the units of a kind, at least one: the widths that are measured besides the whole."""
+BEYOND_CACHES = 2**28
+"""Bytes of layers that no cache holds: weights have to come from memory, as they do in the whole model."""
+REPEATS, WARM_UP = 5, 2
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a layer saves with only so many units of a kind, against all of them."""
+
+    units: int
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The table: seconds of one prompt (prefill) and of one token after it (decode), one text at a time."""
+
+    measured_on: dict[str, Any]
+    """Machine, model and settings; a table of others is of no use here."""
+    fixed: Seconds
+    """Outside the layers."""
+    layer: Seconds
+    """A whole layer."""
+    savings: dict[str, tuple[Saving, ...]]
+    """By kind of unit; units ascending, the last being all of them and saving nothing."""
+
+    def seconds(self, phase: Phase, kept: Mapping[str, int]) -> float:
+        """Time of a model of which so many units of each group (`layers.<number>.<kind>`) are left."""
+        saved: dict[str, float] = {}
+        for name, units in kept.items():
+            _, layer, kind = name.split(".")
+            points = self.savings[kind]
+            saving = np.interp(units, [p.units for p in points], [p.seconds[phase] for p in points])
+            saved[layer] = saved.get(layer, 0.0) + float(saving)
+        return self.fixed[phase] + sum(max(self.layer[phase] - saving, 0.0) for saving in saved.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Latency":
+        """What `to_json` gave."""
+        savings = {kind: tuple(Saving(**point) for point in points) for kind, points in data["savings"].items()}
+        return cls(data["measured_on"], data["fixed"], data["layer"], savings)
+
+
+def probe_turns(groups: Groups) -> int:
+    """How many turns `measure_latency` takes: its progress."""
+    return (2 + sum(len(_points(units)) for units in _kinds(groups).values())) * (REPEATS + WARM_UP)
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    groups: Groups,
+    measured_on: dict[str, Any],
+    on_turn: Callable[[str], None] | None = None,
+) -> Latency:
+    """Measure the table of a model: some ten small models in turns, medians of the repeats.
+
+    Args:
+        model: whose class, device and dtype the probes take; it is not run.
+        groups: of that model, whole.
+        measured_on: kept in the table.
+        on_turn: called after every one of `probe_turns`.
+    """
+    layers = len(groups.layers)
+    held = sum(layer.parameters for layer in groups.layers) * model.dtype.itemsize / layers
+    depth = min(max(math.ceil(BEYOND_CACHES / held), 1), layers)
+    kinds = _kinds(groups)
+    wanted: dict[tuple[str, int], PretrainedConfig] = {
+        ("whole", 0): _config(model.config, groups, {}, depth),
+        ("twice as deep", 0): _config(model.config, groups, {}, 2 * depth),
+    }
+    for kind, units in kinds.items():
+        wanted |= {(kind, n): _config(model.config, groups, {kind: n}, depth) for n in _points(units)}
+    probes = {f"{kind} {units}": probe for (kind, units), probe in _build(wanted, model).items()}
+    speeds = measure_speed(probes, batches=(1,), repeats=REPEATS, warm_up=WARM_UP, on_repeat=on_turn)
+
+    def taken(kind: str, units: int = 0) -> Seconds:
+        (speed,) = speeds[f"{kind} {units}"]
+        return {"prefill": speed.prompt / speed.prefill.median, "decode": 1 / speed.decode.median}
+
+    whole, deep = taken("whole"), taken("twice as deep")
+    layer: Seconds = {phase: max(deep[phase] - whole[phase], 0.0) / depth for phase in PHASES}
+    savings = {}
+    for kind, units in kinds.items():
+        points = _points(units)
+        saved = {phase: [(whole[phase] - taken(kind, n)[phase]) / depth for n in points] for phase in PHASES}
+        savings[kind] = _falling(points, units, saved)
+    fixed: Seconds = {phase: max(whole[phase] - depth * layer[phase], 0.0) for phase in PHASES}
+    return Latency(measured_on, fixed, layer, savings)
+
+
+def _kinds(groups: Groups) -> dict[str, int]:
+    """Units of each kind in a layer."""
+    return {group.kind: group.units for group in groups}
+
+
+def _points(units: int) -> list[int]:
+    """Widths to measure, ascending, the whole not among them."""
+    return sorted({max(1, round(fraction * units)) for fraction in FRACTIONS} - {units})
+
+
+def _falling(points: list[int], units: int, saved: dict[Phase, list[float]]) -> tuple[Saving, ...]:
+    """Savings that never grow with the width, whatever the noise; all units save nothing."""
+    even = {phase: np.maximum.accumulate([0.0, *reversed(saved[phase])])[::-1].tolist() for phase in PHASES}
+    return tuple(
+        Saving(width, {phase: even[phase][number] for phase in PHASES}) for number, width in enumerate([*points, units])
+    )
+
+
+def _config(config: PretrainedConfig, groups: Groups, widths: Mapping[str, int], depth: int) -> PretrainedConfig:
+    """The config of a probe: all layers with these widths, and so many of them."""
+    narrowed = tuple(replace(group, units=widths.get(group.kind, group.units)) for group in groups)
+    described = pruned_config(config, groups, replace(groups, groups=narrowed)).to_dict()
+    described["num_hidden_layers"] = depth
+    kinds = described.get("layer_types")
+    if kinds:
+        described["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
+    return AutoConfig.for_model(**described)
+
+
+def _build(
+    wanted: Mapping[tuple[str, int], PretrainedConfig], model: PreTrainedModel
+) -> dict[tuple[str, int], PreTrainedModel]:
+    """Random models on the model's device, in its dtype; they share one embedding and one head."""
+    built: dict[tuple[str, int], PreTrainedModel] = {}
+    on_gpu = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(on_gpu), torch.device(model.device):
+        for key, config in wanted.items():
+            probe: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+            first = next(iter(built.values()), probe)
+            probe.set_input_embeddings(first.get_input_embeddings())
+            probe.set_output_embeddings(first.get_output_embeddings())
+            built[key] = probe.eval()
+    return built

@@ -1,0 +1,137 @@
+"""What a target asks of the widths: which groups may give how much, and what a unit of each brings."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from regrow.errors import InputError
+from regrow.planning.depth import layer_choices, layer_price, layers_wanted, outer_layers
+from regrow.settings import Pruning
+from regrow.structure.groups import Group, Groups
+
+Counts = dict[str, int]
+"""Group name -> units removed of the original ones; all of them in a layer that goes whole."""
+
+UNIT_NAMES = {"attention": "KV heads", "ffn": "FFN channels"}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A number of parameters (or units, `price` then being 1) to take from some groups."""
+
+    groups: tuple[Group, ...]
+    price: Mapping[str, int]
+    """What removing one unit of a group brings."""
+    amount: int
+    gone: Mapping[str, int]
+    """Units already removed; they stay so."""
+    limit: Mapping[str, int]
+    """Most units that may be removed."""
+    multiple: int
+    whole: int
+    """What the target is a share of."""
+    by_layers: int
+    """What layers that go whole bring, beside `amount`."""
+
+    def of_kind(self, ffn: bool) -> list[Group]:
+        """Its FFN groups, or all others."""
+        return [group for group in self.groups if group.kind.startswith("ffn") == ffn]
+
+    def step(self, group: Group) -> int:
+        """Units that go at a time."""
+        return self.multiple if group.kind.startswith("ffn") else 1
+
+    def width_ok(self, group: Group, removed: int) -> int:
+        """The least removal from `removed` on that leaves a width which is a multiple."""
+        left = group.units - removed
+        return removed if removed == 0 else removed + left % self.step(group)
+
+    def brings(self, counts: Counts) -> int:
+        """What some removals come to."""
+        return sum(self.price[name] * count for name, count in counts.items())
+
+    def most(self, group: Group) -> int:
+        """The largest removal within the limit that leaves an allowed width."""
+        limit = self.limit[group.name]
+        return max(
+            (r for r in range(limit, max(limit - self.step(group), -1), -1) if self.width_ok(group, r) == r), default=0
+        )
+
+    def within(self) -> int:
+        """The most that can be brought."""
+        return self.brings({group.name: self.most(group) for group in self.groups})
+
+    def surplus(self, counts: Counts) -> int:
+        """What is brought beyond the amount."""
+        return self.brings({group.name: counts[group.name] for group in self.groups}) - self.amount
+
+    def least_step(self, shape: str) -> int:
+        """What the shape's smallest step brings: a unit; uniform: a channel in every layer, or a head without any."""
+        if shape == "free":
+            return min((self.price[group.name] * self.step(group) for group in self.groups), default=0)
+        return sum(self.price[group.name] * self.step(group) for group in self.of_kind(ffn=True) or self.groups)
+
+
+def most_removed(groups: Groups, pruning: Pruning) -> Counts:
+    """The most units that each group may lose while its layer stays; none where the recipe protects."""
+    nothing = {group.name: 0 for group in groups}
+    asked = demands(groups, nothing, pruning, frozenset())
+    return nothing | {group.name: demand.most(group) for demand in asked for group in demand.groups}
+
+
+def reach(groups: Groups, pruning: Pruning) -> int:
+    """Most block parameters that the recipe's shape and limits let go."""
+    nothing = {group.name: 0 for group in groups}
+    most = pruning.model_copy(update={"sparsity": 1 - 1e-9, "basis": "block"})
+    zeros = {group.name: torch.zeros(group.units) for group in groups}
+    found = 0
+    for layers in layer_choices(groups, nothing, zeros, most):
+        (one,) = demands(groups, nothing, most, layers)
+        found = max(found, one.by_layers + one.within())
+    return found
+
+
+def demands(groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int]) -> list[Demand]:
+    """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing."""
+    spared = layers | protected_layers(groups, pruning)
+    free = tuple(g for g in groups if g.layer not in spared and g.kind.rstrip("0123456789") in pruning.kinds)
+    limit = {
+        g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
+    }
+
+    def demand(part: tuple[Group, ...], price: Mapping[str, int], whole: int, wanted: int, by_layers: int) -> Demand:
+        return Demand(part, price, wanted - by_layers, gone, limit, pruning.multiple, whole, by_layers)
+
+    if pruning.basis != "units":
+        whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
+        wanted = math.ceil(pruning.sparsity * whole - 1e-6)
+        by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers)
+        return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
+    asked = []
+    for kind in sorted({group.kind for group in free}):
+        part = tuple(group for group in free if group.kind == kind)
+        units = sum(group.units for group in groups if group.kind == kind)
+        by_layers = sum(group.units for group in groups if group.kind == kind and group.layer in layers)
+        price = dict.fromkeys((group.name for group in part), 1)
+        asked.append(demand(part, price, units, round(pruning.sparsity * units), by_layers))
+    return asked or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
+
+
+def out_of_reach(groups: Groups, demand: Demand, layers: frozenset[int], pruning: Pruning) -> InputError:
+    """How far one gets with `layers` gone and as little as may be left in the others."""
+    units = sorted({f"{g.units - demand.most(g)} of {g.units} {UNIT_NAMES.get(g.kind, g.kind)}" for g in demand.groups})
+    left = [f"{' and '.join(units)} left in each layer that may be cut"] if units else []
+    if layers or not units:
+        left.insert(0, f"{len(groups.layers) - len(layers)} of {len(groups.layers)} layers")
+    within = (demand.by_layers + demand.within()) / demand.whole
+    return InputError(
+        f"sparsity {pruning.sparsity} of {pruning.basis} is out of reach: even with only {', and '.join(left)}, "
+        f"{within:.3f} is removed; use at most {math.floor(100 * within) / 100}"
+    )
+
+
+def protected_layers(groups: Groups, pruning: Pruning) -> set[int]:
+    """Numbers of the layers whose widths the recipe leaves alone; none in the uniform shape."""
+    return set() if pruning.shape == "uniform" else outer_layers(groups, pruning)

@@ -1,0 +1,72 @@
+"""What is known of a model before any of it is cut: its scores, and what cuts by them would do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow.data.tokens import Windows, batches
+from regrow.evaluation.compare import held_out_nll
+from regrow.planning.allocation import choose
+from regrow.planning.plan import Plan
+from regrow.planning.target import with_share
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.learner import Learner
+from regrow.recovery.pruner import Pruner
+from regrow.recovery.scoring import Average
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups
+
+
+def measure_scores(
+    model: PreTrainedModel, groups: Groups, recipe: Recipe, text: Windows, progress: Progress
+) -> Average:
+    """The scores on which a one-shot run of this recipe would act, measured without changing the model.
+
+    Args:
+        model: LoRA-wrapped and whole.
+        groups: of it, adapters attached.
+        text: what the run trains on.
+    """
+    one_shot = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update={"schedule": "one-shot"})})
+    size = recipe.training.batch_size
+    learner = Learner(model, recipe.training, batches(text, size, recipe.seed))
+    calibration = batches(text, size, recipe.seed + 1)
+    progress.stage("score", max(recipe.pruning.calibration_batches, 1))
+    with Pruner(model, groups, one_shot, learner, calibration) as pruner:
+        pruner.calibrate(progress.advance)
+        return pruner.scorer.average
+
+
+def cut_losses(
+    model: PreTrainedModel,
+    groups: Groups,
+    recipe: Recipe,
+    scores: dict[str, Tensor],
+    validation: Windows,
+    shares: Sequence[float],
+    progress: Progress,
+) -> list[tuple[float, float]]:
+    """`(sparsity, loss)` of one-shot cuts without recovery: gates closed, tensors untouched.
+
+    Args:
+        scores: one per unit of each group.
+        shares: of the block parameters to remove.
+
+    Returns:
+        For each share the mean NLL per token of `validation`, nats; not finite where the model breaks.
+    """
+    progress.stage("forecast", len(shares))
+    whole, found = Plan.whole(groups), []
+    with Gates(model, groups.groups) as gates:
+        for share in shares:
+            plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
+            for name, group in plan.groups.items():
+                present = torch.zeros(group.units)
+                present[list(group.keep)] = 1.0
+                gates.set(name, present)
+            found.append((share, held_out_nll(model, validation, recipe.training.batch_size)))
+            progress.advance()
+    return found

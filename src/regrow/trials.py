@@ -1,0 +1,173 @@
+"""Target perplexity: whole trainings at several sparsities, of which the smallest model that holds is kept.
+
+Whether a model holds is judged by its recovered perplexity on the validation windows; the text that the report is
+about decides nothing. Each trial leaves a folder in `trials/`; one that an earlier, interrupted run of the same
+recipe on the same model and text has finished is not trained again.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from regrow.checkpoint.files import write_bytes, write_json
+from regrow.data.tokens import Windows
+from regrow.errors import InputError
+from regrow.evaluation.compare import held_out_nll
+from regrow.planning.bracket import Search
+from regrow.planning.demand import reach
+from regrow.planning.plan import Plan
+from regrow.planning.target import Target, share_of
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.forecast import cut_losses, measure_scores
+from regrow.recovery.scoring import Average
+from regrow.recovery.train import History, Trained
+from regrow.structure.cut import cut
+from regrow.structure.groups import find_groups
+
+CURVE_POINTS = 8
+FILES = ("scores.safetensors", "plan.json", "history.json", "adapters.safetensors")
+"""What a trial leaves, as a run does, besides `trial.json`."""
+
+TrainInto = Callable[[PreTrainedModel, Recipe, Path, Average | None], Trained]
+"""Carries a LoRA-wrapped model through a recipe and leaves `FILES` in a folder."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training."""
+
+    sparsity: float
+    """Of the block parameters, asked for."""
+    dense: float
+    """Validation perplexity of the dense model."""
+    recovered: float
+    """Validation perplexity after recovery."""
+    holds: bool
+
+
+class Trials:
+    """The search: a loop around the training part of the walk."""
+
+    def __init__(
+        self, name: str, folder: Path, recipe: Recipe, train_text: Windows, validation: Windows, progress: Progress
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.recipe = recipe
+        self.train_text = train_text
+        self.validation = validation
+        self.progress = progress
+
+    def search(
+        self, target: Target, model: PreTrainedModel, fresh: Callable[[], PreTrainedModel], train_into: TrainInto
+    ) -> tuple[PreTrainedModel, Trained, list[Trial]]:
+        """Find the smallest model that holds the target.
+
+        Args:
+            model: dense, LoRA-wrapped. Its memory is given to the trials: afterwards it holds no weights.
+            fresh: another such model.
+
+        Returns:
+            The model, recovered, adapters attached; what its training found; and all trials, in their order.
+
+        Raises:
+            InputError: if no trial holds; the message says which came closest.
+        """
+        recipe, groups = self.recipe, find_groups(model)
+        dense = held_out_nll(model, self.validation, recipe.training.batch_size)
+        most = target.most_perplexity(math.exp(dense))
+        self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")
+        # The one place where what is known of the whole model is measured; every trial shares it.
+        scores = measure_scores(model, groups, recipe, self.train_text, self.progress)
+        largest = share_of(reach(groups, recipe.pruning), groups)
+        shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
+        curve = cut_losses(model, groups, recipe, scores.scores, self.validation, shares, self.progress)
+        model.to("meta")  # type: ignore[arg-type]
+        search, trials = Search(dense, math.log(most), curve), list[Trial]()
+        known = scores if recipe.pruning.schedule == "one-shot" else None
+        while len(trials) < recipe.pruning.target_trials and (share := search.propose()) is not None:
+            folder = self._folder(len(trials))
+            loss = self._trial(folder, share, dense, known, fresh, train_into)
+            trial = Trial(share, math.exp(dense), math.exp(loss), search.learn(share, loss))
+            trials.append(trial)
+            write_json(folder / "trial.json", {**asdict(trial), "loss": loss, "of": self._mark(share, dense)})
+            self.progress.say(
+                f"trial {len(trials)}: sparsity {share:.3f}, validation perplexity {trial.recovered:.3f}: "
+                f"{'holds' if trial.holds else 'too much'}"
+            )
+        if not any(trial.holds for trial in trials):
+            raise _none_holds(trials, target, most)
+        best = smallest(trials)
+        for left_over in (self.folder / "trials").iterdir():  # of an earlier run that needed more
+            if left_over not in [self._folder(number) for number in range(len(trials))]:
+                shutil.rmtree(left_over)
+        return *self._load(self._folder(trials.index(best)), fresh()), trials
+
+    def _folder(self, number: int) -> Path:
+        return self.folder / "trials" / str(number + 1)
+
+    def _mark(self, share: float, dense: float) -> str:
+        """Tells whether a trial found in the folder is this one: recipe, model, text and sparsity."""
+        sections = self.recipe.model_dump(mode="json", exclude={"evaluation", "output", "name", "description"})
+        del sections["pruning"]["target"], sections["pruning"]["target_trials"], sections["pruning"]["sparsity"]
+        parts = [version("regrow"), self.name, dense, share, sections, self.train_text.sha256, self.validation.sha256]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _trial(
+        self,
+        folder: Path,
+        share: float,
+        dense: float,
+        scores: Average | None,
+        fresh: Callable[[], PreTrainedModel],
+        train_into: TrainInto,
+    ) -> float:
+        """The recovered validation loss at a sparsity, nats: trained now, or as it was left there before."""
+        record = folder / "trial.json"
+        if record.is_file():
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            if earlier["of"] == self._mark(share, dense):
+                return float(earlier["loss"])
+            record.unlink()
+        trained = train_into(fresh(), self.recipe.with_sparsity(share), folder, scores)
+        write_json(folder / "summary.json", trained.summary)
+        return float(trained.summary["best_validation_loss"])
+
+    def _load(self, folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, Trained]:
+        """Build what a trial left anew, and copy its files to where a run has them."""
+        plan = Plan.parse((folder / "plan.json").read_text(encoding="utf-8"))
+        adapters = load_file(folder / "adapters.safetensors")
+        groups = find_groups(model)
+        groups = cut(model, groups, plan.positions_within(Plan.whole(groups)))
+        for name, saved in adapters.items():
+            model.get_parameter(name).data.copy_(saved)
+        history, summary = (
+            json.loads((folder / file).read_text(encoding="utf-8")) for file in ("history.json", "summary.json")
+        )
+        for file in FILES:
+            write_bytes(self.folder / file, (folder / file).read_bytes())
+        return model, Trained(plan, groups, adapters, History(**history), summary)
+
+
+def smallest(trials: list[Trial]) -> Trial:
+    """Of the trials that hold, the one with the highest sparsity."""
+    return max((trial for trial in trials if trial.holds), key=lambda trial: trial.sparsity)
+
+
+def _none_holds(trials: list[Trial], target: Target, most: float) -> InputError:
+    best = min(trials, key=lambda trial: trial.recovered)
+    return InputError(
+        f"target {target.text!r}: none of {len(trials)} trials holds it; the best is validation perplexity "
+        f"{best.recovered:.3f} at sparsity {best.sparsity:.3f}, to hold is {most:.3f} (dense {best.dense:.3f}); "
+        "ask for less, train longer (--steps), or allow more pruning.target_trials"
+    )
