@@ -99,13 +99,26 @@ def prune(
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+def inspect(
+    model: Model,
+    graph: Annotated[
+        Path | None, typer.Option(help="Draw a decoder layer's dependency graph into this .svg or .html file.")
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="The layer that --graph draws, counted from 0.")] = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
     """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
     _quiet()
     from regrow.checkpoint.load import load_skeleton
     from regrow.structure.groups import find_groups
 
-    groups = find_groups(load_skeleton(model, trust_remote_code))
+    skeleton = load_skeleton(model, trust_remote_code)
+    groups = find_groups(skeleton)
+    if graph is not None:
+        from regrow.measure import draw_layer
+
+        draw_layer(skeleton, groups, layer, graph)
     if as_json:
         print(json.dumps(groups.to_json(), indent=2))
         return

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from regrow.checkpoint.files import storage_errors
 from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
 from regrow.data.source import load_documents
 from regrow.data.tokens import Bos, make_windows
@@ -15,6 +18,12 @@ from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
 from regrow.progress import Progress, Silent
+from regrow.report.graph import draw_graph
+from regrow.report.picture import check_picture_name, write_picture
+from regrow.settings import Lora
+from regrow.structure.adapters import attach_lora
+from regrow.structure.graph import layer_graph
+from regrow.structure.groups import Groups, find_groups
 
 
 def evaluate(
@@ -97,3 +106,22 @@ def bench(
         "speedup": {name: [asdict(one) for one in ratios(speed[first], speed[name])] for name in models[1:]},
         "memory": memory,
     }
+
+
+def draw_layer(model: PreTrainedModel, groups: Groups, layer: int, path: Path) -> None:
+    """Draw one decoder layer's dependency graph as it is once LoRA is attached, which this does.
+
+    Args:
+        model: on any device, the meta device included; without LoRA.
+        groups: of the model.
+        path: an .svg or .html file.
+
+    Raises:
+        InputError: if there is no such layer, or the file cannot be written or is of another kind.
+    """
+    check_picture_name(path)
+    lora = Lora()
+    attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    graph = layer_graph(model, find_groups(model), layer)
+    with storage_errors():
+        write_picture(path, draw_graph(graph), f"{graph.model}, decoder layer {layer}")
