@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from regrow.errors import InputError
-from regrow.settings import Data, Evaluation, Lora, Output, Pruning, Section, Training
+from regrow.settings import Analysis, Data, Evaluation, Lora, Output, Pruning, Section, Training
 
 
 class Recipe(Section):
@@ -24,6 +24,7 @@ class Recipe(Section):
     data: Data = Data()
     lora: Lora = Lora()
     pruning: Pruning = Pruning()
+    analysis: Analysis = Analysis()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()

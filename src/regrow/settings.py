@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+TrialShare = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
 
@@ -66,9 +67,10 @@ class Pruning(Section):
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
-    allocation: Literal["local", "global"] = Field(
+    allocation: Literal["local", "global", "curves"] = Field(
         default="local",
-        description="local: the same share in every layer. global: lowest score per parameter first, across layers.",
+        description="local: the same share in every layer. global: lowest score per parameter first, across layers. "
+        "curves: least damage per parameter first, as analysis.enabled has measured it of each layer.",
     )
     floor: Share = Field(default=0.0, description="Least share of a group's units that stays (one unit always does).")
     cap: float = Field(default=1.0, gt=0, le=1, description="Largest share of a group's units that may go.")
@@ -91,6 +93,29 @@ class Pruning(Section):
     calibration_batches: int = Field(default=16, ge=0, description="Batches scored before the first training step.")
     ema: float | None = Field(
         default=0.9, ge=0, lt=1, description="Decay of the scores' moving average; null: plain mean."
+    )
+
+
+class Analysis(Section):
+    """How sensitive each layer is, measured before anything is cut."""
+
+    enabled: bool = Field(
+        default=False, description="Prune each group alone, measure how the loss rises, and let the plan know."
+    )
+    criterion: str = Field(default="gate-fisher", description="Which units go in a trial: a name, or FILE.py:FUNCTION.")
+    shares: tuple[TrialShare, ...] = Field(
+        default=(0.25, 0.5), min_length=1, description="Shares of a group's units to remove in turn."
+    )
+    windows: Count = Field(
+        default=32, description="Windows of held-out text to measure on; in a run at most training.eval_windows."
+    )
+    protect: Share = Field(
+        default=0.15,
+        description="Most groups to leave alone, as a share of all, if they are far more sensitive than the rest "
+        "(free shape only).",
+    )
+    from_file: str | None = Field(
+        default=None, description="A sensitivity.json of this model, to use instead of measuring."
     )
 
 

@@ -1,8 +1,9 @@
-"""The walk: load → trace → attach LoRA and gates → [score → plan → cut → adapt]* → recover → merge → save →
+"""The walk: load → trace → attach LoRA and gates → analyse → [score → plan → cut → adapt]* → recover → merge → save →
 verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
-`history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
+`history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
+`plan.json`, `model/`, `results.json`, `report.md`.
 Every file appears whole or not at all.
 """
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
 from regrow.checkpoint.load import (
     check_length,
@@ -36,14 +38,17 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Windows, make_windows
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, protocol_windows
-from regrow.planning.allocation import final_counts
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
+from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
+from regrow.report.picture import to_svg
+from regrow.report.sensitivity import draw_sensitivity
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.groups import Groups, find_groups
 
@@ -93,6 +98,10 @@ class Walk:
         """Everything, start to end."""
         recipe = self.recipe
         find_criterion(recipe.pruning.criterion)
+        if recipe.analysis.enabled:
+            find_criterion(recipe.analysis.criterion)
+        elif recipe.pruning.allocation == "curves":
+            raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
         if recipe.data.source is None:
             raise InputError("no text to train on: give --data FILE (.txt, .jsonl, .json, .parquet) or a hub data set")
         if Path(self.name).resolve() == (self.folder / "model").resolve():
@@ -114,12 +123,14 @@ class Walk:
         check_vocabulary(model, tokenizer, self.name)
         self.begin("trace groups")
         whole = find_groups(model)
-        self.check_reach(whole)
+        check_reach(whole, recipe.pruning)
+        known = self.known_sensitivity(whole)
         self.begin("attach LoRA")
         lora = recipe.lora
         attach_lora(model, whole.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
         self.claim(whole)
-        trained = self.train(model, text)
+        prior = self.analyse(model, text, known)
+        trained = self.train(model, text, prior)
         self.begin("merge and save")
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
@@ -165,11 +176,12 @@ class Walk:
             source,
         )
 
-    def check_reach(self, groups: Groups) -> None:
-        """Fail now, not after hours, if the target cannot be reached."""
-        nothing = {group.name: 0 for group in groups}
-        scores = {group.name: torch.zeros(group.units) for group in groups}
-        final_counts(groups, nothing, scores, self.recipe.pruning)
+    def known_sensitivity(self, groups: Groups) -> Sensitivity | None:
+        """The analysis that the recipe names, if it does."""
+        file = self.recipe.analysis.from_file
+        if file is None or not self.recipe.analysis.enabled:
+            return None
+        return read_sensitivity(Path(file), local_folder(self.name), groups)
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
@@ -180,7 +192,24 @@ class Walk:
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
 
-    def train(self, model: PreTrainedModel, text: Text) -> Trained:
+    def analyse(self, model: PreTrainedModel, text: Text, known: Sensitivity | None) -> Prior | None:
+        """How sensitive each group is, if the recipe wants to know; leaves it as data and as a picture."""
+        recipe = self.recipe
+        if not recipe.analysis.enabled:
+            return None
+        self.begin("analyse")
+        groups = find_groups(model)
+        if known is None:
+            held_out = text.validation.first(recipe.analysis.windows)
+            conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, text.train)
+            known = analyse(model, groups, recipe, held_out, text.train, conditions, self.progress)
+        prior = known.prior(recipe.analysis.protect)
+        write_json(self.folder / "sensitivity.json", known.to_json())
+        write_text(self.folder / "sensitivity.svg", to_svg(draw_sensitivity(known, prior.protected)))
+        check_reach(groups, recipe.pruning, prior)
+        return prior
+
+    def train(self, model: PreTrainedModel, text: Text, prior: Prior | None) -> Trained:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters."""
         self.begin("train")
         trained = train(
@@ -192,6 +221,7 @@ class Walk:
             self.progress,
             on_cut=self.record_cut,
             on_validation=lambda history: write_json(self.folder / "history.json", vars(history)),
+            prior=prior,
         )
         write_bytes(self.folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
         return trained

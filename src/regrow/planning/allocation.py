@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import InputError
+from regrow.planning.curves import least_damage, next_damage
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
 
@@ -52,7 +54,14 @@ class _Demand:
         return sum(self.price[name] * count for name, count in counts.items())
 
 
-def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0) -> Plan:
+def choose(
+    groups: Groups,
+    plan: Plan,
+    scores: Mapping[str, Tensor],
+    pruning: Pruning,
+    fraction: float = 1.0,
+    prior: Prior | None = None,
+) -> Plan:
     """The next plan on the way to the target: nothing that `plan` removed comes back.
 
     Args:
@@ -61,13 +70,14 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
         scores: group name -> one score per original unit, higher stays; those of removed units are ignored.
         fraction: how far to go; 1 reaches the target exactly. Below 1 each group goes to the nearest unit, so
             that a layer of few heads does not lose them all at the very end.
+        prior: what an analysis has found; allocation by curves needs one.
 
     Raises:
         InputError: if the target is out of reach.
     """
     gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
     present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
-    final = final_counts(groups, gone, present, pruning)
+    final = final_counts(groups, gone, present, pruning, prior)
     keep = {}
     for name, count in final.items():
         now = max(gone[name], math.floor(count * fraction + 0.5))
@@ -76,7 +86,20 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
     return plan.keeping(keep)
 
 
-def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def check_reach(groups: Groups, pruning: Pruning, prior: Prior | None = None) -> None:
+    """See whether the target can be reached, before anything is measured.
+
+    Raises:
+        InputError: if it cannot; the message says what is within it.
+    """
+    nothing = {group.name: 0 for group in groups}
+    scores = {group.name: torch.zeros(group.units) for group in groups}
+    final_counts(groups, nothing, scores, pruning.model_copy(update={"allocation": "local"}), prior)
+
+
+def final_counts(
+    groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None = None
+) -> Counts:
     """Units that each group has lost once the target is reached.
 
     Args:
@@ -86,21 +109,27 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
-    demands = _demands(groups, gone, pruning)
-    allocate = _uniform if pruning.shape == "uniform" else _global if pruning.allocation == "global" else _local
+    assert prior is not None or pruning.allocation != "curves"
+    protected = prior.protected if prior is not None and pruning.shape == "free" else frozenset()
+    demands = _demands(groups, gone, pruning, protected)
+    if pruning.shape == "uniform":
+        allocate = _uniform
+    else:
+        allocate = {"local": _local, "global": _global, "curves": _by_curves}[pruning.allocation]
     counts = dict(gone)
     for demand in demands:
-        counts.update(allocate(demand, scores, pruning))
+        counts.update(allocate(demand, scores, pruning, prior))
     return counts
 
 
-def _demands(groups: Groups, gone: Counts, pruning: Pruning) -> list[_Demand]:
-    free = tuple(group for group in groups if group.layer not in protected_layers(groups, pruning))
+def _demands(groups: Groups, gone: Counts, pruning: Pruning, protected: frozenset[str]) -> list[_Demand]:
+    layers = protected_layers(groups, pruning)
+    free = tuple(group for group in groups if group.layer not in layers and group.name not in protected)
     limit = {
         g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
     }
     if pruning.basis == "units":
-        kinds = sorted({group.kind for group in free})
+        kinds = sorted({group.kind for group in groups})
         parts = [tuple(group for group in free if group.kind == kind) for kind in kinds]
         prices = [dict.fromkeys((group.name for group in part), 1) for part in parts]
         whole = [sum(group.units for group in groups if group.kind == kind) for kind in kinds]
@@ -140,7 +169,7 @@ def _most(demand: _Demand, group: Group) -> int:
     )
 
 
-def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
     """The same widths in every layer: a number of KV heads, then as many channels as the rest takes."""
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     for kind in (heads, channels):
@@ -162,6 +191,8 @@ def _uniform(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) ->
             continue
         if pruning.allocation == "global":
             loss = sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
+        elif prior is not None and pruning.allocation == "curves":
+            loss = sum(prior.curves[g.name](counts[g.name] / g.units) for g in demand.groups if counts[g.name])
         else:
             loss = abs(removed / heads[0].units - share) if heads else 0.0
         rank = (demand.brings(counts) - demand.amount >= step, loss)
@@ -178,7 +209,7 @@ def _damage(scores: Tensor, count: int) -> float:
     return float(scores.sort().values[:count].sum())
 
 
-def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
     """The same share in every layer: heads to the nearest, channels evenly to fill the rest."""
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
@@ -198,7 +229,7 @@ def _local(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> C
     return _settle(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
     """Lowest score per parameter first, wherever it is (the LP relaxation of the budgeted choice)."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     ranked = [
@@ -223,6 +254,21 @@ def _global(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning) -> 
     }
     cheapest_first = sorted(demand.groups, key=lambda g: (demand.price[g.name] > least, next_score[g.name]))
     return _settle(demand, counts, [group.name for group in cheapest_first])
+
+
+def _by_curves(demand: _Demand, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
+    """Least measured damage per parameter first, wherever it is."""
+    assert prior is not None
+    groups = {group.name: group for group in demand.groups}
+    counts = least_damage(groups, prior.curves, demand.price, demand.limit, demand.gone, demand.amount)
+    least = min(demand.price.values())
+
+    def rank(name: str) -> tuple[bool, float]:
+        curve, units = prior.curves.get(name), groups[name].units
+        damage = next_damage(curve, units, counts[name]) / demand.price[name] if curve else math.inf
+        return demand.price[name] > least, damage
+
+    return _settle(demand, counts, sorted(groups, key=rank))
 
 
 def _settle(demand: _Demand, counts: Counts, order: Sequence[str]) -> Counts:

@@ -11,6 +11,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
+from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
@@ -43,6 +44,7 @@ class Pruner:
         calibration: Iterator[torch.Tensor],
         on_event: Callable[[CutEvent], None] = lambda event: None,
         cut_early: bool = True,
+        prior: Prior | None = None,
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -50,6 +52,7 @@ class Pruner:
             groups: of the whole model, adapters attached.
             calibration: batches `[B, T]` to score before training.
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
+            prior: what an analysis has found, for the allocation.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -57,6 +60,7 @@ class Pruner:
         self.calibration = calibration
         self.on_event = on_event
         self.cut_early = cut_early
+        self.prior = prior
         self.original = groups
         self.groups = groups
         self.plan = Plan.whole(groups)
@@ -131,7 +135,7 @@ class Pruner:
         if self.plan != self.cut_plan and self.cut_early:
             self._cut()
         scores = self.scorer.average.scores
-        self.plan = choose(self.original, self.plan, scores, self.pruning, fraction)
+        self.plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         self._chosen_at = step
         self._reached = step == self.last_event
         self.on_event(CutEvent(step, fraction, self.plan, scores))

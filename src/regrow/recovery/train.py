@@ -13,6 +13,7 @@ from regrow.data.tokens import Windows, batches
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
@@ -69,6 +70,7 @@ def train(
     *,
     on_cut: Callable[[CutEvent], None],
     on_validation: Callable[[History], None],
+    prior: Prior | None = None,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -76,6 +78,7 @@ def train(
         groups: of the whole model, adapters attached.
         on_cut: sees every plan as it is made.
         on_validation: sees the history whenever it is worth writing down.
+        prior: what an analysis has found, for the allocation.
 
     Raises:
         InputError: if training diverges.
@@ -95,7 +98,7 @@ def train(
         best.offer(loss, step, learner)
         on_validation(history)
 
-    with Pruner(model, groups, recipe, learner, calibration, record_cut) as pruner:
+    with Pruner(model, groups, recipe, learner, calibration, record_cut, prior=prior) as pruner:
         if recipe.pruning.calibration_batches:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)

@@ -1,0 +1,56 @@
+"""The allocation by measured curves: always the unit next whose removal adds the least damage per parameter.
+
+As no curve gets flatter, this greedy choice solves `min Σ phi_g(k_g)` under a budget of parameters up to less
+than one unit (the relaxation's optimality condition: equal marginal damage per parameter everywhere).
+"""
+
+import heapq
+from collections.abc import Mapping
+
+from regrow.planning.sensitivity import Curve
+from regrow.structure.groups import Group
+
+
+def next_damage(curve: Curve, units: int, removed: int) -> float:
+    """What one unit more adds to the damage, nats per token."""
+    return curve((removed + 1) / units) - curve(removed / units)
+
+
+def least_damage(
+    groups: Mapping[str, Group],
+    curves: Mapping[str, Curve],
+    price: Mapping[str, int],
+    limit: Mapping[str, int],
+    gone: Mapping[str, int],
+    amount: int,
+) -> dict[str, int]:
+    """Units removed of each group once about `amount` is: the last unit may still be missing or be too much.
+
+    Args:
+        price: what removing one unit of a group brings.
+        limit: most units that may be removed; groups at their limit are not touched.
+        gone: units already removed; they stay so.
+
+    Returns:
+        Group name -> units removed, `gone` included.
+    """
+    counts = {name: gone[name] for name in groups}
+    rest = amount - sum(price[name] * count for name, count in counts.items())
+    least = min(price.values())
+
+    def entry(name: str) -> tuple[float, float, str]:
+        # Where all damage is zero, the group that has lost the smallest share is next.
+        units = groups[name].units
+        return next_damage(curves[name], units, counts[name]) / price[name], counts[name] / units, name
+
+    heap = [entry(name) for name in groups if counts[name] < limit[name]]
+    heapq.heapify(heap)
+    while heap and rest > 0:
+        *_, name = heapq.heappop(heap)
+        if price[name] > rest and price[name] > least:
+            continue  # too dear for what is left, and what is left only shrinks
+        counts[name] += 1
+        rest -= price[name]
+        if counts[name] < limit[name]:
+            heapq.heappush(heap, entry(name))
+    return counts
