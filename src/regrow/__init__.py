@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrow.criteria.evidence import Evidence
     from regrow.errors import InputError
-    from regrow.measure import bench, evaluate
+    from regrow.measure import analyze, bench, evaluate
     from regrow.planning.plan import Plan
+    from regrow.planning.sensitivity import Sensitivity
     from regrow.recipe import Recipe, load_recipe
     from regrow.run import prune
     from regrow.structure.groups import Group, Groups, find_groups
@@ -27,6 +28,8 @@ _HOMES = {
     "Plan": "regrow.planning.plan",
     "Recipe": "regrow.recipe",
     "Result": "regrow.walk",
+    "Sensitivity": "regrow.planning.sensitivity",
+    "analyze": "regrow.measure",
     "bench": "regrow.measure",
     "evaluate": "regrow.measure",
     "find_groups": "regrow.structure.groups",
@@ -42,6 +45,8 @@ __all__ = [
     "Plan",
     "Recipe",
     "Result",
+    "Sensitivity",
+    "analyze",
     "bench",
     "evaluate",
     "find_groups",

@@ -112,13 +112,26 @@ def prune(
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Trust = False) -> None:
+def inspect(
+    model: Model,
+    graph: Annotated[
+        Path | None, typer.Option(help="Draw a decoder layer's dependency graph into this .svg or .html file.")
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="The layer that --graph draws, counted from 0.")] = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
     """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
     _quiet()
     from regrow.checkpoint.load import load_skeleton
     from regrow.structure.groups import find_groups
 
-    groups = find_groups(load_skeleton(model, trust_remote_code))
+    skeleton = load_skeleton(model, trust_remote_code)
+    groups = find_groups(skeleton)
+    if graph is not None:
+        from regrow.measure import draw_layer
+
+        draw_layer(skeleton, groups, layer, graph)
     if as_json:
         print(json.dumps(groups.to_json(), indent=2))
         return
@@ -141,6 +154,42 @@ def inspect(model: Model, as_json: AsJson = False, trust_remote_code: Trust = Fa
         f"({groups.block_parameters / groups.total_parameters:.1%}); {len(groups.layers)} layers as depth units "
         f"of {groups.layers[0].parameters:,} parameters"
     )
+
+
+@app.command()
+def analyze(
+    model: Model,
+    data: Annotated[str, typer.Option(help=f"Text to score and measure on. {SOURCE_HELP}")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for sensitivity.json and sensitivity.svg; what is there is used again.")
+    ] = None,
+    shares: Annotated[str, typer.Option(help="Shares of a group's units to remove in turn.")] = "0.25,0.5",
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of held-out text (default 32).")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key.path=value", help="Change a recipe's setting; may be repeated."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how sensitive MODEL is, layer by layer: what pruning each group alone does to the loss."""
+    from regrow.recipe import load_recipe, parse_assignments
+
+    parts = [_number("--shares", part, float) for part in shares.split(",")]
+    settings = {"analysis.shares": parts} | parse_assignments(assign or [])
+    protect = load_recipe("regrow", settings).analysis.protect
+    _quiet()
+    with _progress() as progress:
+        from regrow.measure import analyze as measure
+
+        found = measure(model, data, out, windows=windows, overrides=settings, progress=progress)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    from regrow.report.sensitivity import show_sensitivity
+
+    show_sensitivity(found, found.protected(protect), Console())
 
 
 @app.command()

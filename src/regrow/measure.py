@@ -1,20 +1,36 @@
-"""Measure checkpoints as they are: the verbs `evaluate` and `bench`, and what `inspect` prints (floor 4)."""
+"""Checkpoints as they are: the verbs `evaluate`, `bench` and `analyze`, and what `inspect` draws (floor 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.analysis.stage import analyse, conditions_of
+from regrow.checkpoint.files import storage_errors, write_json, write_text
 from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
-from regrow.data.source import load_documents
-from regrow.data.tokens import Bos, make_windows
+from regrow.criteria.registry import find_criterion
+from regrow.data.source import load_documents, split_documents
+from regrow.data.tokens import Bos, Windows, make_windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import local_folder, measure_perplexities
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
+from regrow.planning.sensitivity import Conditions, Sensitivity
 from regrow.progress import Progress, Silent
+from regrow.recipe import Recipe, load_recipe
+from regrow.report.graph import draw_graph
+from regrow.report.picture import check_picture_name, to_svg, write_picture
+from regrow.report.sensitivity import draw_sensitivity
+from regrow.settings import Lora
+from regrow.structure.adapters import attach_lora
+from regrow.structure.graph import layer_graph
+from regrow.structure.groups import Groups, find_groups
+
+SENSITIVITY = "sensitivity.json"
 
 
 def evaluate(
@@ -97,3 +113,99 @@ def bench(
         "speedup": {name: [asdict(one) for one in ratios(speed[first], speed[name])] for name in models[1:]},
         "memory": memory,
     }
+
+
+def analyze(
+    model: str,
+    data: str,
+    out: str | Path | None = None,
+    *,
+    shares: Sequence[float] | None = None,
+    windows: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """How sensitive each group of a checkpoint is: what pruning it alone does to the loss on held-out text.
+
+    With `out`, `sensitivity.json` and `sensitivity.svg` are left there, and an analysis that lies there already is
+    not made again.
+
+    Args:
+        model: a folder, or a repository on the hub.
+        data: text to score and measure on; see `regrow.data.source.load_documents`.
+        shares: of each group's units, to remove in turn; by default a quarter and a half.
+        windows: of held-out text.
+        overrides: `key.path` -> value of a recipe's settings.
+
+    Raises:
+        InputError: if something given cannot work.
+    """
+    given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
+    recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
+    find_criterion(recipe.analysis.criterion)
+    folder, progress = Path(out) if out is not None else None, progress or Silent()
+    if folder is not None and folder.is_file():
+        raise InputError(f"{folder} is a file; give a folder for the results")
+    check_length(load_config(model), recipe.data.sequence_length)
+    tokenizer = load_tokenizer(model)
+    progress.stage("read text")
+    held_out, calibration = _analysis_text(data, tokenizer, recipe)
+    progress.stage("load model")
+    torch.manual_seed(recipe.seed)
+    loaded = load_model(model, pick_device(recipe.device))
+    check_vocabulary(loaded, tokenizer, model)
+    conditions = conditions_of(local_folder(model), loaded.dtype, recipe, held_out, calibration)
+    if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:
+        progress.say(f"{folder / SENSITIVITY} holds this analysis already; not measured again")
+        return known
+    lora = recipe.lora
+    attach_lora(loaded, find_groups(loaded).linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    found = analyse(loaded, find_groups(loaded), recipe, held_out, calibration, conditions, progress)
+    if folder is not None:
+        with storage_errors():
+            write_json(folder / SENSITIVITY, found.to_json())
+            protected = found.protected(recipe.analysis.protect)
+            write_text(folder / "sensitivity.svg", to_svg(draw_sensitivity(found, protected)))
+    return found
+
+
+def _analysis_text(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Windows, Windows]:
+    """Windows to measure on, and to score on."""
+    wanted, length, bos = recipe.data, recipe.data.sequence_length, recipe.data.bos
+    use = (max(1, recipe.pruning.calibration_batches) * recipe.training.batch_size + 1) * length
+    documents = load_documents(data, wanted.text_field)
+    held_out, rest = split_documents(documents, [wanted.held_out], recipe.seed)
+    return (
+        make_windows(held_out, tokenizer, length, bos=bos, source=f"{data} (held out)").first(recipe.analysis.windows),
+        make_windows(rest, tokenizer, length, bos=bos, source=data, max_tokens=wanted.max_tokens or use),
+    )
+
+
+def _stored(file: Path, conditions: Conditions) -> Sensitivity | None:
+    """What an earlier analysis left, if it is the one wanted."""
+    if not file.is_file():
+        return None
+    try:
+        found = Sensitivity.parse(file.read_text(encoding="utf-8", errors="replace"))
+    except InputError:
+        return None
+    return found if found.conditions == conditions else None
+
+
+def draw_layer(model: PreTrainedModel, groups: Groups, layer: int, path: Path) -> None:
+    """Draw one decoder layer's dependency graph as it is once LoRA is attached, which this does.
+
+    Args:
+        model: on any device, the meta device included; without LoRA.
+        groups: of the model.
+        path: an .svg or .html file.
+
+    Raises:
+        InputError: if there is no such layer, or the file cannot be written or is of another kind.
+    """
+    check_picture_name(path)
+    lora = Lora()
+    attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    graph = layer_graph(model, find_groups(model), layer)
+    with storage_errors():
+        write_picture(path, draw_graph(graph), f"{graph.model}, decoder layer {layer}")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from regrow.errors import InputError
 from regrow.settings import (
+    Analysis,
     Compensation,
     Data,
     Distillation,
@@ -37,6 +38,7 @@ class Recipe(Section):
     generate: Generate = Generate()
     lora: Lora = Lora()
     pruning: Pruning = Pruning()
+    analysis: Analysis = Analysis()
     search: Search = Search()
     compensation: Compensation = Compensation()
     training: Training = Training()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+TrialShare = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
 Stage = Literal["pretrain", "instruct"]
@@ -143,10 +144,11 @@ class Pruning(Section):
         "many as do least damage; alone, the fewest that reach the target.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
-    allocation: Literal["local", "global", "by-kind"] = Field(
+    allocation: Literal["local", "global", "by-kind", "curves"] = Field(
         default="local",
         description="local: the same share in every layer. global: lowest score per parameter first, across layers. "
-        "by-kind: the same share of heads as of channels, in each kind the lowest score first, across layers.",
+        "by-kind: the same share of heads as of channels, in each kind the lowest score first, across layers. "
+        "curves: least damage per parameter first, as analysis.enabled has measured it of each layer.",
     )
     floor: Share = Field(
         default=0.0, description="Least share of a group's units, and of the layers, that stays (one always does)."
@@ -213,9 +215,30 @@ class Compensation(Section):
         "that cannot be written to).",
     )
     blend: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(0.5, 0.75, 1.0),
-        min_length=1,
-        description="Shares of the refit tried on held-out text; the best stays.",
+        default=(0.5, 0.75, 1.0), min_length=1, description="Shares of it tried on held-out text; the best stays."
+    )
+
+
+class Analysis(Section):
+    """How sensitive each layer is, measured before anything is cut."""
+
+    enabled: bool = Field(
+        default=False, description="Prune each group alone, measure how the loss rises, and let the plan know."
+    )
+    criterion: str = Field(default="gate-fisher", description="Which units go in a trial: a name, or FILE.py:FUNCTION.")
+    shares: tuple[TrialShare, ...] = Field(
+        default=(0.25, 0.5), min_length=1, description="Shares of a group's units to remove in turn."
+    )
+    windows: Count = Field(
+        default=32, description="Windows of held-out text to measure on; in a run at most training.eval_windows."
+    )
+    protect: Share = Field(
+        default=0.15,
+        description="Most groups to leave alone, as a share of all, if they are far more sensitive than the rest "
+        "(free shape only).",
+    )
+    from_file: str | None = Field(
+        default=None, description="A sensitivity.json of this model, to use instead of measuring."
     )
 
 

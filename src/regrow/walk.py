@@ -1,14 +1,14 @@
-"""The walk: load → trace → attach LoRA and gates → [score → plan → cut → adapt]* → recover → merge → save →
+"""The walk: load → trace → attach LoRA and gates → analyse → [score → plan → cut → adapt]* → recover → merge → save →
 verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
-`history.json`, `adapters.safetensors`, and the results: `plan.json`, `model/`, `results.json`, `report.md`.
-While a cached teacher teaches, it lies in `teacher/`. `generated.jsonl` is there if the model wrote the text,
-`latency.json` and `trials/` if the recipe's target needs them. Every file appears whole or not at all.
+`history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
+`plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
+`generated.jsonl` is there if the model wrote the text, `latency.json` and `trials/` if the recipe's target needs them.
+Every file appears whole or not at all.
 """
 
 import json
-import platform
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from safetensors.torch import save as tensors_to_bytes
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
+from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
 from regrow.checkpoint.load import (
     check_length,
@@ -38,9 +39,11 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import Corpus, list_sources, read_corpus, writes_own_text
 from regrow.data.source import load_documents
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, protocol_windows
-from regrow.planning.allocation import final_counts
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
+from regrow.evaluation.machine import machine
+from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
@@ -50,6 +53,8 @@ from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
+from regrow.report.picture import to_svg
+from regrow.report.sensitivity import draw_sensitivity
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
@@ -100,6 +105,10 @@ class Walk:
         """Everything, start to end."""
         recipe = self.recipe
         find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
+        if recipe.analysis.enabled:
+            find_criterion(recipe.analysis.criterion)
+        elif recipe.pruning.allocation == "curves":
+            raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
         check_distillation(recipe)
         list_sources(recipe.data)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
@@ -127,12 +136,14 @@ class Walk:
         self.begin("trace groups")
         whole = find_groups(model)
         self.check_reach(model, whole)
+        known = self.known_sensitivity(whole)
         if text is None:
             text = self.write_text(model, tokenizer)
         self.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
-        model, trained = self.recover(model, tokenizer, whole, text)
+        prior = self.analyse(model, text, known)
+        model, trained = self.recover(model, tokenizer, whole, text, prior)
         self.begin("merge and save")
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
@@ -202,9 +213,14 @@ class Walk:
             self.recipe = self.aim.prepare(self.recipe, model, groups, self.output_dtype(), machine(model.device))
             if not self.aim.is_settled:
                 return
-        nothing = {group.name: 0 for group in groups}
-        scores = {group.name: torch.zeros(group.units) for group in groups}
-        final_counts(groups, nothing, scores, self.recipe.pruning)
+        check_reach(groups, self.recipe.pruning)
+
+    def known_sensitivity(self, groups: Groups) -> Sensitivity | None:
+        """The analysis that the recipe names, if it does."""
+        file = self.recipe.analysis.from_file
+        if file is None or not self.recipe.analysis.enabled:
+            return None
+        return read_sensitivity(Path(file), local_folder(self.name), groups)
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
@@ -220,8 +236,31 @@ class Walk:
         if self.aim is not None and self.aim.latency is not None:
             write_json(self.folder / LATENCY_FILE, self.aim.latency.to_json())
 
+    def analyse(self, model: PreTrainedModel, text: Text, known: Sensitivity | None) -> Prior | None:
+        """How sensitive each group is, if the recipe wants to know; leaves it as data and as a picture."""
+        recipe, corpus = self.recipe, text.corpus
+        if not recipe.analysis.enabled:
+            return None
+        self.begin("analyse")
+        groups = find_groups(model)
+        if known is None:
+            held_out = corpus.validation.first(recipe.analysis.windows)
+            conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
+            known = analyse(model, groups, recipe, held_out, corpus.train, conditions, self.progress)
+        prior = known.prior(recipe.analysis.protect)
+        write_json(self.folder / "sensitivity.json", known.to_json())
+        write_text(self.folder / "sensitivity.svg", to_svg(draw_sensitivity(known, prior.protected)))
+        if self.aim is None or self.aim.is_settled:
+            check_reach(groups, recipe.pruning, prior)
+        return prior
+
     def recover(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, whole: Groups, text: Text
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        whole: Groups,
+        text: Text,
+        prior: Prior | None,
     ) -> tuple[PreTrainedModel, Trained]:
         """Train to the sparsity asked for, or to the one that the target asks for.
 
@@ -230,19 +269,25 @@ class Walk:
         """
         self.begin("train")
         if self.aim is None:
-            return model, self.train(model, text, self.recipe, self.folder)
+            return model, self.train(model, text, self.recipe, self.folder, None, prior)
         model, trained, self.recipe = self.aim.recover(
             self.recipe,
             model,
             (text.corpus.train, text.corpus.validation),
             fresh=lambda: self.attach(self.load(tokenizer), whole),
-            train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores),
+            train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores, prior),
         )
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         return model, trained
 
     def train(
-        self, model: PreTrainedModel, text: Text, recipe: Recipe, folder: Path, scores: Average | None = None
+        self,
+        model: PreTrainedModel,
+        text: Text,
+        recipe: Recipe,
+        folder: Path,
+        scores: Average | None,
+        prior: Prior | None,
     ) -> Trained:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
 
@@ -262,6 +307,7 @@ class Walk:
             on_cut=record_cut,
             on_validation=lambda history: write_json(folder / "history.json", vars(history)),
             scores=scores,
+            prior=prior,
         )
         write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
         return trained
@@ -346,15 +392,3 @@ class Walk:
             {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
         )
         return Result(self.folder, trained.plan, results)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }

@@ -10,14 +10,15 @@ parameter go and widths give the rest; the number with the least damage wins.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from regrow.errors import InputError
-from regrow.planning.demand import Counts, Demand, demands, out_of_reach
+from regrow.planning.curves import by_curves
+from regrow.planning.demand import Counts, Demand, demands, out_of_reach, settle_counts
 from regrow.planning.depth import (
     emptied_layers,
     layer_choices,
@@ -25,6 +26,7 @@ from regrow.planning.depth import (
     least_damaging,
 )
 from regrow.planning.plan import Plan, layer_of
+from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
 
@@ -42,7 +44,14 @@ class Candidate:
     """Whether the target is passed by less than one step."""
 
 
-def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0) -> Plan:
+def choose(
+    groups: Groups,
+    plan: Plan,
+    scores: Mapping[str, Tensor],
+    pruning: Pruning,
+    fraction: float = 1.0,
+    prior: Prior | None = None,
+) -> Plan:
     """The next plan on the way to the target: nothing that `plan` removed comes back.
 
     Args:
@@ -51,11 +60,12 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
         scores: group name -> one score per original unit, higher stays; those of removed units are ignored.
         fraction: how far to go; 1 reaches the target exactly. Below 1 each group goes to the nearest unit, so
             that a layer of few heads does not lose them all at the very end.
+        prior: what an analysis has found; allocation by curves needs one.
 
     Raises:
         InputError: if the target is out of reach.
     """
-    counts = final_counts(groups, *_present(plan, scores), pruning)
+    counts = final_counts(groups, *_present(plan, scores), pruning, prior)
     return lose(groups, plan, counts, scores, pruning, fraction)
 
 
@@ -84,7 +94,20 @@ def _present(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str
     return gone, {**scores, **present}
 
 
-def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> Counts:
+def check_reach(groups: Groups, pruning: Pruning, prior: Prior | None = None) -> None:
+    """See whether the target can be reached, before anything is measured.
+
+    Raises:
+        InputError: if it cannot; the message says what is within it.
+    """
+    nothing = {group.name: 0 for group in groups}
+    scores = {group.name: torch.zeros(group.units) for group in groups}
+    final_counts(groups, nothing, scores, pruning.model_copy(update={"allocation": "local"}), prior)
+
+
+def final_counts(
+    groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None = None
+) -> Counts:
     """Units that each group has lost once the target is reached.
 
     Args:
@@ -97,7 +120,7 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
 
     def best(demand: Demand) -> list[Counts]:
         if pruning.shape == "uniform":
-            return sorted(_uniform(demand), key=lambda counts: _loss(demand, counts, scores, pruning))[:1]
+            return sorted(_uniform(demand), key=lambda counts: _loss(demand, counts, scores, pruning, prior))[:1]
         match pruning.allocation:
             case "local":
                 return [_local(demand)]
@@ -105,9 +128,12 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
                 return [_global(demand, scores)]
             case "by-kind":
                 return [_by_kind(demand, scores)]
+            case "curves":
+                assert prior is not None
+                return [by_curves(demand, prior)]
 
     # Where layers by themselves overshoot, the fewest of them go.
-    ways = _ways(groups, gone, scores, pruning, best)
+    ways = _ways(groups, gone, scores, pruning, best, prior)
     return min(ways, key=lambda way: (not way.exact, 0 if way.exact else len(way.layers), way.damage)).counts
 
 
@@ -120,13 +146,13 @@ def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor
     return [way for way in ways if way.exact] or ways
 
 
-def settle(groups: Groups, counts: Counts, pruning: Pruning) -> Counts:
+def settle(groups: Groups, counts: Counts, pruning: Pruning, prior: Prior | None = None) -> Counts:
     """Counts near some that roughly reach the target, and reach it exactly: channels make up the difference first."""
     nothing = {group.name: 0 for group in groups}
     settled = dict(counts)
-    for demand in demands(groups, nothing, pruning, emptied_layers(groups, counts)):
+    for demand in demands(groups, nothing, pruning, emptied_layers(groups, counts), prior):
         order = [group.name for group in (*demand.of_kind(ffn=True), *demand.of_kind(ffn=False))]
-        settled |= _settle(demand, {name: counts[name] for name in order}, order)
+        settled |= settle_counts(demand, {name: counts[name] for name in order}, order)
     return settled
 
 
@@ -136,11 +162,12 @@ def _ways(
     scores: Mapping[str, Tensor],
     pruning: Pruning,
     allocate: Callable[[Demand], list[Counts]],
+    prior: Prior | None = None,
 ) -> list[Candidate]:
     """For every choice of layers, each way in which `allocate` makes up the rest by widths."""
     ways = []
     for layers in layer_choices(groups, gone, scores, pruning):
-        asked = demands(groups, gone, pruning, layers)
+        asked = demands(groups, gone, pruning, layers, prior)
         short = [demand for demand in asked if demand.within() < demand.amount]
         if short:
             continue
@@ -192,10 +219,12 @@ def _uniform(demand: Demand) -> list[Counts]:
     return [counts for counts in found if demand.surplus(counts) < demand.least_step("uniform")] or found
 
 
-def _loss(demand: Demand, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> float:
-    """What decides between uniform widths: damage, or (local) how far heads are from losing the same share as all."""
+def _loss(demand: Demand, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> float:
+    """What decides between uniform widths: damage, or (local) how far heads are from losing their share."""
     if pruning.allocation == "global":
         return sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
+    if prior is not None and pruning.allocation == "curves":
+        return sum(prior.curves[g.name](counts[g.name] / g.units) for g in demand.groups if counts[g.name])
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
     heads = demand.of_kind(ffn=False)
     return abs(counts[heads[0].name] / heads[0].units - share) if heads else 0.0
@@ -222,7 +251,7 @@ def _local(demand: Demand) -> Counts:
     for group in channels:
         even = math.floor(max(rest, 0) / width * group.units)
         counts[group.name] = max(min(even, demand.limit[group.name]), demand.gone[group.name])
-    return _settle(demand, counts, [group.name for group in (*channels, *heads)])
+    return settle_counts(demand, counts, [group.name for group in (*channels, *heads)])
 
 
 def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
@@ -249,7 +278,7 @@ def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
         for group in demand.groups
     }
     cheapest_first = sorted(demand.groups, key=lambda g: (demand.price[g.name] > least, next_score[g.name]))
-    return _settle(demand, counts, [group.name for group in cheapest_first])
+    return settle_counts(demand, counts, [group.name for group in cheapest_first])
 
 
 def _by_kind(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
@@ -263,27 +292,4 @@ def _by_kind(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
             if rest > 0 and counts[name] < demand.limit[name]:
                 counts[name] += 1
                 rest -= 1
-    return _settle(demand, counts, [group.name for group in (*channels, *heads)])
-
-
-def _settle(demand: Demand, counts: Counts, order: Sequence[str]) -> Counts:
-    """Make widths multiples and the total exact: remove more, or give back, a step at a time along `order`."""
-    groups = {group.name: group for group in demand.groups}
-    for name, group in groups.items():
-        counts[name] = min(demand.width_ok(group, counts[name]), demand.most(group))
-    changed = True
-    while changed and demand.brings(counts) < demand.amount:
-        changed = False
-        for name in order:
-            more = demand.width_ok(groups[name], counts[name] + 1)
-            if demand.brings(counts) < demand.amount and more <= demand.limit[name]:
-                counts[name], changed = more, True
-    changed = True
-    while changed:
-        changed = False
-        for name in reversed(order):
-            less = counts[name] - demand.step(groups[name])
-            surplus = demand.brings(counts) - demand.amount
-            if surplus >= demand.price[name] * demand.step(groups[name]) and less >= demand.gone[name]:
-                counts[name], changed = less, True
-    return counts
+    return settle_counts(demand, counts, [group.name for group in (*channels, *heads)])

@@ -1,13 +1,14 @@
 """What a target asks of the widths: which groups may give how much, and what a unit of each brings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from regrow.errors import InputError
 from regrow.planning.depth import layer_choices, layer_price, layers_wanted, outer_layers
+from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
 
@@ -74,10 +75,10 @@ class Demand:
         return sum(self.price[group.name] * self.step(group) for group in self.of_kind(ffn=True) or self.groups)
 
 
-def most_removed(groups: Groups, pruning: Pruning) -> Counts:
+def most_removed(groups: Groups, pruning: Pruning, prior: Prior | None = None) -> Counts:
     """The most units that each group may lose while its layer stays; none where the recipe protects."""
     nothing = {group.name: 0 for group in groups}
-    asked = demands(groups, nothing, pruning, frozenset())
+    asked = demands(groups, nothing, pruning, frozenset(), prior)
     return nothing | {group.name: demand.most(group) for demand in asked for group in demand.groups}
 
 
@@ -93,10 +94,17 @@ def reach(groups: Groups, pruning: Pruning) -> int:
     return found
 
 
-def demands(groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int]) -> list[Demand]:
+def demands(
+    groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int], prior: Prior | None = None
+) -> list[Demand]:
     """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing."""
     spared = layers | protected_layers(groups, pruning)
-    free = tuple(g for g in groups if g.layer not in spared and g.kind.rstrip("0123456789") in pruning.kinds)
+    protected = prior.protected if prior is not None and pruning.shape == "free" else frozenset()
+    free = tuple(
+        g
+        for g in groups
+        if g.layer not in spared and g.name not in protected and g.kind.rstrip("0123456789") in pruning.kinds
+    )
     limit = {
         g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
     }
@@ -135,3 +143,26 @@ def out_of_reach(groups: Groups, demand: Demand, layers: frozenset[int], pruning
 def protected_layers(groups: Groups, pruning: Pruning) -> set[int]:
     """Numbers of the layers whose widths the recipe leaves alone; none in the uniform shape."""
     return set() if pruning.shape == "uniform" else outer_layers(groups, pruning)
+
+
+def settle_counts(demand: Demand, counts: Counts, order: Sequence[str]) -> Counts:
+    """Make widths multiples and the total exact: remove more, or give back, a step at a time along `order`."""
+    groups = {group.name: group for group in demand.groups}
+    for name, group in groups.items():
+        counts[name] = min(demand.width_ok(group, counts[name]), demand.most(group))
+    changed = True
+    while changed and demand.brings(counts) < demand.amount:
+        changed = False
+        for name in order:
+            more = demand.width_ok(groups[name], counts[name] + 1)
+            if demand.brings(counts) < demand.amount and more <= demand.limit[name]:
+                counts[name], changed = more, True
+    changed = True
+    while changed:
+        changed = False
+        for name in reversed(order):
+            less = counts[name] - demand.step(groups[name])
+            surplus = demand.brings(counts) - demand.amount
+            if surplus >= demand.price[name] * demand.step(groups[name]) and less >= demand.gone[name]:
+                counts[name], changed = less, True
+    return counts

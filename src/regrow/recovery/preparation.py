@@ -13,6 +13,7 @@ from regrow.planning.allocation import final_counts, lose, settle, uniform_candi
 from regrow.planning.demand import most_removed
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
+from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.compensate import Compensator
@@ -62,7 +63,7 @@ class Preparation:
         self.refitted: set[str] = set()
         """Names of the groups whose consumers have been written to."""
 
-    def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor]) -> Plan:
+    def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor], prior: Prior | None) -> Plan:
         """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
 
         Args:
@@ -81,8 +82,8 @@ class Preparation:
                 {group.name: group.cost for group in groups},
             )
         else:
-            ladder = Ladder.of(groups, most_removed(groups, pruning), settings.levels)
-            ways = [final_counts(groups, nothing, present, way) for way in _allocations(pruning)]
+            ladder = Ladder.of(groups, most_removed(groups, pruning, prior), settings.levels)
+            ways = [final_counts(groups, nothing, present, way, prior) for way in _allocations(pruning, prior)]
             amount = min(sum(g.cost * counts[g.name] for g in groups) for counts in ways)
             starts = [ladder.nearest(counts, amount) for counts in ways]
         supernet = Supernet(self.model, self.gates, self.compensator, depth="layer" in pruning.kinds)
@@ -101,7 +102,7 @@ class Preparation:
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
         else:
             found = exchange_search(starts, ladder, amount, measured, settings.evaluations, self.recipe.seed)
-            counts, value = settle(groups, found.counts, pruning), found.fitness
+            counts, value = settle(groups, found.counts, pruning, prior), found.fitness
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value
@@ -142,9 +143,10 @@ class Preparation:
         return plan.keeping(chosen)
 
 
-def _allocations(pruning: Pruning) -> list[Pruning]:
+def _allocations(pruning: Pruning, prior: Prior | None) -> list[Pruning]:
     """The recipe's own way to share out the target, then the others."""
-    others = [pruning.model_copy(update={"allocation": way}) for way in ("local", "by-kind", "global")]
+    ways = ("local", "by-kind", "global") if prior is None else ("local", "by-kind", "global", "curves")
+    others = [pruning.model_copy(update={"allocation": way}) for way in ways]
     return [pruning, *(other for other in others if other.allocation != pruning.allocation)]
 
 

@@ -17,6 +17,7 @@ from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.schedule import cut_events, fade_ends
+from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
@@ -54,6 +55,7 @@ class Pruner:
         cut_early: bool = True,
         prepare: Callable[[Gates], Preparation] | None = None,
         scores: Average | None = None,
+        prior: Prior | None = None,
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -63,6 +65,7 @@ class Pruner:
             cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
             prepare: makes what searches and compensates, given the gates; needed if the recipe asks for either.
             scores: what `calibrate` would find, if it has been found before.
+            prior: what an analysis has found, for the allocation.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -70,6 +73,7 @@ class Pruner:
         self.calibration = calibration
         self.on_event = on_event
         self.cut_early = cut_early
+        self.prior = prior
         self.original = groups
         self.groups = groups
         self.plan = Plan.whole(groups)
@@ -208,12 +212,12 @@ class Pruner:
 
     def _next_plan(self, scores: dict[str, torch.Tensor], fraction: float) -> Plan:
         if not self.preparation:
-            return choose(self.original, self.plan, scores, self.pruning, fraction)
+            return choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         self.learner.objective.before_change()
         if self.search:
-            plan = self.preparation.search(self.original, self.plan, scores)
+            plan = self.preparation.search(self.original, self.plan, scores, self.prior)
         else:
-            plan = choose(self.original, self.plan, scores, self.pruning, fraction)
+            plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         return self.preparation.compensate(self.groups, self.cut_plan, plan) if self.compensation else plan
 
     def _begin_period(self) -> None:

@@ -15,6 +15,7 @@ from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import distil
@@ -79,6 +80,7 @@ def train(
     on_cut: Callable[[CutEvent], None],
     on_validation: Callable[[History], None],
     scores: Average | None = None,
+    prior: Prior | None = None,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -88,6 +90,7 @@ def train(
         on_cut: sees every plan as it is made.
         on_validation: sees the history whenever it is worth writing down.
         scores: as `measure_scores` found them before; by default they are measured here.
+        prior: what an analysis has found, for the allocation.
 
     Raises:
         InputError: if training diverges.
@@ -110,7 +113,9 @@ def train(
 
     cut_early = not recipe.distillation.needs_whole_weights
     prepare = preparer(model, recipe, corpus, progress)
-    with Pruner(model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare, scores) as pruner:
+    with Pruner(
+        model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare, scores, prior
+    ) as pruner:
         if recipe.pruning.calibration_batches and scores is None:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)

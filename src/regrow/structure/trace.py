@@ -92,22 +92,29 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     return bones
 
 
-def trace(bones: PreTrainedModel) -> Trace:
-    """Export a skeleton and walk its graph.
+def export(bones: PreTrainedModel) -> torch.export.ExportedProgram:
+    """The aten graph of a skeleton's forward pass.
 
     Raises:
-        InputError: if an operator on a prunable tensor has no rule (naming module and operator), or if
-            `torch.export` cannot trace the model.
+        InputError: if `torch.export` cannot trace the model.
     """
     ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(bones, (ids,), {"use_cache": False}, strict=False)
+            return torch.export.export(bones, (ids,), {"use_cache": False}, strict=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"torch.export cannot trace {type(bones).__name__}: {reason}") from error
 
+
+def trace(bones: PreTrainedModel) -> Trace:
+    """Export a skeleton and walk its graph.
+
+    Raises:
+        InputError: if an operator on a prunable tensor has no rule (naming module and operator), or as `export`.
+    """
+    program = export(bones)
     walk = Walk()
     parameters = program.graph_signature.inputs_to_parameters
     names: dict[str, list[str]] = defaultdict(list)
@@ -156,7 +163,7 @@ def _apply(walk: Walk, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
     if not _carries_facets((args, tuple(kwargs.values()))) or "val" not in node.meta or node.meta["val"] is None:
         return _blank(node.meta.get("val"))
-    name = _operator_name(node.target)
+    name = operator_name(node.target)
     rule = RULES.get(name)
     try:
         if rule is None:
@@ -170,7 +177,8 @@ def _apply(walk: Walk, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any])
         ) from error
 
 
-def _operator_name(target: Any) -> str:
+def operator_name(target: Any) -> str:
+    """The name by which `RULES` knows an operator: `aten.linear`, `_operator.getitem`."""
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target._schema.name.split('::')[1]}"
     return f"{target.__module__}.{target.__name__}"

@@ -1,0 +1,116 @@
+"""Measure every group's sensitivity (LoRAShear, arXiv 2310.18356, Alg. 3): prune it alone, see the loss, restore.
+
+The paper leaves shares, proxy and deviation open. Here a node group is one (layer, attention or ffn), its units
+go in the order of a criterion's scores, and the deviation is the rise of the held-out NLL per token.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow.analysis.restart import Restart
+from regrow.data.tokens import Windows
+from regrow.errors import InputError
+from regrow.planning.sensitivity import Conditions, GroupSensitivity, Sensitivity
+from regrow.progress import Progress
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Group, Groups
+
+Repair = Callable[[Group, NDArray[np.int64]], AbstractContextManager[object]]
+"""Given a group and the numbers of the units that stay, ascending: a context that makes up for the others."""
+
+
+def units_removed(share: float, units: int) -> int:
+    """The nearest number of units to a share of them: one at least, and one at least stays."""
+    return min(max(math.floor(share * units + 0.5), 1), units - 1)
+
+
+def measure_sensitivity(
+    model: PreTrainedModel,
+    groups: Groups,
+    scores: Mapping[str, Tensor],
+    windows: Windows,
+    shares: Sequence[float],
+    progress: Progress,
+    *,
+    conditions: Conditions,
+    repair: Repair | None = None,
+) -> Sensitivity:
+    """Prune each group alone, at each share, through its gates; the model is left as it was found.
+
+    Costs one dense pass over the windows, and for each trial the layers from the pruned one on.
+
+    Args:
+        groups: of the whole model; those with one unit, which has to stay, are passed over.
+        scores: group name -> one score per unit; the lowest go.
+        windows: held-out text.
+        conditions: what the result is to say of itself; its batch size is used.
+        repair: within its context a trial is measured.
+
+    Raises:
+        InputError: if a loss is not finite.
+    """
+    trials = {
+        group.name: [units_removed(share, group.units) for share in shares] for group in groups if group.units > 1
+    }
+    progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()))
+    losses: dict[str, dict[int, float]] = {name: {} for name in trials}
+    restart = Restart(model, windows.ids_NT, conditions.batch_size)
+    with Gates(model, groups.groups) as gates:
+        for layer in range(len(groups.layers)):
+            for group in groups:
+                if group.layer != layer or group.name not in trials:
+                    continue
+                ranked = torch.argsort(scores[group.name], stable=True).cpu()
+                for count in dict.fromkeys(trials[group.name]):
+                    loss = _trial(restart, gates, group, ranked[count:], repair)
+                    losses[group.name][count] = loss
+                    progress.advance(1, f"{group.name} without {count} of {group.units}: loss {loss:.3f}")
+            if layer < len(groups.layers) - 1:
+                restart.advance()
+        dense = restart.mean_loss()
+    _demand_finite("the model as it is", dense)
+    for name, measured in losses.items():
+        for count, loss in measured.items():
+            _demand_finite(f"{name} without {count} units", loss)
+    return Sensitivity(
+        conditions=conditions,
+        dense_nll=dense,
+        groups={
+            group.name: GroupSensitivity(
+                units=group.units,
+                cost=group.cost,
+                removed=tuple(trials[group.name]),
+                deltas=tuple(losses[group.name][count] - dense for count in trials[group.name]),
+            )
+            for group in groups
+            if group.name in trials
+        },
+    )
+
+
+def _trial(restart: Restart, gates: Gates, group: Group, stay: Tensor, repair: Repair | None) -> float:
+    present = torch.zeros(group.units)
+    present[stay] = 1.0
+    keep = np.sort(stay.numpy())
+    gates.set(group.name, present)
+    try:
+        if repair is None:
+            return restart.mean_loss()
+        with repair(group, keep):
+            return restart.mean_loss()
+    finally:
+        gates.set(group.name, torch.ones(group.units))
+
+
+def _demand_finite(what: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the held-out loss of {what} is {loss}; check the weights, and in float16 use bfloat16 or float32"
+        )

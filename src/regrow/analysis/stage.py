@@ -1,0 +1,98 @@
+"""The analysis as a whole: score the units, then measure; or take what an earlier analysis found."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from regrow.analysis.sensitivity import measure_sensitivity
+from regrow.checkpoint.fingerprint import checkpoint_sha256
+from regrow.data.tokens import Windows, batches
+from regrow.errors import InputError
+from regrow.planning.sensitivity import Conditions, Sensitivity
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.learner import Learner
+from regrow.recovery.pruner import Pruner
+from regrow.structure.groups import Groups
+
+
+def conditions_of(
+    folder: Path, dtype: torch.dtype, recipe: Recipe, held_out: Windows, calibration: Windows
+) -> Conditions:
+    """What an analysis by this recipe is made of.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: what the model computes in.
+    """
+    return Conditions(
+        model_sha256=checkpoint_sha256(folder),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens_sha256=held_out.sha256,
+        windows=len(held_out),
+        length=held_out.length,
+        calibration_sha256=calibration.sha256,
+        calibration_batches=max(1, recipe.pruning.calibration_batches),
+        batch_size=recipe.training.batch_size,
+        seed=recipe.seed,
+        criterion=recipe.analysis.criterion,
+        shares=recipe.analysis.shares,
+    )
+
+
+def read_sensitivity(path: Path, folder: Path, groups: Groups) -> Sensitivity:
+    """An earlier analysis, which must be of this checkpoint; shares, text and criterion may be any.
+
+    Raises:
+        InputError: if there is none, or it is of another model.
+    """
+    try:
+        found = Sensitivity.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"analysis.from_file {path}: cannot be read: {error}") from error
+    if found.conditions.model_sha256 != checkpoint_sha256(folder) or not found.describes(groups):
+        raise InputError(f"analysis.from_file {path}: was measured on another model; leave it out to measure this one")
+    return found
+
+
+def analyse(
+    model: PreTrainedModel,
+    groups: Groups,
+    recipe: Recipe,
+    held_out: Windows,
+    calibration: Windows,
+    conditions: Conditions,
+    progress: Progress,
+) -> Sensitivity:
+    """Score all units by the analysis' criterion, then measure what losing the lowest costs each group.
+
+    Args:
+        model: with fresh adapters, which compute nothing yet.
+        groups: of the whole model, adapters attached.
+
+    Raises:
+        InputError: if a loss or a score is not finite.
+    """
+    scores = _proxy_scores(model, groups, recipe, calibration, progress)
+    shares = recipe.analysis.shares
+    return measure_sensitivity(model, groups, scores, held_out, shares, progress, conditions=conditions)
+
+
+def _proxy_scores(
+    model: PreTrainedModel, groups: Groups, recipe: Recipe, calibration: Windows, progress: Progress
+) -> dict[str, Tensor]:
+    """What a one-shot run would choose by, had it the analysis' criterion."""
+    proxy = recipe.override(
+        {
+            "pruning.criterion": recipe.analysis.criterion,
+            "pruning.calibration_batches": max(1, recipe.pruning.calibration_batches),
+            "pruning.schedule": "one-shot",
+        }
+    )
+    data = batches(calibration, recipe.training.batch_size, recipe.seed + 1)
+    with Pruner(model, groups, proxy, Learner(model, recipe.training, data), data) as pruner:
+        progress.stage("score", proxy.pruning.calibration_batches)
+        pruner.calibrate(progress.advance)
+        return pruner.scorer.average.scores

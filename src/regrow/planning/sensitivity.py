@@ -1,0 +1,168 @@
+"""Sensitivity: how much the model suffers when one group's units are pruned, measured group by group.
+
+The papers' "knowledge distribution" (LoRAShear, arXiv 2310.18356, Alg. 3). It says which groups to leave alone,
+and, as a curve per group, what a share of its units costs: what an allocation across groups needs to know.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from regrow.errors import InputError
+from regrow.structure.groups import Groups
+
+STEEPEST = 8.0
+"""Largest exponent of a curve: two points, the lower of them noise around zero, would fit any."""
+DEVIATIONS = 3.0
+"""A group is an outlier if its damage exceeds the median by so many median absolute deviations."""
+
+
+class Conditions(BaseModel):
+    """What was measured, and on what: two analyses with the same conditions are the same analysis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_sha256: str
+    """Of the config and of samples of the weights."""
+    dtype: str
+    """What was computed in."""
+    tokens_sha256: str
+    """Of the held-out windows."""
+    windows: int
+    length: int
+    """Tokens in a window."""
+    calibration_sha256: str
+    """Of the windows that the units were scored on."""
+    calibration_batches: int
+    batch_size: int
+    seed: int
+    criterion: str
+    """Which units go first."""
+    shares: tuple[float, ...]
+    """Of a group's units, removed in turn."""
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of it all."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class GroupSensitivity(BaseModel):
+    """One group's trials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    units: int
+    cost: int
+    """Parameters of one unit."""
+    removed: tuple[int, ...]
+    """Units removed in each trial: the share, rounded, but one at least and not all."""
+    deltas: tuple[float, ...]
+    """Rise of the held-out NLL in each trial, nats per token."""
+
+    @property
+    def mean(self) -> float:
+        """Mean rise over the trials, nats per token."""
+        return sum(self.deltas) / len(self.deltas)
+
+    @property
+    def curve(self) -> "Curve":
+        """Damage as a function of the share of units removed."""
+        return fit_curve([count / self.units for count in self.removed], self.deltas)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`phi(k) = a k^p`, `a >= 0`, `p >= 1`: damage in nats per token, k the share of units removed.
+
+    Never falls, and each further unit costs at least as much as the one before.
+    """
+
+    a: float
+    p: float
+
+    def __call__(self, share: float) -> float:
+        """The damage; beyond the shares measured it is extrapolated."""
+        return self.a * math.pow(share, self.p)
+
+
+def fit_curve(shares: list[float], deltas: tuple[float, ...]) -> Curve:
+    """The curve nearest to the points (least squares); `a` in closed form for each of a fine row of exponents.
+
+    One point alone gives the straight line through it; damage below zero is noise, and fits `a = 0`.
+    """
+    k_S, d_S = np.array(shares), np.array(deltas)
+    exponents = np.linspace(1.0, STEEPEST, 1401) if len(set(shares)) > 1 else np.ones(1)
+    powers_PS = k_S ** exponents[:, None]
+    a_P = np.maximum(powers_PS @ d_S / (powers_PS**2).sum(1), 0.0)
+    errors_P = ((a_P[:, None] * powers_PS - d_S) ** 2).sum(1)
+    best = int(errors_P.argmin())
+    return Curve(float(a_P[best]), float(exponents[best]))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What an analysis tells the allocation."""
+
+    protected: frozenset[str]
+    """Groups that lose nothing."""
+    curves: Mapping[str, Curve]
+
+
+class Sensitivity(BaseModel):
+    """The result of an analysis: plain data, JSON. A group of a single unit, which must stay, is not in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal["regrow-sensitivity-1"] = "regrow-sensitivity-1"
+    conditions: Conditions
+    dense_nll: float
+    """Of the whole model, nats per token."""
+    groups: dict[str, GroupSensitivity]
+
+    @classmethod
+    def parse(cls, text: str) -> "Sensitivity":
+        """Read JSON.
+
+        Raises:
+            InputError: if it is no analysis.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"not a valid sensitivity file: {place + ': ' if place else ''}{first['msg']}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return self.model_dump(mode="json")
+
+    def describes(self, groups: Groups) -> bool:
+        """Whether the analysis is of a model with these groups."""
+        return {n: (g.units, g.cost) for n, g in self.groups.items()} == {
+            g.name: (g.units, g.cost) for g in groups if g.units > 1
+        }
+
+    def protected(self, share_cap: float = 0.15) -> tuple[str, ...]:
+        """The outliers: mean damage above median + 3 · MAD (median absolute deviation), most sensitive first.
+
+        Args:
+            share_cap: at most this share of the groups.
+        """
+        means = {name: group.mean for name, group in self.groups.items()}
+        middle = median(means.values())
+        limit = middle + DEVIATIONS * median(abs(mean - middle) for mean in means.values())
+        outliers = [name for name, mean in means.items() if mean > limit]
+        outliers.sort(key=lambda name: -means[name])
+        return tuple(outliers[: int(share_cap * len(means))])
+
+    def prior(self, share_cap: float) -> Prior:
+        """What the allocation makes use of; `share_cap` as in `protected`."""
+        return Prior(frozenset(self.protected(share_cap)), {name: group.curve for name, group in self.groups.items()})

@@ -1,0 +1,426 @@
+"""Sensitivity: trials are full forward passes at half the price, and plans make use of what they find."""
+
+import itertools
+import json
+import math
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, CommandLine, build, logits, with_lora
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from transformers import AutoModelForCausalLM
+
+import regrow
+from regrow.analysis.restart import Restart
+from regrow.analysis.sensitivity import measure_sensitivity, units_removed
+from regrow.checkpoint.fingerprint import checkpoint_sha256
+from regrow.data.tokens import Windows
+from regrow.errors import InputError
+from regrow.evaluation.compare import held_out_nll
+from regrow.planning.allocation import choose
+from regrow.planning.curves import least_damage
+from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Conditions, Curve, GroupSensitivity, Prior, Sensitivity, fit_curve
+from regrow.progress import Silent
+from regrow.report.sensitivity import draw_sensitivity
+from regrow.settings import Pruning
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Group, Groups, find_groups
+
+CONDITIONS = Conditions(
+    model_sha256="m", dtype="float32", tokens_sha256="t", windows=5, length=9, calibration_sha256="c",
+    calibration_batches=1, batch_size=2, seed=0, criterion="random", shares=(0.25, 0.5),
+)  # fmt: skip
+
+
+def held_out(seed: int = 0) -> Windows:
+    return Windows(torch.randint(0, 64, (5, 9), generator=torch.Generator().manual_seed(seed)), "here", "none")
+
+
+def scores_of(groups: Groups, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.rand(group.units, generator=generator) for group in groups}
+
+
+def sensitivity_of(deltas: dict[str, tuple[float, ...]], units: int = 8) -> Sensitivity:
+    groups = {
+        name: GroupSensitivity(units=units, cost=1, removed=(units // 4, units // 2), deltas=both)
+        for name, both in deltas.items()
+    }
+    return Sensitivity(conditions=CONDITIONS, dense_nll=1.0, groups=groups)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "qwen3"])
+def test_trials_are_full_forward_passes_at_half_the_price(family: str) -> None:
+    model = build(family)
+    groups, windows = with_lora(model), held_out()
+    scores, before = scores_of(groups), logits(model)
+    forwards: list[int] = []
+    for number in range(2):
+        mlp = model.get_submodule(f"model.layers.{number}.mlp")
+        mlp.register_forward_hook(lambda *_, number=number: forwards.append(number))
+    found = measure_sensitivity(model, groups, scores, windows, (0.25, 0.5), Silent(), conditions=CONDITIONS)
+    per_layer = 2 if family == "llama-mqa" else 4  # a single KV head is not pruned
+    batches = 3
+    assert forwards.count(0) == batches * (1 + per_layer)
+    assert forwards.count(1) == batches * (1 + 2 * per_layer)
+    assert torch.equal(logits(model), before)
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+    dense = held_out_nll(model, windows, 2)
+    assert found.dense_nll == pytest.approx(dense, abs=1e-6)
+    assert set(found.groups) == {group.name for group in groups if group.units > 1}
+    for name, group in found.groups.items():
+        for removed, delta in zip(group.removed, group.deltas, strict=True):
+            present = torch.ones(group.units)
+            present[torch.argsort(scores[name])[:removed]] = 0.0
+            with Gates(model, groups.groups) as gates:
+                gates.set(name, present)
+                assert delta == pytest.approx(held_out_nll(model, windows, 2) - dense, abs=1e-6)
+        assert any(abs(delta) > 1e-5 for delta in group.deltas), "trials that change nothing prove nothing"
+
+
+def test_what_computes_nothing_is_missed_by_nobody() -> None:
+    model = build("llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    groups = find_groups(model)
+    found = measure_sensitivity(
+        model, groups, scores_of(groups), held_out(), (0.3, 0.7), Silent(), conditions=CONDITIONS
+    )
+    assert found.groups["layers.1.attention"].deltas == (0.0, 0.0)
+    assert found.groups["layers.1.attention"].removed == (1, 2)
+    assert found.groups["layers.1.ffn"].mean != 0
+
+
+class ReturnsTuple(torch.nn.Module):
+    """A decoder layer as older modeling code has them: its output is the first of several."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, *args, **kwargs):
+        return self.layer(x[0] if isinstance(x, tuple) else x, *args, **kwargs), None
+
+
+def test_layers_that_return_tuples() -> None:
+    model, windows = build("llama-gqa"), held_out()
+    expected = held_out_nll(model, windows, 2)
+    model.model.layers = torch.nn.ModuleList(map(ReturnsTuple, model.model.layers))
+    model.model.norm.register_forward_pre_hook(lambda _, args: args[0][:1])
+    restart = Restart(model, windows.ids_NT, 2)
+    for _ in range(2):
+        assert restart.mean_loss() == pytest.approx(expected, abs=1e-6)
+        if restart.layer == 0:
+            restart.advance()
+
+
+def test_a_repair_sees_what_stays_and_is_undone() -> None:
+    model = build("llama-gqa")
+    groups, scores = find_groups(model), scores_of(find_groups(model))
+    seen: dict[str, list[int]] = {}
+
+    @contextmanager
+    def silence_the_whole_layer(group, keep):
+        seen[group.name] = keep.tolist()
+        weight = model.get_parameter(group.consumers[0].parameter)
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+            yield
+            weight.copy_(kept)
+
+    before = logits(model)
+    repaired = measure_sensitivity(
+        model, groups, scores, held_out(), (0.5, 0.75), Silent(), conditions=CONDITIONS, repair=silence_the_whole_layer
+    )
+    assert torch.equal(logits(model), before)
+    for name, group in repaired.groups.items():
+        assert group.deltas[0] == pytest.approx(group.deltas[1], abs=1e-9), "the repair is stronger than the trial"
+        assert seen[name] == sorted(torch.argsort(scores[name])[group.removed[1] :].tolist())
+
+
+def test_one_unit_at_least_goes_and_one_stays() -> None:
+    assert [units_removed(share, 3) for share in (0.01, 0.25, 0.5, 0.99)] == [1, 1, 2, 2]
+    assert [units_removed(share, 40) for share in (0.25, 0.5)] == [10, 20]
+
+
+def test_a_broken_model_is_told() -> None:
+    model = build("llama-gqa")
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    groups = find_groups(model)
+    with pytest.raises(InputError, match="the model as it is is nan"):
+        measure_sensitivity(model, groups, scores_of(groups), held_out(), (0.5,), Silent(), conditions=CONDITIONS)
+
+
+# --- what it says --------------------------------------------------------------------------------
+
+
+def test_protected_by_hand() -> None:
+    means = [1.0, 1.1, 0.9, 1.0, 5.0, 1.2, 0.8, 1.0, 4.0, 1.0, 1.1, 0.9, 3.0, 1.0]
+    found = sensitivity_of({f"layers.{n}.ffn": (mean - 0.5, mean + 0.5) for n, mean in enumerate(means)})
+    # The median is 1.0, the median absolute deviation 0.1: all above 1.3 are outliers.
+    assert found.protected(0.5) == ("layers.4.ffn", "layers.8.ffn", "layers.12.ffn")
+    assert found.protected() == ("layers.4.ffn", "layers.8.ffn")  # 15 % of 14 groups
+    assert found.protected(0.0) == ()
+    assert sensitivity_of({f"layers.{n}.ffn": (1.0, 2.0) for n in range(9)}).protected(0.9) == ()
+
+
+@pytest.mark.parametrize(("a", "p"), [(0.5, 1.0), (2.0, 1.7), (0.03, 3.2)])
+def test_a_power_law_is_found_again(a: float, p: float) -> None:
+    shares = [0.2, 0.45, 0.7]
+    curve = fit_curve(shares, tuple(a * share**p for share in shares))
+    assert curve.a == pytest.approx(a, rel=1e-3)
+    assert curve.p == pytest.approx(p, abs=3e-3)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=4))
+def test_no_curve_falls_or_gets_flatter(deltas: list[float]) -> None:
+    shares = [0.2, 0.4, 0.6, 0.8][: len(deltas)]
+    curve = fit_curve(shares, tuple(deltas))
+    values = [curve(k / 20) for k in range(21)]
+    steps = np.diff(values)
+    assert values[0] == 0
+    assert (steps >= 0).all()
+    assert (np.diff(steps) >= -1e-9).all()
+    straight = max(np.dot(shares, deltas) / np.dot(shares, shares), 0)
+    error = sum((curve(k) - delta) ** 2 for k, delta in zip(shares, deltas, strict=True))
+    assert error <= sum((straight * k - delta) ** 2 for k, delta in zip(shares, deltas, strict=True)) + 1e-9
+
+
+def test_it_survives_json_and_nonsense_does_not() -> None:
+    found = sensitivity_of({"layers.0.ffn": (0.1, 0.30000000000000004), "layers.1.ffn": (-0.1, 1e-17)})
+    assert Sensitivity.parse(json.dumps(found.to_json())) == found
+    assert found.conditions.fingerprint != CONDITIONS.model_copy(update={"shares": (0.5,)}).fingerprint
+    for text in ("", "[]", json.dumps(found.to_json()).replace("0.1", "NaN")):
+        with pytest.raises(InputError, match="not a valid sensitivity file"):
+            Sensitivity.parse(text)
+
+
+# --- what a plan makes of it ---------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 9), st.floats(1, 4)), min_size=3, max_size=3), st.integers(1, 9))
+def test_greedy_is_optimal_where_all_units_cost_the_same(laws: list[tuple[float, float]], amount: int) -> None:
+    names, units = ["a", "b", "c"], 3
+    curves = {name: Curve(*law) for name, law in zip(names, laws, strict=True)}
+    groups = dict.fromkeys(names, Group("", 0, "ffn", units, (), 7))
+    price, limit, gone = (dict.fromkeys(names, each) for each in (7, units, 0))
+    counts = least_damage(groups, curves, price, limit, gone, 7 * amount)
+    best = min(
+        sum(curves[name](k / units) for name, k in zip(names, each, strict=True))
+        for each in itertools.product(range(units + 1), repeat=3)
+        if sum(each) == amount
+    )
+    assert sum(counts.values()) == amount
+    assert sum(curves[name](count / units) for name, count in counts.items()) == pytest.approx(best, rel=1e-9)
+
+
+FOUND: dict[str, Groups] = {}
+
+
+def find_groups_once(family: str = "llama-mha-tied") -> Groups:
+    if family not in FOUND:
+        FOUND[family] = find_groups(build(family))
+    return FOUND[family]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(["uniform", "free"]),
+    basis=st.sampled_from(["block", "total"]),
+    sparsity=st.floats(0.05, 0.5),
+    seed=st.integers(0, 1000),
+    protect=st.booleans(),
+)
+def test_by_curves_the_target_is_reached_to_one_unit(shape, basis, sparsity, seed, protect) -> None:
+    groups = find_groups_once()
+    chance = np.random.default_rng(seed)
+    curves = {group.name: Curve(chance.uniform(0, 1), chance.uniform(1, 4)) for group in groups}
+    prior = Prior(frozenset(["layers.1.attention"] if protect else []), curves)
+    pruning = Pruning(sparsity=sparsity, shape=shape, basis=basis, allocation="curves")
+    plan = choose(groups, Plan.whole(groups), scores_of(groups, seed), pruning, prior=prior)
+    whole = groups.block_parameters if basis == "block" else groups.total_parameters
+    step = groups.by_name("layers.0.ffn").cost * (2 if shape == "uniform" else 1)
+    assert -1e-6 <= plan.removed_parameters - sparsity * whole < step
+    if protect and shape == "free":
+        assert len(plan.groups["layers.1.attention"].keep) == 6
+    if shape == "uniform":
+        assert len({len(g.keep) for name, g in plan.groups.items() if name.endswith("ffn")}) == 1
+
+
+def test_by_curves_the_sturdy_layer_gives() -> None:
+    groups = find_groups_once()
+    curves = {group.name: Curve(10.0 if group.layer else 0.1, 2.0) for group in groups}
+    prior = Prior(frozenset(), curves)
+    pruning = Pruning(sparsity=0.3, shape="free", allocation="curves")
+    plan = choose(groups, Plan.whole(groups), scores_of(groups), pruning, prior=prior)
+    for kind in ("attention", "ffn"):
+        assert len(plan.groups[f"layers.0.{kind}"].keep) < len(plan.groups[f"layers.1.{kind}"].keep)
+    capped = choose(groups, Plan.whole(groups), scores_of(groups), pruning.model_copy(update={"cap": 0.4}), prior=prior)
+    assert min(len(g.keep) / g.units for g in capped.groups.values()) >= 0.6
+    assert capped.sparsity.block >= 0.3
+
+
+def test_in_the_uniform_shape_curves_trade_heads_for_channels() -> None:
+    groups = find_groups_once()
+    for sturdy, heads in (("attention", 4), ("ffn", 6)):
+        curves = {group.name: Curve(0.0 if group.kind == sturdy else 1.0, 1.0) for group in groups}
+        pruning = Pruning(sparsity=0.25, allocation="curves")
+        plan = choose(groups, Plan.whole(groups), scores_of(groups), pruning, prior=Prior(frozenset(), curves))
+        assert {len(g.keep) for name, g in plan.groups.items() if name.endswith("attention")} == {heads}
+
+
+@pytest.mark.parametrize("allocation", ["local", "global", "curves"])
+def test_protected_groups_lose_nothing(allocation: str) -> None:
+    groups = find_groups_once()
+    prior = Prior(frozenset(["layers.0.ffn"]), {group.name: Curve(1.0, 2.0) for group in groups})
+    pruning = Pruning(sparsity=0.3, shape="free", allocation=allocation)
+    plan = choose(groups, Plan.whole(groups), scores_of(groups), pruning, prior=prior)
+    assert len(plan.groups["layers.0.ffn"].keep) == 40
+    assert plan.sparsity.block >= 0.3
+
+
+# --- the verb, and the run -----------------------------------------------------------------------
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.said: list[str] = []
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append(name)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+SMALL = {"training.batch_size": 4, "data.sequence_length": 32, "pruning.calibration_batches": 1}
+
+
+def test_a_second_analysis_finds_the_first(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    def again(**changed: object) -> tuple[Sensitivity, Listening]:
+        progress = Listening()
+        found = regrow.analyze(
+            str(checkpoint), str(text), tmp_path, **{"windows": 4, "overrides": SMALL, **changed}, progress=progress
+        )
+        return found, progress
+
+    first, progress = again()
+    assert "sensitivity" in progress.stages
+    assert Sensitivity.parse((tmp_path / "sensitivity.json").read_text()) == first
+    assert first.conditions.windows == 4
+    assert "</svg>" in (tmp_path / "sensitivity.svg").read_text()
+    second, progress = again()
+    assert second == first
+    assert "sensitivity" not in progress.stages
+    assert "not measured again" in progress.said[0]
+    third, progress = again(shares=(0.5,))
+    assert "sensitivity" in progress.stages
+    assert all(len(group.deltas) == 1 for group in third.groups.values())
+    (tmp_path / "sensitivity.json").write_text("{")
+    assert again(shares=(0.5,))[0] == third
+
+
+def perturbed(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint as after a little training: other numbers, nothing else."""
+    shutil.copytree(checkpoint, folder)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_fine_tuned_model_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
+    other = perturbed(checkpoint, tmp_path / "other")
+    assert (other / "model.safetensors").stat().st_size == (checkpoint / "model.safetensors").stat().st_size
+    assert checkpoint_sha256(other) != checkpoint_sha256(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    assert checkpoint_sha256(tmp_path / "copy") == checkpoint_sha256(checkpoint)
+
+
+def test_a_run_analyses_plans_and_uses_it_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    wanted = QUICK | {"analysis.enabled": True, "analysis.windows": 3, "pruning.allocation": "curves"}
+    wanted |= {"pruning.shape": "free", "training.steps": 1, "analysis.protect": 0.34}
+    first = regrow.prune(str(checkpoint), tmp_path / "a", data=str(text), sparsity=0.3, overrides=wanted)
+    file = tmp_path / "a" / "sensitivity.json"
+    found = Sensitivity.parse(file.read_text())
+    for name in found.protected(0.34):
+        assert len(first.plan.groups[name].keep) == first.plan.groups[name].units
+    assert first.results["sparsity"]["block"] >= 0.3
+    progress = Listening()
+    second = regrow.prune(
+        str(checkpoint), tmp_path / "b", data=str(text), sparsity=0.3,
+        overrides=wanted | {"analysis.from_file": str(file)}, progress=progress,
+    )  # fmt: skip
+    assert second.plan == first.plan
+    assert "sensitivity" not in progress.stages
+    assert (tmp_path / "b" / "sensitivity.json").read_text() == file.read_text()
+    other = perturbed(checkpoint, tmp_path / "other")
+    with pytest.raises(InputError, match="another model"):
+        regrow.prune(str(other), tmp_path / "c", data=str(text), overrides=wanted | {"analysis.from_file": str(file)})
+    assert not (tmp_path / "c").exists()
+
+
+def test_analyze_shows_a_table(command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
+    words = ["analyze", checkpoint, "--data", text, "--shares", "0.3,0.6", "--windows", "4", "--out", tmp_path / "out"]
+    done = command(*words, *settings)
+    assert done.code == 0, done.stderr
+    for word in ("30% removed", "60% removed", "ffn", "attention", "held-out loss of the whole model"):
+        assert word in done.stdout
+    again = command(*words, *settings, "--json")
+    assert "not measured again" in again.stderr
+    assert json.loads(again.stdout) == json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("analyze LLAMA --data TEXT --shares 0.5,x", "--shares 'x'"),
+        ("analyze LLAMA --data TEXT --shares 1.5", "analysis.shares.0 = 1.5"),
+        ("analyze LLAMA --data TEXT --out note.txt", "note.txt is a file"),
+        ("prune LLAMA --data TEXT --out out --set pruning.allocation=curves", "set analysis.enabled=true"),
+        (
+            "prune LLAMA --data TEXT --out out --set analysis.enabled=true --set analysis.from_file=no.json "
+            "--set data.sequence_length=32 --set evaluation.windows=[32]",
+            "no.json: cannot be read",
+        ),
+    ],
+)
+def test_bad_input(
+    words: str, complaint: str, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "note.txt").write_text("")
+    done = command(*[{"LLAMA": checkpoint, "TEXT": text}.get(word, word) for word in words.split()], cwd=tmp_path)
+    assert done.code == 2
+    assert complaint in done.stderr
+    assert len(done.complaint.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_the_heat_map_can_be_read() -> None:
+    found = sensitivity_of({f"layers.{n}.{kind}": (n / 3, -0.1) for n in range(9) for kind in ("attention", "ffn")})
+    figure = draw_sensitivity(found, ["layers.8.ffn"])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = figure.axes[0].texts
+    extents = [text.get_window_extent(renderer) for text in texts]
+    assert not [1 for n, one in enumerate(extents) for other in extents[:n] if one.overlaps(other)]
+    assert all(figure.bbox.contains(*one.min) and figure.bbox.contains(*one.max) for one in extents)
+    marked = [text.get_text() for text in texts if text.get_text().endswith("●")]
+    assert marked == [f"{(8 / 3 - 0.1) / 2:.4f} ●"]
