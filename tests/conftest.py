@@ -278,7 +278,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without completions and without the fresh process that reloads the checkpoint: most of a tiny run."""
+    """Runs without completions, and without the fresh process that reloads the checkpoint: most of their time."""
     passed = Verification("LlamaForCausalLM", "", 0.0, 1.0, False)
     monkeypatch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
     monkeypatch.setattr("regrow.evaluation.compare.complete", lambda model, tokenizer, prompt: "…")

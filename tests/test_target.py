@@ -165,7 +165,11 @@ def test_a_share_stands_for_a_whole_number_of_parameters(block: int, way: float)
 
 
 def run(checkpoint: Path, text: Path, out: Path, recipe: str = "magnitude", steps: int = 2, **given: object):
-    overrides = {**QUICK, **{key.replace("__", "."): value for key, value in given.items()}}
+    overrides = {
+        **QUICK,
+        "evaluation.max_windows": 4,
+        **{key.replace("__", "."): value for key, value in given.items()},
+    }
     return regrow.prune(str(checkpoint), out, recipe, data=str(text), steps=steps, overrides=overrides)
 
 
