@@ -18,9 +18,9 @@ from regrow.evaluation import compare, latency
 from regrow.evaluation.latency import FRACTIONS, Latency, Saving, measure_latency, probe_turns
 from regrow.evaluation.speed import Rate, Speed, measure_speed
 from regrow.planning.allocation import choose
+from regrow.planning.bracket import RESOLUTION, Search
 from regrow.planning.demand import reach
 from regrow.planning.plan import Plan
-from regrow.planning.search import RESOLUTION, Search
 from regrow.planning.target import (
     Target,
     check_speedup,

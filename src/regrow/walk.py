@@ -48,7 +48,7 @@ from regrow.planning.target import parse_target
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.distillation import check_distillation
-from regrow.recovery.pruner import CutEvent
+from regrow.recovery.pruner import CutEvent, check_one_shot
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
@@ -109,6 +109,7 @@ class Walk:
             find_criterion(recipe.analysis.criterion)
         elif recipe.pruning.allocation == "curves":
             raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
+        check_one_shot(recipe)
         check_distillation(recipe)
         list_sources(recipe.data)
         if Path(self.name).resolve() == (self.folder / "model").resolve():

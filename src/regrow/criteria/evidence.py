@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from regrow.compensation.moments import InputMoments
 from regrow.structure.gates import GateMoments
 
 ROWS_AT_ONCE = 256
@@ -82,6 +83,8 @@ class Evidence:
     linears: tuple[Linear, ...]
     gate: GateMoments | None = None
     """Moments of the gate derivatives since the last scoring, if the criterion needs them."""
+    inputs: InputMoments | None = None
+    """Of the consumer's input, if the criterion needs them and there is one consumer."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     """The run's own source of chance."""
     similarity: float | None = None

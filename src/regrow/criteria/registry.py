@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import depth, gate, lhspg, lora, simple, taylor
+from regrow.criteria import depth, gate, lhspg, lora, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 
-Need = Literal["lora", "gate", "weight", "similarity"]
+Need = Literal["lora", "gate", "weight", "similarity", "inputs"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
-of the gate derivatives, gradients of the frozen weights (as large as the weights), or how alike a layer's input and
-output are."""
+of the gate derivatives, gradients of the frozen weights (as large as the weights), how alike a layer's input and
+output are, or second moments of the consumers' inputs (as large as their squared width; one-shot schedules only)."""
 
 Scored = Literal["width", "depth"]
 """What a criterion scores: units of the groups, whole layers, or both (then in the same measure)."""
@@ -61,6 +61,8 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
         Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"}), BOTH),
         Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"}), BOTH),
+        Criterion("repairable-fisher", repair.repairable_fisher, frozenset({"gate", "inputs"})),
+        Criterion("obs", repair.obs, frozenset({"inputs"})),
         Criterion("block-influence", depth.block_influence, frozenset({"similarity"}), frozenset({"depth"})),
         Criterion("lhspg", lhspg.lhspg, frozenset()),
         Criterion("lhspg-magnitude", lhspg.magnitude, frozenset()),
@@ -97,7 +99,7 @@ def find_criterion(name: str) -> Criterion:
     A user's function takes an `Evidence` and returns one score per unit, or a mapping of named terms with one
     value per unit each, which `combine` makes a score of. It is given LoRA gradients and gate
     moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
-    of `{"lora", "gate", "weight", "similarity"}`). One for whole layers says `SCORES = {"depth"}` (default
+    of `{"lora", "gate", "weight", "similarity", "inputs"}`). One for whole layers says `SCORES = {"depth"}` (default
     `{"width"}`, or both).
 
     Raises:

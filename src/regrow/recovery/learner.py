@@ -90,8 +90,14 @@ class Learner:
             return torch.autocast(device, torch.bfloat16)
         return nullcontext()
 
-    def backward(self, data: Iterator[Batch], recording: Recording | None = None) -> float:
+    def backward(
+        self, data: Iterator[Batch], recording: Recording | None = None, labels: torch.Generator | None = None
+    ) -> float:
         """Gradients of one step: `accumulate` forward and backward passes.
+
+        Args:
+            labels: if given, the model's own predictions are sampled with it and take the place of the text as
+                what is to be predicted: squared gradients are then the true Fisher information.
 
         Returns:
             The mean loss; not a number as soon as one is not finite.
@@ -104,7 +110,7 @@ class Learner:
                 lesson = self.objective.lesson(batch)
             with recording(batch.tokens * accumulate) if recording else nullcontext():
                 with self.autocast:
-                    loss, terms = self.objective.loss(self.model, batch, lesson)
+                    loss, terms = self.objective.loss(self.model, batch, lesson, labels)
                     loss = loss / accumulate
                 if not torch.isfinite(loss):
                     return math.nan

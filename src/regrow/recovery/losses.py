@@ -77,6 +77,16 @@ def language_loss(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor | None =
     )
 
 
+def sampled_labels(logits_BTV: Tensor, chance: torch.Generator) -> Tensor:
+    """Tokens drawn from the model's own predictions, at the place where the text's would be: int64 `[B, T]`.
+
+    The squared gradient of their NLL has the true Fisher information as its mean.
+    """
+    probabilities = logits_BTV.detach()[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=chance).view(len(logits_BTV), -1)
+    return functional.pad(drawn, (1, 0)).to(logits_BTV.device)
+
+
 def divergence(logits_BTV: Tensor, target: Target, temperature: float, scored_BT: Tensor | None = None) -> Tensor:
     """Mean `KL(p_T ‖ p_S)`, nats, of the softmax of the student's logits / temperature from a teacher's.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.data.tokens import Batch
-from regrow.recovery.losses import divergence, hidden_distance, language_loss
+from regrow.recovery.losses import divergence, hidden_distance, language_loss, sampled_labels
 from regrow.recovery.teacher import Lesson, Teacher, layer_outputs
 from regrow.settings import Distillation
 
@@ -56,15 +56,21 @@ class Objective:
         self._seconds += time.perf_counter() - began
         return lesson
 
-    def loss(self, model: PreTrainedModel, batch: Batch, lesson: Lesson | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, batch: Batch, lesson: Lesson | None, labels: torch.Generator | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Let the student answer the batch.
+
+        Args:
+            labels: samples the tokens to be predicted from the student's own answer, instead of the text's.
 
         Returns:
             The loss, and what it is made of (`ce`, `kl`, `hidden`; unweighted), empty if that is only the NLL.
         """
         with layer_outputs(model, self.layers) as hidden:
             logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
-        ce = language_loss(logits_BTV, batch.ids_BT, batch.scored_BT)
+        wanted_BT = batch.ids_BT if labels is None else sampled_labels(logits_BTV, labels)
+        ce = language_loss(logits_BTV, wanted_BT, batch.scored_BT)
         if lesson is None:
             return ce, {}
         settings = self.settings

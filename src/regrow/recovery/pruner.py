@@ -15,6 +15,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
+from regrow.planning.interactions import least_joint_damage
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.planning.sensitivity import Prior
@@ -39,6 +40,26 @@ class CutEvent:
     plan: Plan
     scores: dict[str, torch.Tensor]
     """One per original unit, as they were when the plan was made."""
+
+
+def check_one_shot(recipe: Recipe) -> None:
+    """Refuse a progressive schedule for what is only done once.
+
+    Raises:
+        InputError: if the recipe asks for it.
+    """
+    pruning, needs = recipe.pruning, find_criterion(recipe.pruning.criterion).needs
+    asked = {
+        "search.evaluations": recipe.search.evaluations > 0,
+        "compensation.carrier=adapter": recipe.compensation.carrier == "adapter"
+        and recipe.compensation.method != "none",
+        "pruning.interactions": pruning.interactions > 1,
+        f"pruning.criterion={pruning.criterion}": "inputs" in needs,
+    }
+    for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
+        raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
+    if pruning.interactions > 1 and "gate" not in needs:
+        raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
 
 
 class Pruner:
@@ -127,14 +148,19 @@ class Pruner:
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
             count = min(count, 1)
-        for _ in range(max(count, 1 if 0 in self.events else 0)):
+        at_once = "inputs" in self.scorer.criterion.needs  # moments of all batches before the one, costly, score
+        self.scorer.keep_samples = self.pruning.interactions > 1
+        for number in range(batches := max(count, 1 if 0 in self.events else 0)):
             fine = not self.scorer.criterion.needs or self._measure()
-            self.learner.count(skipped=not (fine and self._score()))
+            due = not at_once or number == batches - 1
+            self.learner.count(skipped=not (fine and (self._score() if due else True)))
             self.learner.optimizer.zero_grad(set_to_none=True)
             on_batch()
+        self.scorer.keep_samples = False
 
     def _measure(self) -> bool:
-        loss = self.learner.backward(self.calibration, self.scorer.recording)
+        labels = self.scorer.generator if self.pruning.labels == "model" else None
+        loss = self.learner.backward(self.calibration, self.scorer.recording, labels)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters, self.learner.training.clip)
         return math.isfinite(loss) and bool(torch.isfinite(norm))
 
@@ -211,14 +237,28 @@ class Pruner:
             self.scorer.close()
 
     def _next_plan(self, scores: dict[str, torch.Tensor], fraction: float) -> Plan:
+        plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
+        if self.preparation:
+            self.learner.objective.before_change()
+            if self.search:
+                plan = self.preparation.search(self.original, self.plan, scores, self.prior)
+        if self.scorer.samples:
+            plan = self._interacting(plan)
         if not self.preparation:
-            return choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
-        self.learner.objective.before_change()
-        if self.search:
-            plan = self.preparation.search(self.original, self.plan, scores, self.prior)
-        else:
-            plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
+            return plan
         return self.preparation.compensate(self.groups, self.cut_plan, plan) if self.compensation else plan
+
+    def _interacting(self, plan: Plan) -> Plan:
+        """A plan of the same widths whose removed units do least damage together."""
+        keep = {}
+        for group in self.original:
+            left = len(plan.groups[group.name].keep)
+            if 0 < left < group.units:
+                samples_NU, lost = torch.cat(self.scorer.samples[group.name]), group.units - left
+                gone = least_joint_damage(samples_NU, lost, round(self.pruning.interactions * lost))
+                keep[group.name] = sorted(set(range(group.units)) - set(gone.tolist()))
+        self.scorer.samples.clear()
+        return plan.keeping(keep)
 
     def _begin_period(self) -> None:
         for group in self.groups:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
 from regrow.errors import InputError
@@ -19,6 +20,7 @@ from regrow.planning.plan import Plan
 from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
+from regrow.structure.prefix import watching_inputs
 from regrow.structure.similarity import Cosines, watching_layers
 
 PLAIN = ""
@@ -75,8 +77,13 @@ class Scorer:
         self.generator = torch.Generator().manual_seed(seed)
         self._moments: dict[str, GateMoments] = {}
         self._start: Factors = {}
+        self.keep_samples = False
+        self.samples: dict[str, list[Tensor]] = defaultdict(list)
+        """If `keep_samples`: group name -> gate derivatives `[B, U]` of every sequence recorded."""
         self._cosines: dict[str, Cosines] = defaultdict(Cosines)
         self._layers: tuple[Layer, ...] = ()
+        self._consumers: dict[str, str] = {}
+        self._inputs: dict[str, InputMoments] = {}
 
     def close(self) -> None:
         """Leave the model as it was found."""
@@ -85,6 +92,12 @@ class Scorer:
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
         self._layers = groups.layers
+        if "inputs" in self.criterion.needs:
+            for group in groups:
+                if len(group.consumers) == 1:
+                    linear = linear_evidence(self.model, group.consumers[0])
+                    self._consumers[group.name] = linear.name
+                    self._inputs[group.name] = InputMoments.zeros(linear.weight.shape[1], linear.weight.device)
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
 
     def begin_period(self) -> None:
@@ -93,10 +106,13 @@ class Scorer:
 
     @contextmanager
     def recording(self, scale: float) -> Iterator[None]:
-        """A context for one forward and backward pass; see `Gates.recording`."""
+        """A context for one forward and backward pass; see `Gates.recording`. Moments add up until `update`."""
         with ExitStack() as stack:
             if "gate" in self.criterion.needs:
                 stack.enter_context(self.gates.recording(scale, self._count))
+            if "inputs" in self.criterion.needs:
+                for name, consumer in self._consumers.items():
+                    stack.enter_context(watching_inputs(self.model.get_submodule(consumer), self._inputs[name].add))
             if "similarity" in self.criterion.needs and self.depth:
                 look = watching_layers(self.model, self._layers, lambda unit, c_BT: self._cosines[unit].add(c_BT))
                 stack.enter_context(look)
@@ -106,6 +122,8 @@ class Scorer:
         if name not in self._moments:
             self._moments[name] = GateMoments.zeros(c_BU.shape[1])
         self._moments[name].add(c_BU)
+        if self.keep_samples:
+            self.samples[name].append(c_BU.cpu())
 
     def update(self, groups: Groups, cut_plan: Plan, plan: Plan) -> bool:
         """Score every group from the gradients of one step, and average.
@@ -125,6 +143,7 @@ class Scorer:
             scores = self._combined({one.name: self._terms(one) for one in evidence})
         self._cosines.clear()
         self._moments = {}
+        self._inputs = {}
         for parameter in self._weights(groups):
             parameter.grad = None
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
@@ -166,7 +185,8 @@ class Scorer:
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
                 moments = moments and moments.only(torch.from_numpy(units))
-            yield gather_evidence(self.model, group, moments, self.generator, self._start)
+            evidence = gather_evidence(self.model, group, moments, self.generator, self._start)
+            yield replace(evidence, inputs=self._inputs.get(group.name))
 
     def _of_layers(self, groups: Groups, plan: Plan) -> Iterator[Evidence]:
         """What is known of the layers that stay."""
@@ -220,7 +240,7 @@ def gather_evidence(
         for piece in group.slices
         if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
     ]
-    return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator)
+    return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator=generator)
 
 
 def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, Tensor] | None = None) -> Linear:

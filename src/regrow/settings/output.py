@@ -1,0 +1,40 @@
+"""What is measured, and how the checkpoint is stored."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from regrow.settings.base import Count, Length, Section
+
+
+class Evaluation(Section):
+    """What is measured, of the dense and of the pruned model alike."""
+
+    windows: tuple[Length, ...] = Field(
+        default=(256,), min_length=1, description="Perplexity's window lengths; 128 and 2048 are the literature's."
+    )
+    bos: Literal["document", "once", "none"] = Field(
+        default="document", description="Where BOS goes in the text evaluated."
+    )
+    max_windows: Count | None = Field(
+        default=None, description="Evaluate at most so many windows; null: all of the text."
+    )
+    speed: bool = Field(default=True, description="Measure prefill and decode speed.")
+    speed_batches: tuple[Count, ...] = Field(default=(1, 4), min_length=1, description="Batch sizes for the speed.")
+    memory: bool = Field(default=True, description="Measure peak memory, each checkpoint in a process of its own.")
+    prompts: tuple[str, ...] = Field(
+        default=(), description="Prompts to complete; by default the start of a held-out document."
+    )
+
+
+class Output(Section):
+    """The checkpoint."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: as the original checkpoint."
+    )
+    shard_size: str = Field(
+        default="5GB",
+        pattern=r"^\d+(\.\d+)?[KMGT]B$",
+        description="Largest size of a safetensors file, for example 5GB.",
+    )

@@ -1,0 +1,116 @@
+"""How the skill is regrown."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from regrow.settings.base import Count, MixtureRule, Section, Share
+
+
+class Training(Section):
+    """LoRA training: recovery, and the steps between cuts."""
+
+    steps: int = Field(default=400, ge=0, description="Optimizer steps, those between cuts included.")
+    batch_size: Count = Field(default=8, description="Sequences in a forward pass.")
+    accumulate: Count = Field(default=1, description="Forward passes in an optimizer step.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of AdamW; null: by `learning_rate_rule`."
+    )
+    learning_rate_rule: Literal["sqrt-width", "width"] = Field(
+        default="sqrt-width",
+        description="sqrt-width: 3e-4 · sqrt(4096 / hidden_size). width: 2e-4 · 4096 / hidden_size, as μP does.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Learning rate after warm-up."
+    )
+    warm_up: Share = Field(default=0.03, description="Share of the steps over which the learning rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 autocast on hardware that has it, else float32."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
+    eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
+    patience: int = Field(
+        default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
+    )
+    max_skipped: Count = Field(
+        default=10, description="Stop with an error after so many updates in a row were not finite."
+    )
+
+
+class Distillation(Section):
+    """Recovery under a teacher, the model as it was before anything was removed:
+    loss = (1 - weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student) + hidden_weight · hidden states.
+    """
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the divergence from the teacher in the loss, the text's own cross-entropy having the "
+        "rest; 0: no distillation, 0.7 is a good value.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Both models' logits are divided by it for the KL.")
+    teacher: Literal["auto", "self", "model", "cached"] = Field(
+        default="auto",
+        description="auto: the model's own weights with gates open and adapters off until the first cut, from then on "
+        "a second copy. self: never a second copy; removed units stay behind closed gates until training ends. "
+        "model: a second copy from the start. cached: the most likely tokens at every position of the training text, "
+        "written to disk before training.",
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of a second copy; auto: as the model that is pruned."
+    )
+    top_k: Count = Field(
+        default=64, description="cached: tokens kept at every position; the others' probability is one sum."
+    )
+    hidden_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the relative squared error of the decoder layers' outputs; not with a cached teacher.",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.weight > 0 or self.hidden_weight > 0
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether nothing may be cut before training is over."""
+        return self.on and self.teacher == "self"
+
+
+class Recovery(Section):
+    """What is trained on when: stages, and the shares of several sources.
+
+    Training goes in rounds; before each, the held-out loss on every source is measured. Degradation is that loss minus
+    the dense model's.
+    """
+
+    mixture: MixtureRule = Field(
+        default="fixed",
+        description="How the sources' shares follow their degradation. fixed: not at all. degradation: more of what "
+        "has degraded more (LoRAShear). sheared: multiplied up round by round (Sheared-LLaMA). drpruning: the worst "
+        "case near the initial shares (DRPruning).",
+    )
+    interval: Count = Field(default=50, description="Optimizer steps in a round.")
+    floor: Share | None = Field(
+        default=None,
+        description="Least share of a source: of its initial share (degradation, drpruning), or of all spread evenly "
+        "(sheared); null: 0.3, 0.2 and 0.0001.",
+    )
+    tolerance: Share = Field(
+        default=0.0,
+        description="End a stage when a round lowers the mean degradation by less than this share of it; 0: never.",
+    )
+    max_rounds: Count | None = Field(
+        default=None, description="End a stage after so many rounds with everything cut; null: when its steps are done."
+    )
+    instruct_share: float = Field(
+        default=0.25, gt=0, lt=1, description="Share of the steps, the last ones, that train on instructions, if any."
+    )
