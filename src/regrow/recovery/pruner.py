@@ -161,6 +161,7 @@ class Pruner:
     def _cut(self) -> None:
         self.learner.objective.before_change()
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
+        self.learner.objective.layer_numbers = [layer.number for layer in self.groups.layers]
         self.cut_plan = self.settled_plan = self.plan
         self.gates.rebuild(self.groups.groups, {group.name: torch.ones(group.units) for group in self.groups})
         if not self._reached:
