@@ -57,6 +57,10 @@ def reference(student, teacher, temperature: float, scored) -> torch.Tensor:
     return (kl * counts).sum() / counts.sum()
 
 
+def number(value: torch.Tensor) -> float:
+    return value.item()
+
+
 def gradient(value: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(value, student)[0]
 
@@ -136,7 +140,7 @@ def test_all_tokens_kept_is_the_full_divergence(k: int) -> None:
     student, teacher = pair()
     full = divergence(student, FullTarget(teacher, 1.5), 1.5)
     kept = divergence(student, top_distribution(teacher, k, 1.5), 1.5)
-    assert float(kept) == pytest.approx(float(full), rel=1e-6)
+    assert kept.item() == pytest.approx(full.item(), rel=1e-6)
     torch.testing.assert_close(gradient(kept, student), gradient(full, student), rtol=1e-5, atol=1e-8)
 
 
@@ -144,8 +148,8 @@ def test_all_tokens_kept_is_the_full_divergence(k: int) -> None:
 @given(seed=st.integers(0, 10**6), spread=st.floats(0.1, 30))
 def test_knowing_less_never_makes_the_divergence_larger(seed: int, spread: float) -> None:
     student, teacher = pair(seed, spread)
-    values = [float(divergence(student, top_distribution(teacher, k, 1.0), 1.0)) for k in (1, 3, 8, V)]
-    values.append(float(divergence(student, FullTarget(teacher, 1.0), 1.0)))
+    values = [number(divergence(student, top_distribution(teacher, k, 1.0), 1.0)) for k in (1, 3, 8, V)]
+    values.append(number(divergence(student, FullTarget(teacher, 1.0), 1.0)))
     assert values[0] > -1e-5
     assert all(fewer <= more + 1e-5 * (1 + more) for fewer, more in itertools.pairwise(values))
 
@@ -155,19 +159,19 @@ def test_nll_of_scored_tokens() -> None:
     ids, scored = torch.randint(0, V, (B, T)), mask()
     log_q = student.double().log_softmax(-1)
     by_hand = [-log_q[b, t - 1, ids[b, t]] for b in range(B) for t in range(1, T) if scored[b, t]]
-    assert float(language_loss(student, ids, scored)) == pytest.approx(float(sum(by_hand)) / len(by_hand), rel=1e-6)
+    assert number(language_loss(student, ids, scored)) == pytest.approx(number(sum(by_hand)) / len(by_hand), rel=1e-6)
     everything = torch.ones(B, T, dtype=torch.bool)
-    assert float(language_loss(student, ids, everything)) == float(language_loss(student, ids))
+    assert number(language_loss(student, ids, everything)) == number(language_loss(student, ids))
     assert Batch(ids, scored).tokens == len(by_hand)
 
 
 def test_hidden_distance_by_hand() -> None:
     teacher = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]])  # squared norms 25 and 4, then one that never counts
     student = torch.tensor([[[3.0, 3.0], [2.0, 2.0], [0.0, 0.0]]])  # squared errors 1 and 4
-    assert float(hidden_distance([student], [teacher])) == pytest.approx((1 / 25 + 1) / 2)
-    assert float(hidden_distance([student, teacher], [teacher, teacher])) == pytest.approx((1 / 25 + 1) / 4)
+    assert number(hidden_distance([student], [teacher])) == pytest.approx((1 / 25 + 1) / 2)
+    assert number(hidden_distance([student, teacher], [teacher, teacher])) == pytest.approx((1 / 25 + 1) / 4)
     only_last = torch.tensor([[False, False, True]])
-    assert float(hidden_distance([student], [teacher], only_last)) == pytest.approx(1)
+    assert number(hidden_distance([student], [teacher], only_last)) == pytest.approx(1)
 
 
 # --- teachers ------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def test_a_copy_in_bfloat16_takes_half_and_says_nearly_the_same() -> None:
     assert exact.bytes == sum(p.nbytes for name, p in model.named_parameters() if ".lora_" not in name)
     assert exact.bytes == 2 * half.bytes
     said, nearly = (teacher.lesson(Batch(IDS)).target for teacher in (exact, half))
-    assert 0 < float(divergence(nearly.logits_BTV, said, 1.0)) < 0.01
+    assert 0 < number(divergence(nearly.logits_BTV, said, 1.0)) < 0.01
 
 
 def progressive(**changes: object) -> Recipe:
@@ -337,9 +341,9 @@ def test_the_loss_is_the_sum_it_is_said_to_be() -> None:
     batch = Batch(IDS, torch.rand(IDS.shape) < 0.6)
     loss, terms = learner.objective.loss(model, batch, learner.objective.lesson(batch))
     student = model(input_ids=IDS, use_cache=False).logits
-    assert float(terms["ce"]) == pytest.approx(float(language_loss(student, IDS, batch.scored_BT)))
+    assert number(terms["ce"]) == pytest.approx(number(language_loss(student, IDS, batch.scored_BT)))
     target = FullTarget(teacher.logits(IDS), 2.0)
-    assert float(terms["kl"]) == pytest.approx(float(divergence(student, target, 2.0, batch.scored_BT)))
+    assert number(terms["kl"]) == pytest.approx(number(divergence(student, target, 2.0, batch.scored_BT)))
     own, wanted = (m(input_ids=IDS, output_hidden_states=True).hidden_states for m in (model, teacher.model))
     # transformers gives the first layer's output as the second of its hidden states, the last one's only normalised
     first = hidden_distance(own[1:2], wanted[1:2], batch.scored_BT)
@@ -347,9 +351,9 @@ def test_the_loss_is_the_sum_it_is_said_to_be() -> None:
         model(input_ids=IDS)
     assert torch.equal(outputs[0], own[1])
     assert len(outputs) == 2
-    assert 0 < float(first) < 2 * float(terms["hidden"])
+    assert 0 < first.item() < 2 * number(terms["hidden"])
     expected = 0.3 * terms["ce"] + 0.7 * 4 * terms["kl"] + 0.3 * terms["hidden"]
-    assert float(loss) == pytest.approx(float(expected))
+    assert loss.item() == pytest.approx(expected.item())
 
 
 def test_layers_are_matched_by_their_numbers() -> None:
@@ -358,14 +362,14 @@ def test_layers_are_matched_by_their_numbers() -> None:
     lesson = objective.lesson(batch)
     with layer_outputs(learner.model, "model.layers") as own:
         learner.model(input_ids=IDS)
-    wanted = float(hidden_distance(own[1:], lesson.hidden[1:]))
+    wanted = number(hidden_distance(own[1:], lesson.hidden[1:]))
     del learner.model.model.layers[0]
     learner.model.config.num_hidden_layers = 1
     objective.layer_numbers = [1]
     with layer_outputs(learner.model, "model.layers") as left:
         terms = objective.loss(learner.model, batch, lesson)[1]
-    assert float(terms["hidden"]) == pytest.approx(float(hidden_distance(left, lesson.hidden[1:])))
-    assert float(terms["hidden"]) != pytest.approx(wanted)
+    assert number(terms["hidden"]) == pytest.approx(number(hidden_distance(left, lesson.hidden[1:])))
+    assert number(terms["hidden"]) != pytest.approx(wanted)
 
 
 def gradients_of(learner: Learner) -> list[torch.Tensor]:
@@ -392,7 +396,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_the_self_teacher_does_not_cost_the_student_its_gradients() -> None:
-    """Autocast keeps the casts of a pass; those of one without gradients must not serve the pass that needs them."""
+    """Neither through autocast, which keeps the casts of weights for later passes, nor by freezing adapters."""
     model = build("llama-gqa")
     groups = with_lora(model)
     weight = model.get_parameter(groups[0].consumers[0].parameter)

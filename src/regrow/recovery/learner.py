@@ -106,7 +106,7 @@ class Learner:
         total, self.terms, accumulate = 0.0, {}, self.training.accumulate
         for _ in range(accumulate):
             batch = next(data).to(self.model.device)
-            with self.autocast:  # not the student's: an autocast goes on using casts it made without gradients
+            with self.autocast:
                 lesson = self.objective.lesson(batch)
             with recording(batch.tokens * accumulate) if recording else nullcontext():
                 with self.autocast:

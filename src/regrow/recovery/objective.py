@@ -35,7 +35,7 @@ class Objective:
         Args:
             layers: dotted name of the list of decoder layers, if their outputs are to be matched.
             layer_numbers: of each of the student's layers, which one it was in the whole model; by default none
-                have gone. Whoever removes layers sets it anew.
+                have gone. Whoever removes layers sets it anew, as the `Pruner` does.
         """
         self.settings = settings or Distillation()
         self.teacher = teacher

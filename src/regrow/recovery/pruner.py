@@ -286,6 +286,7 @@ class Pruner:
         self.learner.objective.before_change()
         self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
         self.learner.parameters = adapter_parameters(self.model)
+        self.learner.objective.layer_numbers = [layer.number for layer in self.groups.layers]
         self.cut_plan = self.settled_plan = self.plan
         ones = {group.name: torch.ones(group.units) for group in self.groups}
         self.gates.rebuild(self.groups.groups, ones, self.groups.layers if self.depth else ())

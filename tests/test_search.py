@@ -1,0 +1,220 @@
+"""Search, the supernet it tries candidates on, joint damage, and scores that know what can be repaired."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, build, logits, with_lora
+
+import regrow
+from regrow.compensation.moments import InputMoments
+from regrow.criteria.evidence import Evidence, Linear
+from regrow.criteria.repair import obs, repairable_fisher
+from regrow.errors import InputError
+from regrow.planning.allocation import settle
+from regrow.planning.demand import most_removed
+from regrow.planning.interactions import least_joint_damage
+from regrow.planning.plan import Plan
+from regrow.planning.search import Ladder, exchange_search
+from regrow.progress import Silent
+from regrow.recipe import load_recipe
+from regrow.recovery.compensate import Compensator
+from regrow.recovery.losses import sampled_labels
+from regrow.recovery.supernet import Fitness, Supernet
+from regrow.settings import Compensation, Pruning
+from regrow.structure.gates import GateMoments, Gates
+from regrow.structure.groups import find_groups
+
+IDS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(5))
+
+
+def ladder_of(family: str, levels: int = 4) -> tuple[Ladder, int]:
+    groups = find_groups(build(family))
+    pruning = Pruning(sparsity=0.4, shape="free")
+    return Ladder.of(groups, most_removed(groups, pruning), levels), int(0.4 * groups.block_parameters)
+
+
+def test_rungs_end_at_the_limit_and_begin_at_nothing() -> None:
+    ladder, _ = ladder_of("llama-gqa")
+    for name, rungs in ladder.rungs.items():
+        assert rungs[0] == 0
+        assert list(rungs) == sorted(set(rungs))
+        assert rungs[-1] < (3 if "attention" in name else 40)
+
+
+def test_nearest_rungs_reach_the_target() -> None:
+    ladder, target = ladder_of("llama-gqa")
+    counts = ladder.nearest(dict.fromkeys(ladder.rungs, 1), target)
+    assert ladder.removed(counts) >= target
+    assert all(counts[name] in rungs for name, rungs in ladder.rungs.items())
+
+
+def test_an_exchange_keeps_the_target_and_gives_something_back() -> None:
+    ladder, target = ladder_of("llama-gqa")
+    chance = torch.Generator().manual_seed(0)
+    counts = ladder.nearest(dict.fromkeys(ladder.rungs, 1), target)
+    made = [ladder.exchange(counts, target, 2, chance) for _ in range(50)]
+    for other in (one for one in made if one is not None):
+        assert ladder.removed(other) >= target
+        change = [other[name] - counts[name] for name in counts]
+        assert sum(one > 0 for one in change) == 1
+        assert any(one < 0 for one in change)
+    assert any(made)
+
+
+def test_the_search_finds_the_best_of_a_small_space() -> None:
+    ladder = Ladder({name: tuple(range(9)) for name in "abc"}, dict.fromkeys("abc", 1))
+    wanted = {"a": 6, "b": 1, "c": 5}
+
+    def distance(counts: dict[str, int]) -> float:
+        return float(sum((counts[name] - wanted[name]) ** 2 for name in wanted))
+
+    found = exchange_search([{"a": 4, "b": 4, "c": 4}], ladder, 12, distance, 200, seed=0)
+    assert found.counts == wanted
+    assert list(found.trace) == sorted(found.trace, reverse=True)
+    assert len(found.trace) <= 200
+
+
+def test_settled_counts_remove_what_is_asked() -> None:
+    groups = find_groups(build("llama-gqa"))
+    pruning = Pruning(sparsity=0.4, shape="free")
+    ladder, target = ladder_of("llama-gqa")
+    counts = settle(groups, ladder.nearest(dict.fromkeys(ladder.rungs, 1), target), pruning)
+    removed = sum(group.cost * counts[group.name] for group in groups)
+    wanted = 0.4 * groups.block_parameters
+    assert wanted <= removed < wanted + groups.by_name("layers.0.ffn").cost
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha-tied", "qwen3"])
+def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_again(family: str) -> None:
+    model = build(family)
+    groups = with_lora(model, fill=False)
+    whole = logits(model)
+    settings = Compensation(method="least-squares", selection="obs")
+    with Gates(model, groups.groups) as gates:
+        supernet = Supernet(model, gates, Compensator(model, gates, settings), depth=False)
+        supernet.build(groups, {"layers.0.attention": [1], "layers.1.ffn": [5, 20]}, [IDS], Silent())
+        assert torch.equal(logits(model), whole)
+        fitness = Fitness(supernet, [IDS])
+        assert fitness(dict.fromkeys((g.name for g in groups), 0)) == pytest.approx(0, abs=1e-6)
+        some, more = fitness({"layers.1.ffn": 5}), fitness({"layers.1.ffn": 20})
+        assert 0 < some < more
+        supernet.close()
+        assert torch.equal(logits(model), whole)
+        # The first group's prefix is the dense one, so that the ready-made refit is the proper one.
+        supernet.set({"layers.0.attention": 1})
+        ready = logits(model)
+        supernet.close()
+        keep = {"layers.0.attention": np.arange(groups.by_name("layers.0.attention").units - 1)}
+        Compensator(model, gates, settings).run(groups, keep, [IDS], Silent())
+        torch.testing.assert_close(logits(model), ready, rtol=1e-4, atol=1e-5)
+
+
+def test_least_joint_damage_against_all_subsets() -> None:
+    chance = torch.Generator().manual_seed(3)
+    samples = torch.randn(30, 7, generator=chance, dtype=torch.float64) @ torch.randn(7, 7, generator=chance).double()
+    damage = {
+        subset: float(samples[:, list(subset)].sum(1).square().mean()) for subset in itertools.combinations(range(7), 2)
+    }
+    first = int(samples.square().mean(0).argmin())
+    greedy = min((pair for pair in damage if first in pair), key=lambda pair: damage[pair])
+    assert tuple(least_joint_damage(samples, 2, 7).tolist()) == greedy
+
+
+def test_twins_do_not_both_go() -> None:
+    twin = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    samples = torch.stack([twin, twin, 1.2 * torch.tensor([1.0, 1.0, -1.0, -1.0])], 1)
+    assert least_joint_damage(samples, 2, 3).tolist() == [0, 2]
+    assert least_joint_damage(samples, 2, 2).tolist() == [0, 1]
+
+
+def evidence_of(copies: float) -> Evidence:
+    """Three channels of equal damage, of which the last is `copies` times the first, plus noise of its own."""
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=chance)
+    x[:, 2] = copies * x[:, 0] + 0.1 * x[:, 2]
+    moments = InputMoments.zeros(3)
+    moments.add(x)
+    gate = GateMoments(torch.zeros(3).double(), torch.full((3,), 2.0).double(), 2)
+    consumer = Linear("down", torch.eye(3), 1, torch.arange(3)[:, None])
+    return Evidence("layers.0.ffn", "ffn", 3, (consumer,), gate, inputs=moments)
+
+
+def test_what_others_can_make_up_for_counts_less() -> None:
+    scores = repairable_fisher(evidence_of(copies=1.0))
+    assert scores[2] < 0.1 * scores[1]
+    assert scores[1] == pytest.approx(0.5, rel=0.05)
+    assert int(obs(evidence_of(copies=1.0)).argmin()) != 1
+
+
+def test_without_moments_nothing_is_discounted() -> None:
+    evidence = evidence_of(1.0)
+    bare = Evidence("layers.0.ffn", "ffn", 3, evidence.linears, evidence.gate)
+    torch.testing.assert_close(repairable_fisher(bare), torch.full((3,), 0.5).double())
+
+
+def test_sampled_labels_follow_the_models_own_distribution() -> None:
+    logits_BTV = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(1, 20_001, 3)
+    labels = sampled_labels(logits_BTV, torch.Generator().manual_seed(0))
+    shares = torch.bincount(labels[0, 1:], minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.01, rtol=0)
+
+
+OVERRIDES = QUICK | {"search.evaluations": 6, "search.windows": 4, "search.judge_windows": 4, "compensation.windows": 4}
+
+
+@pytest.mark.parametrize("shape", ["uniform", "free"])
+def test_the_default_recipe_searches_refits_and_reports_it(
+    checkpoint: Path, text: Path, tmp_path: Path, shape: str
+) -> None:
+    result = regrow.prune(
+        str(checkpoint),
+        tmp_path / "run",
+        data=str(text),
+        steps=4,
+        sparsity=0.4,
+        overrides=OVERRIDES | {"pruning.shape": shape},
+    )
+    training = result.results["training"]
+    assert training["search"]["best"] == min(training["search"].get("trace") or training["search"]["divergence"])
+    assert set(training["compensation"]["validation_loss"]) == {"0.5", "0.75", "1.0"}
+    assert training["distillation"]["teacher_steps"] == {"model": 4}
+    assert result.results["sparsity"]["block"] == pytest.approx(0.4, abs=0.02)
+    assert result.plan == Plan.parse((result.folder / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pruning.criterion": "repairable-fisher"},
+        {"pruning.criterion": "obs", "pruning.allocation": "local"},
+        {"pruning.interactions": 2.0},
+        {"pruning.labels": "model"},
+        {"pruning.kinds": ["attention", "ffn", "layer"]},
+    ],
+)
+def test_variants_of_the_default_recipe_run(checkpoint: Path, text: Path, tmp_path: Path, lean: None, settings) -> None:
+    result = regrow.prune(
+        str(checkpoint), tmp_path / "run", data=str(text), steps=2, sparsity=0.4, overrides=OVERRIDES | settings
+    )
+    assert result.results["sparsity"]["block"] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"search.evaluations": 4}, "search.evaluations goes with"),
+        ({"pruning.criterion": "obs"}, "pruning.criterion=obs goes with"),
+        ({"pruning.interactions": 2.0, "pruning.criterion": "gate-fisher"}, "pruning.interactions goes with"),
+        ({"compensation.method": "least-squares", "compensation.carrier": "adapter"}, "carrier=adapter goes with"),
+    ],
+)
+def test_what_is_done_once_wants_a_one_shot_schedule(
+    checkpoint: Path, text: Path, tmp_path: Path, settings, complaint: str
+) -> None:
+    recipe = load_recipe("loraprune", QUICK | settings)
+    with pytest.raises(InputError, match=complaint):
+        regrow.prune(str(checkpoint), tmp_path / "run", recipe, data=str(text), steps=2)
+    assert not (tmp_path / "run").exists()
