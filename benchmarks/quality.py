@@ -1,7 +1,9 @@
 r"""Recipes and criteria on one model, text, number of steps and evaluation; several seeds; one table.
 
-A contender is a recipe (`regrow`), or a recipe with another criterion (`loraprune+magnitude`). Every cell is
-a run of `regrow.prune`; a finished one is not run again. Δ is ln(perplexity) − ln(dense perplexity).
+A contender is a recipe (`regrow`), a recipe with another criterion (`loraprune+magnitude`), or a recipe with settings
+of its own (`regrow@compensation.method=none@search.evaluations=0`). Every cell is a run of `regrow.prune` in a process
+of its own, so that its peak memory can be told; a finished one is not run again. Δ is ln(perplexity) − ln(dense
+perplexity).
 
     python benchmarks/quality.py MODEL --data TRAIN --eval-data TEST --contenders loraprune regrow random \
         --sparsity 0.5 --steps 200 --seeds 3 --threads 1 --out quality/
@@ -10,37 +12,58 @@ a run of `regrow.prune`; a finished one is not run again. Δ is ln(perplexity) �
 import argparse
 import json
 import math
+import multiprocessing
+import resource
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from environment import describe_machine
 
-import regrow
+HEAD = (
+    "| contender | asked | removed | rank | trainable | dense | cut, not recovered | recovered | Δ | whole run, s "
+    "| peak memory, MiB |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
 
 
-def run_cell(arguments: argparse.Namespace, contender: str, sparsity: float, seed: int) -> dict[str, Any]:
-    folder = arguments.out / f"{contender.replace('/', '_')}-{sparsity}-{arguments.steps}-{seed}"
-    if (folder / "results.json").is_file():
-        return json.loads((folder / "results.json").read_text())
-    recipe, _, criterion = contender.partition("+")
+def run(arguments: argparse.Namespace, contender: str, sparsity: float, seed: int, folder: Path) -> None:
+    """One cell, in a process of its own; leaves `cost.json` beside the run's results."""
+    import torch
+
+    import regrow
+    from regrow.recipe import parse_assignments
+
+    torch.set_num_threads(arguments.threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name, *own = contender.split("@")
+    recipe, _, criterion = name.partition("+")
     settings = {"evaluation.speed": False, "evaluation.memory": False} | dict(
-        assignment.split("=", 1) for assignment in arguments.set
+        assignment.split("=", 1) for assignment in (*arguments.set, *own)
     )
-    result = regrow.prune(
-        arguments.model,
-        folder,
-        recipe,
-        data=arguments.data,
-        eval_data=arguments.eval_data,
-        sparsity=sparsity,
-        steps=arguments.steps,
-        seed=seed,
-        criterion=criterion or None,
-        overrides=settings,
-    )
-    return result.results
+    regrow.prune(
+        arguments.model, folder, recipe, data=arguments.data, eval_data=arguments.eval_data, sparsity=sparsity,
+        steps=arguments.steps, seed=seed, criterion=criterion or None,
+        overrides=parse_assignments([f"{key}={value}" for key, value in settings.items()]),
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    (folder / "cost.json").write_text(json.dumps({"peak_kib_above_imports": peak}))
+
+
+def cell(arguments: argparse.Namespace, contender: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """The results of a cell, run now or found finished."""
+    folder = arguments.out / f"{contender.replace('/', '_')}-{sparsity}-{arguments.steps}-{seed}"
+    if not (folder / "results.json").is_file():
+        child = multiprocessing.get_context("spawn").Process(
+            target=run, args=(arguments, contender, sparsity, seed, folder)
+        )
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(f"{contender} at {sparsity}, seed {seed}, failed")
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    cost = folder / "cost.json"
+    results["peak_mib"] = json.loads(cost.read_text())["peak_kib_above_imports"] / 1024 if cost.is_file() else math.nan
+    return results
 
 
 def spread(values: list[float]) -> str:
@@ -52,11 +75,13 @@ def row(contender: str, sparsity: float, cells: list[dict[str, Any]]) -> str:
     protocol = next(iter(cells[0]["perplexity"]["dense"]))
     quality = {kind: [c["perplexity"][kind][protocol]["value"] for c in cells] for kind in ("dense", "cut", "pruned")}
     delta = statistics.mean(math.log(p) - math.log(d) for p, d in zip(quality["pruned"], quality["dense"], strict=True))
-    reached = cells[0]["sparsity"]["block"]
-    seconds = statistics.mean(cell["seconds"]["train"] for cell in cells)
+    training = cells[0]["training"]
+    seconds = statistics.mean(each["seconds"]["total"] - each["seconds"]["evaluate"] for each in cells)
     return (
-        f"| {contender} | {sparsity:.0%} | {reached:.2%} | {statistics.mean(quality['dense']):.2f} "
-        f"| {spread(quality['cut'])} | {spread(quality['pruned'])} | {delta:.3f} | {seconds:.0f} |"
+        f"| {contender} | {sparsity:.0%} | {cells[0]['sparsity']['block']:.2%} | {training['rank']} "
+        f"| {training['trainable_parameters_at_the_end']:,} | {statistics.mean(quality['dense']):.2f} "
+        f"| {spread(quality['cut'])} | {spread(quality['pruned'])} | {delta:.3f} | {seconds:.0f} "
+        f"| {statistics.mean(each['peak_mib'] for each in cells):.0f} |"
     )
 
 
@@ -73,15 +98,11 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    lines = [
-        "| contender | asked | removed | dense | cut, not recovered | recovered | Δ | training, s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    print("\n".join(lines), flush=True)
+    print(HEAD, flush=True)
+    lines = [HEAD]
     for sparsity in arguments.sparsity:
         for contender in arguments.contenders:
-            cells = [run_cell(arguments, contender, sparsity, seed) for seed in range(arguments.seeds)]
+            cells = [cell(arguments, contender, sparsity, seed) for seed in range(arguments.seeds)]
             lines.append(row(contender, sparsity, cells))
             print(lines[-1], flush=True)
     (arguments.out / "table.md").write_text("\n".join(lines) + "\n")
