@@ -8,6 +8,7 @@ kept from crossing into the record before, and tool calls or content other than 
 Shapes: N windows, T tokens in a window.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,6 +153,26 @@ def _chat_pieces(
     yield whole[done:], False
 
 
+def _tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """An example's tokens, and which are scored.
+
+    The text is tokenized as one. A response begins where its tokens leave those of the text before it alone, which are
+    what a model that is to answer would be given.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    texts = [text for text, _ in example.pieces]
+    ids = encode("".join(texts))
+    scored: list[bool] = []
+    for number, (_, counts) in enumerate(example.pieces, 1):
+        until = encode("".join(texts[:number])) if number < len(texts) else ids
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(until, ids, strict=False))
+        scored += [counts] * (sum(1 for _ in alike) - len(scored))
+    return ids, scored
+
+
 def pack_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -163,8 +184,8 @@ def pack_examples(
 ) -> Windows:
     """Tokenize examples, one after another, and cut the whole into windows of `length`.
 
-    Prompts and responses are tokenized apart, as they are when a model answers. EOS ends each response and is scored.
-    BOS is as in `make_windows`, but none is added to a chat, whose template has its own.
+    EOS ends each response and is scored, and BOS is as in `make_windows`; but neither is added to a chat, whose
+    template has its own.
 
     Raises:
         InputError: if there is no window with a scored token.
@@ -179,12 +200,10 @@ def pack_examples(
         if marked and not example.ended and tokenizer.bos_token_id is not None:
             ids.append(tokenizer.bos_token_id)
             scored.append(False)
-        for text, counts in example.pieces:
-            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if counts and not example.ended:
-                tokens = tokens + end
-            ids += tokens
-            scored += [counts] * len(tokens)
+        tokens, counts = _tokenize(example, tokenizer)
+        tail = [] if example.ended else end
+        ids += tokens + tail
+        scored += counts + [True] * len(tail)
     count = len(ids) // length
     ids_NT = torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
     scored_NT = torch.tensor(scored[: count * length], dtype=torch.bool).view(count, length)
