@@ -10,7 +10,7 @@ from regrow.settings.base import Count, Length, Section, Share, Stage
 class TextSource(Section):
     """One of several sources of text."""
 
-    name: str = Field(min_length=1, description="What reports call it.")
+    name: str = Field(description="What reports call it.")
     source: str = Field(description="A file or a data set on the hub, as `data.source`.")
     text_field: str = Field(default="text", description="pretrain: the field of a record that holds its text.")
     weight: float = Field(
