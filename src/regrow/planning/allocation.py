@@ -65,7 +65,7 @@ def choose(
     Raises:
         InputError: if the target is out of reach.
     """
-    counts = final_counts(groups, *_present(plan, scores), pruning, prior)
+    counts = final_counts(groups, *present_units(plan, scores), pruning, prior)
     return lose(groups, plan, counts, scores, pruning, fraction)
 
 
@@ -73,7 +73,7 @@ def lose(
     groups: Groups, plan: Plan, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0
 ) -> Plan:
     """The plan in which `counts` of the units are gone, those of the lowest scores; arguments as for `choose`."""
-    gone, present = _present(plan, scores)
+    gone, present = present_units(plan, scores)
     newly = emptied_layers(groups, counts) - set(plan.removed_layers)
     layers = math.floor((len(plan.removed_layers) + len(newly)) * fraction + 0.5) - len(plan.removed_layers)
     now_removed = least_damaging(groups, newly, gone, present, pruning)[: max(layers, 0)]
@@ -87,8 +87,8 @@ def lose(
     return plan.keeping(keep, now_removed)
 
 
-def _present(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
-    """Units gone, and the scores of those still there; layers' own scores as they are."""
+def present_units(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
+    """For `final_counts`: units gone, and the scores of those still there, those of layers as they are."""
     gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
     present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
     return gone, {**scores, **present}
@@ -117,6 +117,7 @@ def final_counts(
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
+    scores = _ascending(scores)
 
     def best(demand: Demand) -> list[Counts]:
         if pruning.shape == "uniform":
@@ -142,7 +143,7 @@ def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor
 
     Only exact ones, unless there are none. Arguments and errors as for `final_counts`; `lose` makes a plan of one.
     """
-    ways = _ways(groups, gone, scores, pruning, _uniform)
+    ways = _ways(groups, gone, _ascending(scores), pruning, _uniform)
     return [way for way in ways if way.exact] or ways
 
 
@@ -164,7 +165,7 @@ def _ways(
     allocate: Callable[[Demand], list[Counts]],
     prior: Prior | None = None,
 ) -> list[Candidate]:
-    """For every choice of layers, each way in which `allocate` makes up the rest by widths."""
+    """For every choice of layers, each way in which `allocate` makes up the rest by widths; `scores` ascend."""
     ways = []
     for layers in layer_choices(groups, gone, scores, pruning):
         asked = demands(groups, gone, pruning, layers, prior)
@@ -230,8 +231,12 @@ def _loss(demand: Demand, counts: Counts, scores: Mapping[str, Tensor], pruning:
     return abs(counts[heads[0].name] / heads[0].units - share) if heads else 0.0
 
 
-def _damage(scores: Tensor, count: int) -> float:
-    return float(scores.sort().values[:count].sum())
+def _ascending(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: score.sort().values for name, score in scores.items()}
+
+
+def _damage(ascending: Tensor, count: int) -> float:
+    return float(ascending[:count].sum())
 
 
 def _local(demand: Demand) -> Counts:
@@ -274,7 +279,7 @@ def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
             counts[group.name] += 1
             rest -= price
     next_score = {
-        group.name: float(scores[group.name].sort().values[counts[group.name] - demand.gone[group.name] :][:1].sum())
+        group.name: float(scores[group.name][counts[group.name] - demand.gone[group.name] :][:1].sum())
         for group in demand.groups
     }
     cheapest_first = sorted(demand.groups, key=lambda g: (demand.price[g.name] > least, next_score[g.name]))
