@@ -109,7 +109,7 @@ def choose(groups: Groups, plan: Plan, scores: Mapping[str, Tensor], pruning: Pr
     Raises:
         InputError: if the target is out of reach.
     """
-    counts = final_counts(groups, *_present(plan, scores), pruning)
+    counts = final_counts(groups, *present_units(plan, scores), pruning)
     return lose(groups, plan, counts, scores, pruning, fraction)
 
 
@@ -117,7 +117,7 @@ def lose(
     groups: Groups, plan: Plan, counts: Counts, scores: Mapping[str, Tensor], pruning: Pruning, fraction: float = 1.0
 ) -> Plan:
     """The plan in which `counts` of the units are gone, those of the lowest scores; arguments as for `choose`."""
-    gone, present = _present(plan, scores)
+    gone, present = present_units(plan, scores)
     newly = emptied_layers(groups, counts) - set(plan.removed_layers)
     layers = math.floor((len(plan.removed_layers) + len(newly)) * fraction + 0.5) - len(plan.removed_layers)
     now_removed = least_damaging(groups, newly, gone, present, pruning)[: max(layers, 0)]
@@ -131,8 +131,8 @@ def lose(
     return plan.keeping(keep, now_removed)
 
 
-def _present(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
-    """Units gone, and the scores of those still there; layers' own scores as they are."""
+def present_units(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
+    """For `final_counts`: units gone, and the scores of those still there, those of layers as they are."""
     gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
     present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
     return gone, {**scores, **present}
@@ -148,6 +148,7 @@ def final_counts(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pru
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
+    scores = _ascending(scores)
 
     def best(demand: _Demand) -> list[Counts]:
         if pruning.shape == "uniform":
@@ -164,7 +165,7 @@ def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor
 
     Only exact ones, unless there are none. Arguments and errors as for `final_counts`; `lose` makes a plan of one.
     """
-    ways = _ways(groups, gone, scores, pruning, _uniform)
+    ways = _ways(groups, gone, _ascending(scores), pruning, _uniform)
     return [way for way in ways if way.exact] or ways
 
 
@@ -175,7 +176,7 @@ def _ways(
     pruning: Pruning,
     allocate: Callable[[_Demand], list[Counts]],
 ) -> list[Candidate]:
-    """For every choice of layers, each way in which `allocate` makes up the rest by widths."""
+    """For every choice of layers, each way in which `allocate` makes up the rest by widths; `scores` ascend."""
     ways = []
     for layers in layer_choices(groups, gone, scores, pruning):
         demands = _demands(groups, gone, pruning, layers)
@@ -293,8 +294,12 @@ def _loss(demand: _Demand, counts: Counts, scores: Mapping[str, Tensor], pruning
     return abs(counts[heads[0].name] / heads[0].units - share) if heads else 0.0
 
 
-def _damage(scores: Tensor, count: int) -> float:
-    return float(scores.sort().values[:count].sum())
+def _ascending(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: score.sort().values for name, score in scores.items()}
+
+
+def _damage(ascending: Tensor, count: int) -> float:
+    return float(ascending[:count].sum())
 
 
 def _local(demand: _Demand) -> Counts:
@@ -337,7 +342,7 @@ def _global(demand: _Demand, scores: Mapping[str, Tensor]) -> Counts:
             counts[group.name] += 1
             rest -= price
     next_score = {
-        group.name: float(scores[group.name].sort().values[counts[group.name] - demand.gone[group.name] :][:1].sum())
+        group.name: float(scores[group.name][counts[group.name] - demand.gone[group.name] :][:1].sum())
         for group in demand.groups
     }
     cheapest_first = sorted(demand.groups, key=lambda g: (demand.price[g.name] > least, next_score[g.name]))
