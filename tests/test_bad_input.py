@@ -312,7 +312,7 @@ SETTINGS = [
     case("--set wrong type", nothing, PRUNE + "--set lora.rank=big", "lora.rank = 'big'", "integer"),
     case(
         "unknown needs", file("my.py", "NEEDS = {'hessian'}\nscore = len\n"), PRUNE + CRITERION,
-        "NEEDS may hold 'lora', 'gate' and 'weight'", "'hessian'",
+        "NEEDS may hold lora, gate, weight", "'hessian'",
     ),
     case("unknown criterion", nothing, PRUNE + "--criterion gatefisher", "did you mean 'gate-fisher'?"),
     case("outlandish criterion", nothing, PRUNE + "--criterion xyz", "'xyz'", "known: lora, ", "FILE.py:FUNCTION"),
