@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.data.tokens import Windows
+from regrow.errors import InputError
 from regrow.evaluation.latency import Latency, measure_latency, probe_turns
 from regrow.planning.plan import Plan
 from regrow.planning.target import Target, check_speedup, sparsity_for, sparsity_for_speedup
@@ -66,6 +67,11 @@ class Aim:
         Raises:
             InputError: if the target is out of reach.
         """
+        if "layer" in recipe.pruning.kinds and self.target.kind in ("speedup", "perplexity"):
+            raise InputError(
+                f"target {self.target.text!r}: forecasts are of widths, not of whole layers; take layer out of "
+                "pruning.kinds, or give --sparsity"
+            )
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)

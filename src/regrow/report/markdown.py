@@ -20,6 +20,7 @@ def write_report(
         _before_after(results),
         "## What was removed",
         _removed(results, cuts),
+        *_prepared(results["training"]),
         "## Side by side",
         *(_completion(item) for item in results["completions"]),
         "## Training",
@@ -195,6 +196,33 @@ def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) 
     )
     curve = _table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
     return f"{lines}\n\n{curve}"
+
+
+def _prepared(training: dict[str, Any]) -> list[str]:
+    """What was done between choosing units and training: nothing, for most recipes."""
+    lines = []
+    if search := training.get("search"):
+        best = f"divergence {search['best']:.3f} nats a token from the dense model, before recovery"
+        if "candidates" in search:
+            rows = [
+                [*(str(each.get(kind, "")) for kind in ("layers", "attention", "ffn")), f"{value:.3f}"]
+                for each, value in zip(search["candidates"], search["divergence"], strict=True)
+            ]
+            lines += [f"Widths searched; the best: {best}.", _table(["layers", "KV heads", "channels", ""], rows)]
+        else:
+            lines.append(
+                f"Widths searched in {len(search['trace'])} trials from {search['starts']} starting points; "
+                f"from {search['trace'][0]:.3f} to {best}."
+            )
+    if done := training.get("compensation"):
+        lines.append(
+            f"What stays was refitted: {done['repaired']:.0%} of the cut's output error taken away on average, on the "
+            f"windows it was fitted to; {done['blend']:.0%} of the refit was best on held-out text."
+        )
+    if teacher := training.get("distillation"):
+        steps = ", ".join(f"{count} steps by `{kind}`" for kind, count in teacher["teacher_steps"].items())
+        lines.append(f"Taught by the dense model: {steps}.")
+    return ["## Before training", *lines] if lines else []
 
 
 def _mixture(mixture: dict[str, Any]) -> str:
