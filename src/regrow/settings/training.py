@@ -18,12 +18,15 @@ class Training(Section):
     )
     learning_rate_rule: Literal["sqrt-width", "width"] = Field(
         default="sqrt-width",
-        description="sqrt-width: 3e-4 · sqrt(4096 / hidden_size). width: 2e-4 · 4096 / hidden_size, as μP does.",
+        description="sqrt-width: 3e-4 · sqrt(4096 / hidden_size). width: 1e-4 · 4096 / hidden_size, as μP does.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Learning rate after warm-up."
     )
     warm_up: Share = Field(default=0.03, description="Share of the steps over which the learning rate rises.")
+    beta2: float = Field(
+        default=0.999, gt=0, lt=1, description="AdamW's decay of squared gradients; lower suits short trainings."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
