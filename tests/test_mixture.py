@@ -34,7 +34,7 @@ from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
-from regrow.recovery.learner import language_loss
+from regrow.recovery.losses import language_loss
 from regrow.recovery.mixing import DataMix
 from regrow.recovery.train import train
 from regrow.settings import Data, TextSource
