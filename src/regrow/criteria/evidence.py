@@ -83,12 +83,12 @@ class Evidence:
     linears: tuple[Linear, ...]
     gate: GateMoments | None = None
     """Moments of the gate derivatives since the last scoring, if the criterion needs them."""
-    inputs: InputMoments | None = None
-    """Of the consumer's input, if the criterion needs them and there is one consumer."""
     generator: torch.Generator = field(default_factory=torch.Generator)
     """The run's own source of chance."""
     similarity: float | None = None
     """Mean over tokens of the cosine between what enters the layer and what leaves it, if the criterion needs it."""
+    inputs: InputMoments | None = None
+    """Of the consumer's input, if the criterion needs them and there is one consumer."""
 
     @cached_property
     def consumers(self) -> tuple[Linear, ...]:
