@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, build, logits, with_lora
+from safetensors.torch import load_file
 
 import regrow
 from regrow.compensation.moments import InputMoments
@@ -218,3 +219,21 @@ def test_what_is_done_once_wants_a_one_shot_schedule(
     with pytest.raises(InputError, match=complaint):
         regrow.prune(str(checkpoint), tmp_path / "run", recipe, data=str(text), steps=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trial_that_was_refitted_is_built_anew_as_it_was(
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None
+) -> None:
+    settings = OVERRIDES | {"pruning.target_trials": 2, "training.eval_interval": 1}
+    aimed = regrow.prune(
+        str(checkpoint), tmp_path / "aimed", data=str(text), steps=2, target="perplexity=+900%", overrides=settings
+    )
+    share = aimed.results["target"]["sparsity"]
+    plain = regrow.prune(
+        str(checkpoint), tmp_path / "plain", data=str(text), steps=2, sparsity=share, overrides=settings
+    )
+    assert aimed.plan == plain.plan
+    weights = [load_file(result.model / "model.safetensors") for result in (aimed, plain)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
