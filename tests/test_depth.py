@@ -25,6 +25,7 @@ from regrow.checkpoint.verify import verify_checkpoint
 from regrow.criteria.depth import block_influence
 from regrow.criteria.evidence import Evidence
 from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import choose, final_counts, lose, uniform_candidates
@@ -169,7 +170,7 @@ def test_the_optimizer_forgets_what_is_gone_and_nothing_else() -> None:
     model = build("llama-gqa")
     groups = with_lora(model, fill=False)
     generator = torch.Generator().manual_seed(0)
-    batches = iter(lambda: torch.randint(0, 64, (3, 10), generator=generator), None)
+    batches = iter(lambda: Batch(torch.randint(0, 64, (3, 10), generator=generator)), None)
     recipe = load_recipe("regrow", {"pruning.kinds": ["layer"], "training.steps": 20, "training.learning_rate": 1e-3})
     learner = Learner(model, recipe.training, batches)
     with Pruner(model, groups, recipe, learner, batches) as pruner:
@@ -518,7 +519,9 @@ def test_removing_layers_early_is_closing_them_to_the_end(shape: str) -> None:
         model = build("llama-gqa")
         groups = with_lora(model, fill=False)
         generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-        data, calibration = (iter(lambda g=g: torch.randint(0, 64, (3, 10), generator=g), None) for g in generators)
+        data, calibration = (
+            iter(lambda g=g: Batch(torch.randint(0, 64, (3, 10), generator=g)), None) for g in generators
+        )
         learner = Learner(model, recipe.training, data)
         with Pruner(model, groups, recipe, learner, calibration, cut_early=cut_early) as pruner:
             pruner.calibrate()
@@ -541,7 +544,7 @@ def test_a_layer_fades_before_it_is_cut() -> None:
     model = build("llama-gqa")
     groups = with_lora(model, fill=False)
     generator = torch.Generator().manual_seed(0)
-    data = iter(lambda: torch.randint(0, 64, (3, 10), generator=generator), None)
+    data = iter(lambda: Batch(torch.randint(0, 64, (3, 10), generator=generator)), None)
     learner = Learner(model, recipe.training, data)
     seen = []
     with Pruner(model, groups, recipe, learner, data) as pruner:

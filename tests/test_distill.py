@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import regrow
+from regrow.data.corpus import Corpus, Source
 from regrow.data.tokens import Batch, Windows, batches
 from regrow.errors import InputError
 from regrow.progress import Silent
@@ -443,9 +444,10 @@ def test_a_teacher_alone_brings_its_student_closer() -> None:
 def trained(folder: Path, **changes: object) -> Trained:
     model = build("llama-gqa")
     quick = {"training.steps": 6, "pruning.interval": 1, "training.batch_size": 3, "training.eval_interval": 2}
+    corpus = Corpus((Source("text", "pretrain", 1.0, random_text(20, 10), random_text(4, 10)),))
     return train(
-        model, with_lora(model, fill=False), progressive(**quick, **changes), random_text(20, 10), random_text(4, 10),
-        Silent(), teacher_folder=folder / "teacher", on_cut=lambda event: None, on_validation=lambda history: None,
+        model, with_lora(model, fill=False), progressive(**quick, **changes), corpus, Silent(),
+        teacher_folder=folder / "teacher", on_cut=lambda event: None, on_validation=lambda history: None,
     )  # fmt: skip
 
 

@@ -505,10 +505,11 @@ def test_sources_are_listed_once() -> None:
     )
     both = list_sources(Data(source="a.txt", instructions="b.json"))
     assert [(source.source, source.stage) for source in both] == [("a.txt", "pretrain"), ("b.json", "instruct")]
+    [own] = list_sources(Data())
+    assert own.stage == "pretrain"
     several = (TextSource(name="a", source="a.txt"), TextSource(name="a", source="b.txt"))
     for data, complaint in (
-        (Data(), "no text to train on"),
-        (Data(instructions="b.json"), "no text to train on"),
+        (Data(sources=(TextSource(name="b", source="b.json", stage="instruct"),)), "no text of the pretrain stage"),
         (Data(source="a.txt", sources=several), "are both given"),
         (Data(sources=several), "2 sources of text are called 'a'"),
     ):
@@ -591,7 +592,7 @@ def test_training_goes_on_with_the_next_stage() -> None:
     rates, seen = [], []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     trained = train(
-        model, groups, recipe, corpus("pretrain", "instruct"), Silent(),
+        model, groups, recipe, corpus("pretrain", "instruct"), Silent(), teacher_folder=Path("unused"),
         on_cut=lambda event: seen.append(event.step), on_validation=lambda history: None,
     )  # fmt: skip
     hook.remove()
