@@ -564,7 +564,11 @@ def test_a_layer_fades_before_it_is_cut() -> None:
     [
         ("shortgpt", {"pruning.sparsity": 0.3}),
         ("regrow", {"pruning.kinds": list(ALL), "pruning.sparsity": 0.6, "pruning.cap": 0.5}),
-        ("regrow", {"pruning.kinds": list(ALL), "pruning.sparsity": 0.65, "pruning.cap": 0.6, "pruning.shape": "free"}),
+        (
+            "regrow",
+            {"pruning.kinds": list(ALL), "pruning.sparsity": 0.65, "pruning.cap": 0.6, "pruning.shape": "free"}
+            | {"search.evaluations": 0, "pruning.allocation": "local"},
+        ),
     ],
 )
 def test_a_whole_run(recipe: str, overrides: dict[str, object], checkpoint: Path, text: Path, tmp_path: Path) -> None:
