@@ -285,7 +285,8 @@ def assert_computes_the_same(model, units: dict[tuple[str, int], InPlace], colum
 
 def run(cut_early: bool = True, **overrides: object):
     model = build("llama-gqa")
-    pruner = pruner_for(model, with_lora(model, fill=False), 12, cut_early, **{"lora.dropout": 0.0, **overrides})
+    quiet = {"lora.dropout": 0.0, "pruning.allocation": "by-kind"}
+    pruner = pruner_for(model, with_lora(model, fill=False), 12, cut_early, **{**quiet, **overrides})
     losses, widths = [], []
     with pruner:
         pruner.calibrate()
