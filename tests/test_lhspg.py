@@ -195,7 +195,8 @@ def test_by_kind_takes_the_lowest_of_each_kind_wherever_they_are() -> None:
 
 
 def pruner_for(model, groups, steps: int, cut_early: bool = True, **overrides: object) -> Pruner:
-    recipe = load_recipe("lorashear", {"training.steps": steps, "training.learning_rate": 1e-2, **overrides})
+    timing = {"training.steps": steps, "training.learning_rate": 1e-2, "pruning.warm_up": 0.1, "pruning.cool_down": 0.4}
+    recipe = load_recipe("lorashear", {**timing, **overrides})
     return Pruner(
         model, groups, recipe, Learner(model, recipe.training, data()), data(1), lambda event: None, cut_early
     )
