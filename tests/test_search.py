@@ -88,15 +88,26 @@ def test_settled_counts_remove_what_is_asked() -> None:
     assert wanted <= removed < wanted + groups.by_name("layers.0.ffn").cost
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha-tied", "qwen3"])
-def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_again(family: str) -> None:
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha-tied", "qwen3", "llama-biases"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Compensation(method="least-squares", selection="obs"),
+        Compensation(method="least-squares", selection="criterion"),
+        Compensation(method="none"),
+    ],
+    ids=["obs", "criterion", "none"],
+)
+def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_again(
+    family: str, settings: Compensation
+) -> None:
     model = build(family)
     groups = with_lora(model, fill=False)
     whole = logits(model)
-    settings = Compensation(method="least-squares", selection="obs")
+    scores = {group.name: torch.arange(group.units).float().flip(0) for group in groups}
     with Gates(model, groups.groups) as gates:
-        supernet = Supernet(model, gates, Compensator(model, gates, settings), depth=False)
-        supernet.build(groups, {"layers.0.attention": [1], "layers.1.ffn": [5, 20]}, [IDS], Silent())
+        supernet = Supernet(model, groups, gates, Compensator(model, gates, settings))
+        supernet.build({"layers.0.attention": [1], "layers.1.ffn": [5, 20]}, scores, [IDS], Silent())
         assert torch.equal(logits(model), whole)
         fitness = Fitness(supernet, [IDS])
         assert fitness(dict.fromkeys((g.name for g in groups), 0)) == pytest.approx(0, abs=1e-6)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,9 +70,7 @@ def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     for group in groups:
         if group.layer in plan.removed_layers:
             continue
-        present = torch.zeros(group.units)
-        present[np.array(plan.groups[group.name].keep)] = 1.0
-        gates.set(group.name, present)
+        gates.keep(group.name, plan.groups[group.name].keep)
     return gates
 
 

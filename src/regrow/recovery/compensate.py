@@ -63,7 +63,7 @@ class Compensator:
         Raises:
             InputError: if only a bias was asked for and no consumer has one.
         """
-        biases = [self._linear(group).bias for group in groups if len(group.consumers) == 1]
+        biases = [self._bias(group) for group in groups if len(group.consumers) == 1]
         if self.settings.method == "bias" and all(bias is None for bias in biases):
             raise InputError(
                 f"compensation.method=bias: the consumers of {type(self.model).__name__} have no bias to carry it; "
@@ -96,15 +96,18 @@ class Compensator:
         return done
 
     def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated) -> None:
-        if len(group.consumers) == 1 and len(keep):
+        if self.treats(group) and len(keep):
             moments = self.measure(group, walk)
             if self.settings.selection == "obs":
-                keep = self.select(group, moments, group.units - len(keep))
+                count = group.units - len(keep)
+                keep = np.delete(np.arange(group.units), self.order(group, moments, count))
             done.repaired[group.name] = self._refit(group, keep, moments, done)
         done.keep[group.name] = keep
-        present = torch.zeros(group.units)
-        present[torch.from_numpy(keep)] = 1.0
-        self.gates.set(group.name, present * self.gates.value(group.name))
+        self.gates.keep(group.name, keep)
+
+    def treats(self, group: Group) -> bool:
+        """Whether the recipe wants a refit, and there is one consumer that can be given it."""
+        return self.settings.method != "none" and len(group.consumers) == 1
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""
@@ -114,17 +117,17 @@ class Compensator:
             walk.run()
         return moments
 
-    def select(self, group: Group, moments: InputMoments, count: int) -> Units:
-        """The units that stay when `count` go by greedy optimal brain surgeon, ascending."""
+    def order(self, group: Group, moments: InputMoments, count: int) -> Units:
+        """The first `count` units to go by greedy optimal brain surgeon, in their order."""
         linear = linear_evidence(self.model, group.consumers[0])
         weight_OC, damping = linear.effective_weight(slice(None)), self.settings.damping
         gone = elimination_order(weight_OC, moments, linear.positions, damping, self.settings.rounds, stop=count)
-        return np.delete(np.arange(group.units), gone.cpu().numpy())
+        return gone.cpu().numpy()
 
     def solve(self, group: Group, keep: Units, moments: InputMoments) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(kept channels [K], their new weights [O, K], what to add to the bias [O] or None)`, float64."""
         linear = linear_evidence(self.model, group.consumers[0])
-        weight_OC, bias = linear.effective_weight(slice(None)), self._linear(group).bias
+        weight_OC, bias = linear.effective_weight(slice(None)), self._bias(group)
         kept_K = linear.positions[torch.from_numpy(keep)].flatten()
         damping = self.settings.damping
         if self.settings.method == "bias":
@@ -140,8 +143,9 @@ class Compensator:
         weight_OC = linear.effective_weight(slice(None)).double()
         kept_K, fitted_OK, extra = self.solve(group, keep, moments)
         change_OK = fitted_OK - weight_OC[:, kept_K]
-        if extra is not None:
-            self._add(self._linear(group).bias, extra, done)
+        bias = self._bias(group)
+        if bias is not None and extra is not None:
+            self._add(bias, extra, done)
         if self.settings.carrier == "adapter":
             self._write_adapter(linear, change_OK, moments, kept_K)
         elif self.settings.method == "least-squares":
@@ -174,7 +178,6 @@ class Compensator:
             parameter.add_(change.to(parameter.device), alpha=share - done.blend)
         done.blend = share
 
-    def _linear(self, group: Group) -> nn.Linear:
+    def _bias(self, group: Group) -> nn.Parameter | None:
         module = self.model.get_submodule(group.consumers[0].parameter.rpartition(".")[0])
-        assert isinstance(module, nn.Module)
-        return module  # type: ignore[return-value]
+        return module.get_parameter("bias") if module.bias is not None else None

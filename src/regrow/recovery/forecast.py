@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,9 +63,7 @@ def cut_losses(
         for share in shares:
             plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
             for name, group in plan.groups.items():
-                present = torch.zeros(group.units)
-                present[list(group.keep)] = 1.0
-                gates.set(name, present)
+                gates.keep(name, group.keep)
             found.append((share, held_out_nll(model, validation, recipe.training.batch_size)))
             progress.advance()
     return found

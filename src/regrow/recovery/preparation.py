@@ -16,7 +16,7 @@ from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress
 from regrow.recipe import Recipe
-from regrow.recovery.compensate import Compensator
+from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
@@ -33,6 +33,16 @@ class Prepared:
     """Mean share of the output error taken away, and the share of the refit that the held-out text preferred."""
 
 
+def windows_wanted(recipe: Recipe) -> int:
+    """How many training windows a `Preparation` looks at; 0 if the recipe neither searches nor compensates.
+
+    A search refits on the first ones and judges by the last ones: not by those refitted on.
+    """
+    search, compensation = recipe.search, recipe.compensation
+    searching = search.windows + search.judge_windows if search.evaluations else 0
+    return max(searching, compensation.windows if compensation.method != "none" else 0)
+
+
 class Preparation:
     """Improves plans with the help of calibration windows."""
 
@@ -45,11 +55,11 @@ class Preparation:
         held_out: Callable[[], float],
         progress: Progress,
     ) -> None:
-        """Prepare to prepare.
+        """Nothing is measured yet.
 
         Args:
             gates: on the model.
-            batches: token ids, each `[B, T]`; as many as the recipe's larger wish.
+            batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
         """
         self.model = model
@@ -62,6 +72,16 @@ class Preparation:
         self.done = Prepared()
         self.refitted: set[str] = set()
         """Names of the groups whose consumers have been written to."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether the recipe wants a search."""
+        return self.recipe.search.evaluations > 0
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the recipe wants compensation."""
+        return self.recipe.compensation.method != "none"
 
     def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor], prior: Prior | None) -> Plan:
         """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
@@ -86,8 +106,8 @@ class Preparation:
             ways = [final_counts(groups, nothing, present, way, prior) for way in _allocations(pruning, prior)]
             amount = min(sum(g.cost * counts[g.name] for g in groups) for counts in ways)
             starts = [ladder.nearest(counts, amount) for counts in ways]
-        supernet = Supernet(self.model, self.gates, self.compensator, depth="layer" in pruning.kinds)
-        supernet.build(groups, ladder.rungs, self.batches[: self._batches_of(settings.windows)], self.progress)
+        supernet = Supernet(self.model, groups, self.gates, self.compensator)
+        supernet.build(ladder.rungs, scores, self.batches[: self._batches_of(settings.windows)], self.progress)
         fitness = Fitness(supernet, self.batches[-self._batches_of(settings.judge_windows) :])
         self.progress.stage("search", len(starts) if pruning.shape == "uniform" else settings.evaluations)
 
@@ -126,21 +146,22 @@ class Preparation:
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
         done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
+        self.done.compensation = {"repaired": float(np.mean(list(done.repaired.values()))) if done.repaired else 0.0}
+        if done.changes:  # none where the adapters carry the refit
+            self.done.compensation |= self._blend(done)
+        chosen = {
+            name: [cut_plan.groups[name].keep[position] for position in units] for name, units in done.keep.items()
+        }
+        return plan.keeping(chosen)
+
+    def _blend(self, done: Compensated) -> dict[str, Any]:
         trials = {}
         for share in self.recipe.compensation.blend:
             self.compensator.blend(done, share)
             trials[share] = self.held_out()
         best = min(trials, key=lambda share: trials[share])
         self.compensator.blend(done, best)
-        self.done.compensation = {
-            "repaired": float(np.mean(list(done.repaired.values()))) if done.repaired else 0.0,
-            "blend": best,
-            "validation_loss": {str(share): loss for share, loss in trials.items()},
-        }
-        chosen = {
-            name: [cut_plan.groups[name].keep[position] for position in units] for name, units in done.keep.items()
-        }
-        return plan.keeping(chosen)
+        return {"blend": best, "validation_loss": {str(share): loss for share, loss in trials.items()}}
 
 
 def _allocations(pruning: Pruning, prior: Prior | None) -> list[Pruning]:

@@ -113,8 +113,6 @@ class Pruner:
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
         self.preparation = prepare(self.gates) if prepare else None
-        self.search = recipe.search.evaluations > 0
-        self.compensation = recipe.compensation.method != "none"
         self._known = scores is not None
         if scores is not None:
             self.scorer.average = copy.deepcopy(scores)
@@ -153,7 +151,7 @@ class Pruner:
         for number in range(batches := max(count, 1 if 0 in self.events else 0)):
             fine = not self.scorer.criterion.needs or self._measure()
             due = not at_once or number == batches - 1
-            self.learner.count(skipped=not (fine and (self._score() if due else True)))
+            self.learner.count(skipped=not (fine and (not due or self._score())))
             self.learner.optimizer.zero_grad(set_to_none=True)
             on_batch()
         self.scorer.keep_samples = False
@@ -208,11 +206,10 @@ class Pruner:
 
     def refitted(self) -> dict[str, torch.Tensor]:
         """Copies of the base parameters that compensation has written to, by their present names, on the CPU."""
-        if not (self.preparation and self.compensation):
-            return {}
+        written = self.preparation.refitted if self.preparation else set()
         found: dict[str, torch.Tensor] = {}
         for group in self.groups:
-            if group.name in self.preparation.refitted:
+            if group.name in written:
                 module = group.consumers[0].parameter.rpartition(".")[0]
                 parameters = self.model.get_submodule(module).named_parameters(recurse=False)
                 found |= {f"{module}.{name}": parameter.detach().cpu().clone() for name, parameter in parameters}
@@ -237,16 +234,18 @@ class Pruner:
             self.scorer.close()
 
     def _next_plan(self, scores: dict[str, torch.Tensor], fraction: float) -> Plan:
-        plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
-        if self.preparation:
+        preparation = self.preparation
+        if preparation:
             self.learner.objective.before_change()
-            if self.search:
-                plan = self.preparation.search(self.original, self.plan, scores, self.prior)
+        if preparation and preparation.searches:
+            plan = preparation.search(self.original, self.plan, scores, self.prior)
+        else:
+            plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         if self.scorer.samples:
             plan = self._interacting(plan)
-        if not self.preparation:
-            return plan
-        return self.preparation.compensate(self.groups, self.cut_plan, plan) if self.compensation else plan
+        if preparation and preparation.compensates:
+            plan = preparation.compensate(self.groups, self.cut_plan, plan)
+        return plan
 
     def _interacting(self, plan: Plan) -> Plan:
         """A plan of the same widths whose removed units do least damage together."""

@@ -1,10 +1,12 @@
 """Ready-made answers to "what if this group lost n units?": orders of elimination and refitted consumers.
 
 Built in one pass over the dense model; a candidate plan is then tried by closing gates and copying weights in, which
-costs next to nothing beside the forward pass that judges it. The refits are those on the dense prefix: good enough
-to compare candidates; the chosen one is refitted properly, on its own pruned prefix, afterwards.
+costs next to nothing beside the forward pass that judges it. Units go in the order in which the recipe would let them
+go, and are made up for as the recipe would: a candidate is judged as what it will be. The refits are those on the
+dense prefix: good enough to compare candidates; the chosen one is refitted properly, on its own pruned prefix,
+afterwards. Where compensation goes into the adapters, candidates are judged without it.
 
-Memory: every rung of every group keeps one consumer weight (`O × K` of it), in the weight's own dtype on its device.
+Memory: every refitted rung keeps one consumer weight (`O × K` of it), in the weight's own dtype on its device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +17,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.compensation.solve import elimination_order
+from regrow.compensation.moments import InputMoments
 from regrow.planning.depth import emptied_layers
 from regrow.planning.search import Counts
 from regrow.progress import Progress
 from regrow.recovery.compensate import Compensator, Units
 from regrow.recovery.losses import FullTarget, divergence
-from regrow.recovery.scoring import linear_evidence
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What the consumer of a group becomes on some of its input channels."""
+
+    channels_K: Tensor
+    weight_OK: Tensor
+    bias_O: Tensor | None
+    """What to add to the bias, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -32,70 +43,75 @@ class Rung:
     """A group with so many units fewer."""
 
     keep: Units
-    channels_K: Tensor
-    weight_OK: Tensor
+    refit: Refit | None
 
 
 class Supernet:
     """A dense model whose groups can be set to any rung of a ladder, and back."""
 
-    def __init__(self, model: PreTrainedModel, gates: Gates, compensator: Compensator, depth: bool) -> None:
+    def __init__(self, model: PreTrainedModel, groups: Groups, gates: Gates, compensator: Compensator) -> None:
         """Take charge of a dense model.
 
         Args:
-            depth: whether `gates` has those of whole layers; a layer all of whose units go is then closed.
+            gates: on the model. If they have those of whole layers, a layer all of whose units go is closed.
         """
         self.model = model
+        self.groups = groups
         self.gates = gates
         self.compensator = compensator
-        self.depth = depth
-        self._groups: dict[str, Group] = {}
-        self._rungs: dict[str, dict[int, Rung]] = {}
+        self._groups = {group.name: group for group in groups}
+        self._rungs: dict[str, dict[int, Rung]] = {group.name: {} for group in groups}
         self._whole: dict[str, Tensor] = {}
-        self._now: Counts = {}
+        """Copies of the parameters that a refit writes to, by name."""
+        self._now: Counts = dict.fromkeys(self._groups, 0)
 
     def build(
-        self, groups: Groups, rungs: Mapping[str, Sequence[int]], batches: Sequence[Tensor], progress: Progress
+        self,
+        rungs: Mapping[str, Sequence[int]],
+        scores: Mapping[str, Tensor],
+        batches: Sequence[Tensor],
+        progress: Progress,
     ) -> None:
         """Order the units of every group and refit its consumer at every rung.
 
         Args:
             rungs: group name -> numbers of units removed to prepare for.
+            scores: group name -> one per unit, for the groups whose order is the criterion's.
             batches: calibration token ids, each `[B, T]`.
         """
-        self._all = groups
         walk = LayerWalk(self.model, batches)
-        progress.stage("prepare search", len(groups.layers))
-        for layer in groups.layers:
-            for group in (group for group in groups if group.layer == layer.number):
-                self._prepare(group, rungs.get(group.name, ()), walk)
+        progress.stage("prepare search", len(self.groups.layers))
+        for layer in self.groups.layers:
+            for group in (group for group in self.groups if group.layer == layer.number):
+                wanted = [count for count in rungs.get(group.name, ()) if 0 < count < group.units]
+                if wanted:
+                    self._rungs[group.name] = self._prepare(group, wanted, scores[group.name], walk)
             walk.advance()
             progress.advance()
 
-    def _prepare(self, group: Group, rungs: Sequence[int], walk: LayerWalk) -> None:
-        parameter = self._parameter(group)
-        self._groups[group.name] = group
-        self._whole[group.name] = parameter.detach().clone()
-        self._now[group.name] = 0
-        self._rungs[group.name] = {}
-        wanted = [count for count in rungs if 0 < count < group.units]
-        if not wanted:
-            return
-        moments = self.compensator.measure(group, walk)
-        linear = linear_evidence(self.model, group.consumers[0])
+    def _prepare(self, group: Group, wanted: Sequence[int], scores_U: Tensor, walk: LayerWalk) -> dict[int, Rung]:
         settings = self.compensator.settings
-        weight_OC = linear.effective_weight(slice(None))
-        ranked = elimination_order(
-            weight_OC, moments, linear.positions, settings.damping, settings.rounds, stop=max(wanted)
-        )
-        order = ranked.cpu().numpy()
-        for count in wanted:
-            keep = np.delete(np.arange(group.units), order[:count])
-            channels_K, weight_OK, _ = self.compensator.solve(group, keep, moments)
-            self._rungs[group.name][count] = Rung(keep, channels_K, weight_OK.to(parameter.dtype))
+        moments = self.compensator.measure(group, walk) if self.compensator.treats(group) else None
+        if moments and settings.selection == "obs":
+            order = self.compensator.order(group, moments, max(wanted))
+        else:
+            order = torch.argsort(scores_U, stable=True).cpu().numpy()
+        keeps = {count: np.delete(np.arange(group.units), order[:count]) for count in wanted}
+        if moments is None or settings.carrier == "adapter":
+            return {count: Rung(keep, None) for count, keep in keeps.items()}
+        self._whole |= {name: self.model.get_parameter(name).detach().clone() for name in self._written(group)}
+        return {count: Rung(keep, self._refit(group, keep, moments)) for count, keep in keeps.items()}
 
-    def _parameter(self, group: Group) -> torch.nn.Parameter:
-        return self.model.get_parameter(group.consumers[0].parameter)
+    def _refit(self, group: Group, keep: Units, moments: InputMoments) -> Refit:
+        channels_K, weight_OK, bias_O = self.compensator.solve(group, keep, moments)
+        return Refit(channels_K, weight_OK.to(self.model.get_parameter(group.consumers[0].parameter).dtype), bias_O)
+
+    def _written(self, group: Group) -> list[str]:
+        """Names of the consumer's parameters: its weight, and its bias if it has one."""
+        name = group.consumers[0].parameter
+        module = name.rpartition(".")[0]
+        bias = [f"{module}.bias"] if self.model.get_submodule(module).bias is not None else []
+        return [name, *bias]
 
     @torch.no_grad()
     def set(self, counts: Mapping[str, int]) -> None:
@@ -103,20 +119,28 @@ class Supernet:
         for name, count in counts.items():
             if count == self._now[name]:
                 continue
-            group, parameter = self._groups[name], self._parameter(self._groups[name])
-            parameter.copy_(self._whole[name])
-            present = torch.full((group.units,), float(count == 0))
+            group = self._groups[name]
+            for written in self._written(group):
+                if written in self._whole:
+                    self.model.get_parameter(written).copy_(self._whole[written])
+            keep = np.arange(group.units if count == 0 else 0)
             if 0 < count < group.units:
                 rung = self._rungs[name][count]
-                present[torch.from_numpy(rung.keep)] = 1.0
-                weight_OC = parameter if group.consumers[0].axis == 1 else parameter.T
-                weight_OC[:, rung.channels_K] = rung.weight_OK
-            self.gates.set(name, present)
+                keep = rung.keep
+                if rung.refit:
+                    self._write(group, rung.refit)
+            self.gates.keep(name, keep)
             self._now[name] = count
-        if self.depth:
-            emptied = emptied_layers(self._all, self._now)
-            for layer in self._all.layers:
-                self.gates.set(layer.unit, torch.tensor([float(layer.number not in emptied)]))
+        emptied = emptied_layers(self.groups, self._now)
+        for layer in self.gates.layers:
+            self.gates.set(layer.unit, torch.tensor([float(layer.number not in emptied)]))
+
+    def _write(self, group: Group, refit: Refit) -> None:
+        consumer, (weight, *bias) = group.consumers[0], map(self.model.get_parameter, self._written(group))
+        weight_OC = weight if consumer.axis == 1 else weight.T
+        weight_OC[:, refit.channels_K] = refit.weight_OK
+        if refit.bias_O is not None:
+            bias[0].add_(refit.bias_O.to(bias[0].dtype))
 
     def close(self) -> None:
         """Make the model whole, to the bit."""

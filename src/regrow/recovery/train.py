@@ -21,7 +21,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import DataMix
-from regrow.recovery.preparation import Preparation
+from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
 from regrow.structure.gates import Gates
@@ -166,13 +166,10 @@ def preparer(
     model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
-    search, compensation = recipe.search, recipe.compensation
-    wanted = [max(search.windows, search.judge_windows)] if search.evaluations else []
-    wanted += [compensation.windows] if compensation.method != "none" else []
-    if not wanted:
+    if not (wanted := windows_wanted(recipe)):
         return None
     size = recipe.training.batch_size
-    batches = list(torch.split(corpus.train.first(max(wanted)).ids_NT, size))
+    batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
         model, gates, recipe, batches, lambda: held_out_nll(model, corpus.validation, size), shown

@@ -10,7 +10,7 @@ A whole layer's gate sits on what the layer adds to the residual stream: `h' = h
 Shapes: B batch, T time, C input channels of the consumer, U units of the group, D hidden channels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +174,11 @@ class Gates:
         report = lambda c_B: sink(name, c_B[:, None])  # noqa: E731
         return _LayerGate.apply(gated, in_BTD.detach(), out_BTD.detach(), report)  # type: ignore[no-any-return, no-untyped-call]
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers that have a gate."""
+        return list(self._layers.values())
+
     def value(self, name: str) -> Tensor:
         """The gates of one group, shape `[U]`, or of one layer, shape `[1]`."""
         return self._values[name]
@@ -182,6 +187,12 @@ class Gates:
         """Set the gates of one group or layer: 0 removes a unit, values between let it fade."""
         assert value.shape == self._values[name].shape
         self._values[name] = value.detach().float().cpu().clone()
+
+    def keep(self, name: str, units: Iterable[int]) -> None:
+        """Leave these units of a group, by number, and remove the others."""
+        present = torch.zeros_like(self._values[name])
+        present[list(units)] = 1.0
+        self._values[name] = present
 
     def open(self) -> None:
         """All gates at 1."""
