@@ -17,8 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import AutoModelForCausalLM
 
 import regrow
-from regrow.analysis.restart import Restart
-from regrow.analysis.sensitivity import measure_sensitivity, units_removed
+from regrow.analysis.sensitivity import mean_loss, measure_sensitivity, units_removed
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -32,6 +31,7 @@ from regrow.report.sensitivity import draw_sensitivity
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups, find_groups
+from regrow.structure.prefix import LayerWalk
 
 CONDITIONS = Conditions(
     model_sha256="m", dtype="float32", tokens_sha256="t", windows=5, length=9, calibration_sha256="c",
@@ -118,11 +118,11 @@ def test_layers_that_return_tuples() -> None:
     expected = held_out_nll(model, windows, 2)
     model.model.layers = torch.nn.ModuleList(map(ReturnsTuple, model.model.layers))
     model.model.norm.register_forward_pre_hook(lambda _, args: args[0][:1])
-    restart = Restart(model, windows.ids_NT, 2)
+    walk = LayerWalk(model, torch.split(windows.ids_NT, 2))
     for _ in range(2):
-        assert restart.mean_loss() == pytest.approx(expected, abs=1e-6)
-        if restart.layer == 0:
-            restart.advance()
+        assert mean_loss(walk) == pytest.approx(expected, abs=1e-6)
+        if walk.position == 0:
+            walk.advance()
 
 
 def test_a_repair_sees_what_stays_and_is_undone() -> None:

@@ -1,7 +1,9 @@
 """A model run layer by layer over fixed windows, each layer from the cached output of the one before.
 
 Whatever is done to a layer between two runs (gates, a refit, a cut) is felt by all later layers, as if the model had
-been run anew from the start.
+been run anew from the start. Only one layer's outputs are kept at a time.
+
+Not covered: models whose layers get more from the layers before than their output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
