@@ -95,71 +95,134 @@ def train(
     Raises:
         InputError: if training diverges.
     """
-    training = recipe.training
-    mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, training.batch_size))
-    learner = Learner(model, training, mix)
-    history, best = History(mixture=mix.history), Best()
-    mix.remember_dense()
-
-    def record_cut(event: CutEvent) -> None:
-        history.cuts.append({"step": event.step, "fraction": event.fraction, **event.plan.sparsity.model_dump()})
-        on_cut(event)
-
-    def validate(step: int) -> None:
-        loss = mix.validation_loss(step)
-        history.validations.append({"step": step, "loss": loss})
-        best.offer(loss, step, learner)
-        on_validation(history)
-
-    cut_early = not recipe.distillation.needs_whole_weights
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation)
+    early = not recipe.distillation.needs_whole_weights
     prepare = preparer(model, recipe, corpus, progress)
     with Pruner(
-        model, groups, recipe, learner, mix.calibration(), record_cut, cut_early, prepare, scores, prior
+        model, groups, recipe, loop.learner, loop.mix.calibration(), loop.record_cut, early, prepare, scores, prior
     ) as pruner:
         if recipe.pruning.calibration_batches and scores is None:
             progress.stage("score", recipe.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         if recipe.distillation.on:
-            learner.objective = distil(
-                recipe.distillation, learner, pruner.gates, corpus.train, teacher_folder, progress
+            loop.learner.objective = distil(
+                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress
             )
         pruner.before_step(0)
-        progress.stage("train", training.steps)
+        loop.run(pruner)
+        loop.end(pruner)
+    return loop.trained(pruner)
+
+
+class Loop:
+    """The optimizer steps of a run, and what is remembered of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        corpus: Corpus,
+        progress: Progress,
+        on_cut: Callable[[CutEvent], None],
+        on_validation: Callable[[History], None],
+    ) -> None:
+        """Arguments as for `train`; the losses of the dense model are measured here."""
+        self.model = model
+        self.recipe = recipe
+        self.training = recipe.training
+        self.progress = progress
+        self.on_cut = on_cut
+        self.on_validation = on_validation
+        self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
+        self.learner = Learner(model, recipe.training, self.mix)
+        self.history = History(mixture=self.mix.history)
+        self.best = Best()
+        self.mix.remember_dense()
+
+    def record_cut(self, event: CutEvent) -> None:
+        """Write an event into the history."""
+        self.history.cuts.append({"step": event.step, "fraction": event.fraction, **event.plan.sparsity.model_dump()})
+        self.on_cut(event)
+
+    def validate(self, step: int) -> None:
+        """Measure the held-out loss, and keep the adapters if they are the best since the last cut."""
+        loss = self.mix.validation_loss(step)
+        self.history.validations.append({"step": step, "loss": loss})
+        self.best.offer(loss, step, self.learner)
+        self.on_validation(self.history)
+
+    def run(self, pruner: Pruner) -> None:
+        """Take the steps, until they are used up or nothing gets better."""
+        self.progress.stage("train", self.training.steps)
         began = time.perf_counter()
-        for step in mix.steps():
-            if step:
+        for step in self.mix.steps():
+            if step:  # what comes before the first one has been done
                 pruner.before_step(step)
-            mix.before_step(step, pruner.finished)
-            if pruner.finished and (step % training.eval_interval == 0 or mix.has_ended(step)):
-                validate(step)
-                if training.patience and best.waited >= training.patience:
-                    progress.say(f"no better validation loss for {best.waited} validations; stopped at step {step}")
-                    break
-            if mix.has_ended(step):
-                progress.say(f"stage {mix.stage.name} has converged; ended at step {step}")
+            self.mix.before_step(step, pruner.finished)
+            if self._has_ended(step, pruner.finished):
+                break
+            if self.mix.has_ended(step):
+                self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
                 continue
-            learner.step_number = step  # where a stage ended early, the learning rate goes on with the next one's
+            self.learner.step_number = step  # after a stage that ended early the learning rate goes on with the next's
             loss = pruner.train_step()
             seconds = round(time.perf_counter() - began, 3)
-            history.steps.append({"step": step, "loss": loss, **learner.terms, "seconds": seconds})
-            progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
-        learner.objective.close()
-        pruner.before_step(training.steps)
-        pruner.settle()
-        mix.record(learner.step_number)
-        validate(learner.step_number)
-        if not best.adapters:
-            raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
-        learner.restore(best.adapters)
-        pruner.finish()
-    progress.say(f"best validation loss {best.loss:.4f}, at step {best.step}")
+            self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
+            self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
 
-    names = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    adapters = dict(zip(names, learner.snapshot(), strict=True)) | pruner.refitted()
-    summary = _summary(learner, recipe, mix, best, len(history.steps))
-    if pruner.preparation:
-        summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}
-    return Trained(pruner.plan, pruner.groups, adapters, history, summary)
+    def _has_ended(self, step: int, finished: bool) -> bool:
+        """Validate if it is time to; whether patience has run out then."""
+        if not finished or (step % self.training.eval_interval and not self.mix.has_ended(step)):
+            return False
+        self.validate(step)
+        waited = self.best.waited
+        if not self.training.patience or waited < self.training.patience:
+            return False
+        self.progress.say(f"no better validation loss for {waited} validations; stopped at step {step}")
+        return True
+
+    def end(self, pruner: Pruner) -> None:
+        """Reach the target, whatever is still on the way there, and go back to the best adapters.
+
+        Raises:
+            InputError: if no validation loss was finite.
+        """
+        self.learner.objective.close()
+        pruner.before_step(self.training.steps)
+        pruner.settle()
+        self.mix.record(self.learner.step_number)
+        self.validate(self.learner.step_number)
+        if not self.best.adapters:
+            raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
+        self.learner.restore(self.best.adapters)
+        pruner.finish()
+        self.progress.say(f"best validation loss {self.best.loss:.4f}, at step {self.best.step}")
+
+    def trained(self, pruner: Pruner) -> Trained:
+        """What has come of it."""
+        names = [name for name, _ in self.model.named_parameters() if ".lora_" in name]
+        adapters = dict(zip(names, self.learner.snapshot(), strict=True)) | pruner.refitted()
+        summary = self._summary()
+        if pruner.preparation:
+            summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}
+        return Trained(pruner.plan, pruner.groups, adapters, self.history, summary)
+
+    def _summary(self) -> dict[str, Any]:
+        training, text, learner, steps = self.training, self.mix.corpus.train, self.learner, len(self.history.steps)
+        return {
+            "steps": steps,
+            "tokens": steps * training.batch_size * training.accumulate * text.length,
+            "learning_rate": learner.learning_rate,
+            "rank": self.recipe.lora.rank,
+            "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
+            "skipped_updates": learner.skipped,
+            "best_step": self.best.step,
+            "best_validation_loss": self.best.loss,
+            "train_windows": len(text),
+            "train_sha256": text.sha256,
+            **({"distillation": learner.objective.summary()} if self.recipe.distillation.on else {}),
+            **({"mixture": self.mix.summary()} if self.mix.in_rounds else {}),
+        }
 
 
 def preparer(
@@ -174,21 +237,3 @@ def preparer(
     return lambda gates: Preparation(
         model, gates, recipe, batches, lambda: held_out_nll(model, corpus.validation, size), shown
     )
-
-
-def _summary(learner: Learner, recipe: Recipe, mix: DataMix, best: Best, steps: int) -> dict[str, Any]:
-    training, text = recipe.training, mix.corpus.train
-    return {
-        "steps": steps,
-        "tokens": steps * training.batch_size * training.accumulate * text.length,
-        "learning_rate": learner.learning_rate,
-        "rank": recipe.lora.rank,
-        "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
-        "skipped_updates": learner.skipped,
-        "best_step": best.step,
-        "best_validation_loss": best.loss,
-        "train_windows": len(text),
-        "train_sha256": text.sha256,
-        **({"distillation": learner.objective.summary()} if recipe.distillation.on else {}),
-        **({"mixture": mix.summary()} if mix.in_rounds else {}),
-    }
