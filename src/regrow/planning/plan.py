@@ -1,13 +1,13 @@
 """The plan: which units stay. Plain data that always speaks of the original model's units."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from regrow.errors import InputError
+from regrow.planning.document import Document
 from regrow.structure.groups import Groups
 
 
@@ -61,10 +61,10 @@ class Sparsity(BaseModel):
     """Share of all parameters, embeddings included, tied ones once."""
 
 
-class Plan(BaseModel):
+class Plan(Document):
     """Which units of which groups stay."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar[str] = "plan"
 
     format: Literal["regrow-plan-1"] = "regrow-plan-1"
     groups: dict[str, PlannedGroup]
@@ -102,20 +102,6 @@ class Plan(BaseModel):
                 for layer in groups.layers
             ),
         )
-
-    @classmethod
-    def parse(cls, text: str) -> "Plan":
-        """Read JSON.
-
-        Raises:
-            InputError: if it is not a plan.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"not a valid plan: {place + ': ' if place else ''}{first['msg']}") from error
 
     def keeping(self, keep: Mapping[str, Sequence[int]], removed_layers: Iterable[int] = ()) -> "Plan":
         """This plan with other units kept in the groups named, and more layers removed whole."""

@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from regrow.errors import InputError
+from regrow.planning.document import Document
 from regrow.structure.groups import Groups
 
 STEEPEST = 8.0
@@ -115,34 +115,16 @@ class Prior:
     curves: Mapping[str, Curve]
 
 
-class Sensitivity(BaseModel):
+class Sensitivity(Document):
     """The result of an analysis: plain data, JSON. A group of a single unit, which must stay, is not in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    called: ClassVar[str] = "sensitivity file"
 
     format: Literal["regrow-sensitivity-1"] = "regrow-sensitivity-1"
     conditions: Conditions
     dense_nll: float
     """Of the whole model, nats per token."""
     groups: dict[str, GroupSensitivity]
-
-    @classmethod
-    def parse(cls, text: str) -> "Sensitivity":
-        """Read JSON.
-
-        Raises:
-            InputError: if it is no analysis.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"not a valid sensitivity file: {place + ': ' if place else ''}{first['msg']}") from error
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return self.model_dump(mode="json")
 
     def describes(self, groups: Groups) -> bool:
         """Whether the analysis is of a model with these groups."""

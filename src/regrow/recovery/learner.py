@@ -35,10 +35,10 @@ class Step:
 
 
 def automatic_learning_rate(hidden_size: int, rule: str = "sqrt-width") -> float:
-    """Peak learning rate by a model's width; a third as high at 7B's 4096 by the second rule, which rises faster below.
+    """Peak learning rate by a model's width.
 
-    `sqrt-width`: `3e-4 · sqrt(4096 / hidden_size)`. `width`: `1e-4 · 4096 / hidden_size`, Adam's scaling under the
-    maximal update parametrisation (arXiv 2203.03466, table 3).
+    `sqrt-width`: `3e-4 · sqrt(4096 / hidden_size)`, a 7B model's usual rate at its width. `width`: `1e-4 · 4096 /
+    hidden_size`, Adam's scaling under the maximal update parametrisation (arXiv 2203.03466, table 3).
     """
     return 1e-4 * 4096 / hidden_size if rule == "width" else 3e-4 * math.sqrt(4096 / hidden_size)
 
