@@ -3,21 +3,23 @@
 Each is a mean over scored positions. Position t predicts token t + 1, so the last position never counts, and with a
 mask position t counts if token t + 1 is scored.
 
+NLL and divergence are computed together, in float32, a few positions at a time, and their gradient along with them:
+beside the logits and their gradient there are never more than a few copies of `LOGITS_AT_ONCE` numbers, and each
+softmax is taken once. With large vocabularies the logits are most of what a training step needs.
+
 Shapes: B sequences, T tokens, V vocabulary, D hidden size, P positions taken at once, K tokens known of a teacher's
 distribution.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from regrow.evaluation.perplexity import LOGITS_AT_ONCE
-
-NOT_SCORED = -100
 
 
 class Target(Protocol):
@@ -67,14 +69,47 @@ class TopTarget:
         return completed.scatter_(-1, tokens_BPK, self.log_probs_BTK[:, positions])
 
 
+class TokenLoss(NamedTuple):
+    """What `token_loss` finds; scalars, float32, nats. Only `total` has a gradient."""
+
+    total: Tensor
+    ce: Tensor
+    """Mean NLL of the text."""
+    kl: Tensor
+    """Mean `KL(p_T ‖ p_S)`; 0 without a teacher."""
+
+
+def token_loss(
+    logits_BTV: Tensor,
+    ids_BT: Tensor,
+    target: Target | None = None,
+    *,
+    weight: float = 0.0,
+    temperature: float = 1.0,
+    scored_BT: Tensor | None = None,
+) -> TokenLoss:
+    """`(1 - w) CE + w τ² KL(p_T ‖ p_S)` (Hinton et al., arXiv 1503.02531); no gradient goes to the teacher.
+
+    Args:
+        ids_BT: the text, of which tokens 2 to T are predicted, or those among them that are scored.
+        target: what the teacher says, at the same temperature τ.
+        weight: w.
+    """
+    return TokenLoss(
+        *_TokenLoss.apply(logits_BTV, ids_BT, _counting(logits_BTV, scored_BT), target, weight, temperature)  # type: ignore[no-untyped-call]
+    )
+
+
 def language_loss(logits_BTV: Tensor, ids_BT: Tensor, scored_BT: Tensor | None = None) -> Tensor:
     """Mean NLL of tokens 2 to T, or of those among them that are scored; nats, float32."""
-    targets_BT = ids_BT[:, 1:]
-    if scored_BT is not None:
-        targets_BT = targets_BT.masked_fill(~scored_BT[:, 1:], NOT_SCORED)
-    return functional.cross_entropy(
-        logits_BTV[:, :-1].float().flatten(0, 1), targets_BT.flatten(), ignore_index=NOT_SCORED
-    )
+    return token_loss(logits_BTV, ids_BT, scored_BT=scored_BT).total
+
+
+def divergence(logits_BTV: Tensor, target: Target, temperature: float, scored_BT: Tensor | None = None) -> Tensor:
+    """Mean `KL(p_T ‖ p_S)`, nats, of the softmax of the student's logits / temperature from a teacher's."""
+    nothing_BT = torch.zeros(logits_BTV.shape[:2], dtype=torch.long, device=logits_BTV.device)
+    loss = token_loss(logits_BTV, nothing_BT, target, weight=1.0, temperature=temperature, scored_BT=scored_BT)
+    return loss.total / temperature**2
 
 
 def sampled_labels(logits_BTV: Tensor, chance: torch.Generator) -> Tensor:
@@ -87,42 +122,50 @@ def sampled_labels(logits_BTV: Tensor, chance: torch.Generator) -> Tensor:
     return functional.pad(drawn, (1, 0)).to(logits_BTV.device)
 
 
-def divergence(logits_BTV: Tensor, target: Target, temperature: float, scored_BT: Tensor | None = None) -> Tensor:
-    """Mean `KL(p_T ‖ p_S)`, nats, of the softmax of the student's logits / temperature from a teacher's.
-
-    In float32, a few positions at a time, forward and backward: beside the logits themselves and their gradient there
-    are never more than a few copies of `LOGITS_AT_ONCE` numbers. No gradient goes to the teacher.
-    (Hinton et al., arXiv 1503.02531, whose factor temperature² is left to the caller.)
-    """
-    value: Tensor = _Divergence.apply(logits_BTV, target, temperature, _counting(logits_BTV, scored_BT))  # type: ignore[no-untyped-call]
-    return value
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_BTV: Tensor, target: Target, temperature: float, counting_BT: Tensor) -> Tensor:
-        ctx.save_for_backward(logits_BTV, counting_BT)
-        ctx.target, ctx.temperature = target, temperature
-        total = torch.zeros((), device=logits_BTV.device)
-        for positions in position_chunks(logits_BTV):
-            log_q = (logits_BTV[:, positions].float() / temperature).log_softmax(-1)
-            log_p = target.log_probs(positions, log_q)
-            terms = log_p.exp() * (log_p - log_q)
-            kl_BP = terms.masked_fill_(log_p == -torch.inf, 0.0).sum(-1)
-            total += kl_BP[counting_BT[:, positions]].sum()
-        return total / counting_BT.sum().clamp(min=1)
+class _TokenLoss(torch.autograd.Function):
+    """The gradient is found in the forward pass, where both distributions are at hand."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        logits_BTV, counting_BT = ctx.saved_tensors
-        factor = grads[0] / (ctx.temperature * counting_BT.sum().clamp(min=1))
-        grad_BTV = torch.zeros_like(logits_BTV)
+    def forward(
+        ctx: Any,
+        logits_BTV: Tensor,
+        ids_BT: Tensor,
+        counting_BT: Tensor,
+        target: Target | None,
+        weight: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = counting_BT.sum().clamp(min=1)
+        ce, kl = torch.zeros(2, device=logits_BTV.device)
+        grad_BTV = torch.zeros_like(logits_BTV) if ctx.needs_input_grad[0] else None
         for positions in position_chunks(logits_BTV):
-            log_q = (logits_BTV[:, positions].float() / ctx.temperature).log_softmax(-1)
-            p = ctx.target.log_probs(positions, log_q).exp_()
-            grad = log_q.exp_().sub_(p).mul_(factor)
-            grad_BTV[:, positions] = grad.masked_fill_(~counting_BT[:, positions, None], 0.0).to(grad_BTV.dtype)
-        return grad_BTV, None, None, None
+            counts_BP = counting_BT[:, positions]
+            chunk_BPV = logits_BTV[:, positions].float()
+            next_BP = ids_BT[:, 1:][:, positions, None]
+            log_q = chunk_BPV.log_softmax(-1)
+            ce += -log_q.gather(-1, next_BP)[..., 0][counts_BP].sum()
+            gradient = torch.zeros_like(chunk_BPV)
+            if target is not None:
+                log_q_soft = log_q if temperature == 1 else (chunk_BPV / temperature).log_softmax(-1)
+                log_p = target.log_probs(positions, log_q_soft)
+                p = log_p.exp()
+                kl += (p * (log_p - log_q_soft)).masked_fill_(log_p == -torch.inf, 0.0).sum(-1)[counts_BP].sum()
+                if grad_BTV is not None:
+                    gradient.add_(log_q_soft.exp() - p, alpha=weight * temperature)
+            if grad_BTV is not None:
+                q = log_q.exp_()
+                q.scatter_add_(-1, next_BP, torch.full_like(next_BP, -1, dtype=q.dtype))
+                gradient.add_(q, alpha=1 - weight)
+                gradient.masked_fill_(~counts_BP[..., None], 0.0).div_(count)
+                grad_BTV[:, positions] = gradient.to(grad_BTV.dtype)
+        ctx.grad_BTV = grad_BTV
+        ce, kl = ce / count, kl / count
+        ctx.mark_non_differentiable(ce, kl)
+        return (1 - weight) * ce + weight * temperature**2 * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        return ctx.grad_BTV * grads[0], None, None, None, None, None
 
 
 def position_chunks(logits_BTV: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.data.tokens import Batch
-from regrow.recovery.losses import divergence, hidden_distance, language_loss, sampled_labels
+from regrow.recovery.losses import hidden_distance, language_loss, sampled_labels, token_loss
 from regrow.recovery.teacher import Lesson, Teacher, layer_outputs
 from regrow.settings import Distillation
 
@@ -18,8 +18,8 @@ from regrow.settings import Distillation
 class Objective:
     """`L = (1 - w) CE + w τ² KL(p_T ‖ p_S) + h H`; without a teacher `L = CE`.
 
-    w, τ and h are the settings' `weight`, `temperature` and `hidden_weight`; the terms are `language_loss`,
-    `divergence` and `hidden_distance`. All are means over scored tokens, so L is one: scores read from its backward
+    w, τ and h are the settings' `weight`, `temperature` and `hidden_weight`; the terms are those of
+    `token_loss`, and `hidden_distance`. All are means over scored tokens, so L is one: scores read from its backward
     pass (`Gates.recording`) keep their scale "per token", and measure the mixed loss.
     """
 
@@ -70,13 +70,14 @@ class Objective:
         with layer_outputs(model, self.layers) as hidden:
             logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
         wanted_BT = batch.ids_BT if labels is None else sampled_labels(logits_BTV, labels)
-        ce = language_loss(logits_BTV, wanted_BT, batch.scored_BT)
         if lesson is None:
-            return ce, {}
+            return language_loss(logits_BTV, wanted_BT, batch.scored_BT), {}
         settings = self.settings
-        kl = divergence(logits_BTV, lesson.target, settings.temperature, batch.scored_BT)
-        loss = (1 - settings.weight) * ce + settings.weight * settings.temperature**2 * kl
-        terms = {"ce": ce.detach(), "kl": kl.detach()}
+        loss, ce, kl = token_loss(
+            logits_BTV, wanted_BT, lesson.target, weight=settings.weight, temperature=settings.temperature,
+            scored_BT=batch.scored_BT,
+        )  # fmt: skip
+        terms = {"ce": ce, "kl": kl}
         if self.layers is not None:
             numbers = range(len(hidden)) if self.layer_numbers is None else self.layer_numbers
             distance = hidden_distance(hidden, [lesson.hidden[number] for number in numbers], batch.scored_BT)
