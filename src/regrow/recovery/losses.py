@@ -21,6 +21,9 @@ from torch.nn import functional
 
 from regrow.evaluation.perplexity import LOGITS_AT_ONCE
 
+RULED_OUT = -1e30
+"""Stands for the log of a probability of 0: `0 · log 0` is then 0, as the divergence means it."""
+
 
 class Target(Protocol):
     """What a teacher says about the next token, at positions 1 to T - 1 of a batch."""
@@ -140,24 +143,26 @@ class _TokenLoss(torch.autograd.Function):
         grad_BTV = torch.zeros_like(logits_BTV) if ctx.needs_input_grad[0] else None
         for positions in position_chunks(logits_BTV):
             counts_BP = counting_BT[:, positions]
+            next_BP1 = ids_BT[:, 1:][:, positions, None]
             chunk_BPV = logits_BTV[:, positions].float()
-            next_BP = ids_BT[:, 1:][:, positions, None]
             log_q = chunk_BPV.log_softmax(-1)
-            ce += -log_q.gather(-1, next_BP)[..., 0][counts_BP].sum()
-            gradient = torch.zeros_like(chunk_BPV)
-            if target is not None:
+            ce -= log_q.gather(-1, next_BP1)[..., 0][counts_BP].sum()
+            if target is None:
+                gradient = log_q.exp_()
+            else:
                 log_q_soft = log_q if temperature == 1 else (chunk_BPV / temperature).log_softmax(-1)
-                log_p = target.log_probs(positions, log_q_soft)
+                log_p = target.log_probs(positions, log_q_soft).clamp_(min=RULED_OUT)
                 p = log_p.exp()
-                kl += (p * (log_p - log_q_soft)).masked_fill_(log_p == -torch.inf, 0.0).sum(-1)[counts_BP].sum()
-                if grad_BTV is not None:
-                    gradient.add_(log_q_soft.exp() - p, alpha=weight * temperature)
+                kl += torch.linalg.vecdot(p, log_p.sub_(log_q_soft))[counts_BP].sum()
+                if temperature == 1:
+                    gradient = log_q.exp_().sub_(p, alpha=weight)
+                else:
+                    soft = log_q_soft.exp_().sub_(p)
+                    gradient = log_q.exp_().mul_(1 - weight).add_(soft, alpha=weight * temperature)
             if grad_BTV is not None:
-                q = log_q.exp_()
-                q.scatter_add_(-1, next_BP, torch.full_like(next_BP, -1, dtype=q.dtype))
-                gradient.add_(q, alpha=1 - weight)
-                gradient.masked_fill_(~counts_BP[..., None], 0.0).div_(count)
-                grad_BTV[:, positions] = gradient.to(grad_BTV.dtype)
+                gradient.scatter_add_(-1, next_BP1, torch.full_like(next_BP1, weight - 1, dtype=gradient.dtype))
+                gradient.masked_fill_(~counts_BP[..., None], 0.0)
+                grad_BTV[:, positions] = gradient.div_(count).to(grad_BTV.dtype)
         ctx.grad_BTV = grad_BTV
         ce, kl = ce / count, kl / count
         ctx.mark_non_differentiable(ce, kl)
