@@ -387,7 +387,7 @@ def loss_of_size(model, windows, batch_size) -> float:
 
 @pytest.mark.usefixtures("lean")
 def test_a_run_for_perplexity(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("trials", "recovery.train", "recovery.forecast"):
+    for module in ("recovery.train", "recovery.mixing"):
         monkeypatch.setattr(f"regrow.{module}.held_out_nll", loss_of_size)
     given = {"recipe": "regrow", "steps": 2, "training__learning_rate": 5e-2}
     asked = {"pruning__target": "perplexity=+20%", "pruning__target_trials": 3}

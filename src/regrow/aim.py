@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.data.corpus import Corpus
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.latency import Latency, measure_latency, probe_turns
@@ -90,7 +91,7 @@ class Aim:
         self,
         recipe: Recipe,
         model: PreTrainedModel,
-        text: tuple[Windows, Windows],
+        corpus: Corpus,
         fresh: Callable[[], PreTrainedModel],
         train_into: TrainInto,
     ) -> tuple[PreTrainedModel, Trained, Recipe]:
@@ -99,7 +100,7 @@ class Aim:
         Args:
             recipe: as `prepare` gave it.
             model: whole, LoRA-wrapped. For a perplexity another takes its place, and it is left without weights.
-            text: to train on, and for the validation.
+            corpus: to train on, and for the validation.
             fresh: another such model.
 
         Returns:
@@ -110,11 +111,11 @@ class Aim:
         """
         scores = None
         if self.target.kind == "perplexity":
-            trials = Trials(self.name, self.folder, recipe, *text, self.progress)
+            trials = Trials(self.name, self.folder, recipe, corpus, self.progress)
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
-            recipe, scores = self._settle_speedup(recipe, model, find_groups(model), text[0])
+            recipe, scores = self._settle_speedup(recipe, model, find_groups(model), corpus.train)
         return model, train_into(model, recipe, self.folder, scores), recipe
 
     def _settle_speedup(

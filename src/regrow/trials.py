@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import write_bytes, write_json
-from regrow.data.tokens import Windows
+from regrow.data.corpus import Corpus
 from regrow.errors import InputError
-from regrow.evaluation.compare import held_out_nll
 from regrow.planning.bracket import Search
 from regrow.planning.demand import reach
 from regrow.planning.plan import Plan
@@ -29,6 +28,7 @@ from regrow.planning.target import Target, share_of
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.forecast import cut_losses, measure_scores
+from regrow.recovery.mixing import validation_loss
 from regrow.recovery.scoring import Average
 from regrow.recovery.train import History, Trained
 from regrow.structure.cut import cut
@@ -58,14 +58,11 @@ class Trial:
 class Trials:
     """The search: a loop around the training part of the walk."""
 
-    def __init__(
-        self, name: str, folder: Path, recipe: Recipe, train_text: Windows, validation: Windows, progress: Progress
-    ) -> None:
+    def __init__(self, name: str, folder: Path, recipe: Recipe, corpus: Corpus, progress: Progress) -> None:
         self.name = name
         self.folder = folder
         self.recipe = recipe
-        self.train_text = train_text
-        self.validation = validation
+        self.corpus = corpus
         self.progress = progress
 
     def search(
@@ -84,14 +81,14 @@ class Trials:
             InputError: if no trial holds; the message says which came closest.
         """
         recipe, groups = self.recipe, find_groups(model)
-        dense = held_out_nll(model, self.validation, recipe.training.batch_size)
+        dense = validation_loss(model, self.corpus, recipe)
         most = target.most_perplexity(math.exp(dense))
         self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")
         # The one place where what is known of the whole model is measured; every trial shares it.
-        scores = measure_scores(model, groups, recipe, self.train_text, self.progress)
+        scores = measure_scores(model, groups, recipe, self.corpus.train, self.progress)
         largest = share_of(reach(groups, recipe.pruning), groups)
         shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
-        curve = cut_losses(model, groups, recipe, scores.scores, self.validation, shares, self.progress)
+        curve = cut_losses(model, groups, recipe, scores.scores, self.corpus, shares, self.progress)
         model.to("meta")  # type: ignore[arg-type]
         search, trials = Search(dense, math.log(most), curve), list[Trial]()
         known = scores if recipe.pruning.schedule == "one-shot" else None
@@ -120,7 +117,15 @@ class Trials:
         """Tells whether a trial found in the folder is this one: recipe, model, text and sparsity."""
         sections = self.recipe.model_dump(mode="json", exclude={"evaluation", "output", "name", "description"})
         del sections["pruning"]["target"], sections["pruning"]["target_trials"], sections["pruning"]["sparsity"]
-        parts = [version("regrow"), self.name, dense, share, sections, self.train_text.sha256, self.validation.sha256]
+        parts = [
+            version("regrow"),
+            self.name,
+            dense,
+            share,
+            sections,
+            self.corpus.train.sha256,
+            self.corpus.validation.sha256,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _trial(

@@ -274,7 +274,7 @@ class Walk:
         model, trained, self.recipe = self.aim.recover(
             self.recipe,
             model,
-            (text.corpus.train, text.corpus.validation),
+            text.corpus,
             fresh=lambda: self.attach(self.load(tokenizer), whole),
             train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores, prior),
         )

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.data.corpus import Corpus
 from regrow.data.tokens import Windows, batches
-from regrow.evaluation.compare import held_out_nll
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.planning.target import with_share
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
+from regrow.recovery.mixing import validation_loss
 from regrow.recovery.pruner import Pruner
 from regrow.recovery.scoring import Average
 from regrow.structure.gates import Gates
@@ -44,7 +45,7 @@ def cut_losses(
     groups: Groups,
     recipe: Recipe,
     scores: dict[str, Tensor],
-    validation: Windows,
+    corpus: Corpus,
     shares: Sequence[float],
     progress: Progress,
 ) -> list[tuple[float, float]]:
@@ -55,7 +56,7 @@ def cut_losses(
         shares: of the block parameters to remove.
 
     Returns:
-        For each share the mean NLL per token of `validation`, nats; not finite where the model breaks.
+        For each share the validation loss, nats; not finite where the model breaks.
     """
     progress.stage("forecast", len(shares))
     whole, found = Plan.whole(groups), []
@@ -64,6 +65,6 @@ def cut_losses(
             plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
             for name, group in plan.groups.items():
                 gates.keep(name, group.keep)
-            found.append((share, held_out_nll(model, validation, recipe.training.batch_size)))
+            found.append((share, validation_loss(model, corpus, recipe)))
             progress.advance()
     return found

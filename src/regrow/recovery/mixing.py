@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from regrow.data.corpus import Corpus
 from regrow.data.mixture import Shares, reweight
 from regrow.data.sampler import Sampler, SamplerState
 from regrow.data.tokens import Batch, Windows
+from regrow.evaluation.compare import held_out_nll
 from regrow.recipe import Recipe
 from regrow.settings import Stage
 
@@ -209,3 +212,9 @@ class DataMix:
             "ended_early_at": {s.name: s.state.ended_at for s in self.stages if s.state.ended_at is not None},
             "rounds": self.history,
         }
+
+
+def validation_loss(model: PreTrainedModel, corpus: Corpus, recipe: Recipe) -> float:
+    """A model's loss over all held-out text, weighted as in `DataMix.validation_loss`: nats; perhaps not finite."""
+    size = recipe.training.batch_size
+    return DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, size)).validation_loss(0)

@@ -20,7 +20,7 @@ from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
-from regrow.recovery.mixing import DataMix
+from regrow.recovery.mixing import DataMix, validation_loss
 from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
@@ -235,5 +235,5 @@ def preparer(
     batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
-        model, gates, recipe, batches, lambda: held_out_nll(model, corpus.validation, size), shown
+        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown
     )
