@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrow.criteria.evidence import Evidence
     from regrow.errors import InputError
+    from regrow.formats.export import export
     from regrow.measure import analyze, bench, evaluate
     from regrow.planning.plan import Plan
     from regrow.planning.sensitivity import Sensitivity
@@ -32,6 +33,7 @@ _HOMES = {
     "analyze": "regrow.measure",
     "bench": "regrow.measure",
     "evaluate": "regrow.measure",
+    "export": "regrow.formats.export",
     "find_groups": "regrow.structure.groups",
     "load_recipe": "regrow.recipe",
     "prune": "regrow.run",
@@ -49,6 +51,7 @@ __all__ = [
     "analyze",
     "bench",
     "evaluate",
+    "export",
     "find_groups",
     "load_recipe",
     "prune",

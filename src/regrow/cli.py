@@ -273,6 +273,38 @@ def bench(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder, or a run's.")],
+    out: Annotated[Path, typer.Option(help="Where to: a new folder; for GGUF a file.")],
+    to: Annotated[str | None, typer.Option(help="gguf or onnx; without it, with --pad, safetensors.")] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Make uneven layers equal with zeros, so that stock classes load them.")
+    ] = False,
+    multiple: Annotated[int, typer.Option(min=1, help="With --pad: make the FFN width a multiple of this.")] = 1,
+    kind: Annotated[
+        str,
+        typer.Option("--type", help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; auto: as stored."),
+    ] = "auto",
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for families that regrow does not write.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the checkpoint in DIR for other programs: GGUF, ONNX, or padded to equal layers."""
+    if to not in (None, "gguf", "onnx"):
+        raise InputError(f"--to {to!r}: choose gguf or onnx")
+    _quiet()
+    from regrow.formats.export import export as write
+
+    done = write(
+        folder, out, to, pad=pad, multiple=multiple, kind=kind, converter=converter,  # type: ignore[arg-type]
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    print(json.dumps(done, indent=2) if as_json else ", ".join(f"{key} {value}" for key, value in done.items()))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, every key written out.")] = None,
     explain: Annotated[bool, typer.Option(help="List every key with its meaning and default.")] = False,

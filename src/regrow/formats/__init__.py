@@ -1,0 +1,1 @@
+"""A finished checkpoint in other shapes and other programs' files: padded, GGUF, ONNX (floor 3)."""
