@@ -139,7 +139,7 @@ STAGE = re.compile(r"\w[\w, -]* …")
 COMMAND_LINE = """
 import gc, json, os, resource, signal, sys, traceback
 from regrow import cli
-cli._quiet()
+cli.quiet()
 import datasets, torch, transformers
 import regrow.measure, regrow.report.terminal, regrow.run, regrow.terminal
 with torch.device("meta"):

@@ -49,7 +49,9 @@ def test_version(command: CommandLine) -> None:
 
 
 def test_help_names_every_verb(command: CommandLine) -> None:
-    assert VERBS == ["analyze", "bench", "demo", "evaluate", "export", "inspect", "prune", "recipes"]
+    assert VERBS == [
+        "analyze", "apply", "bench", "demo", "evaluate", "export", "inspect", "prune", "recipes", "scatter",
+    ]  # fmt: skip
     for flag in ("-h", "--help"):
         done = command(flag)
         assert (done.code, done.stderr) == (0, "")

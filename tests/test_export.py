@@ -300,7 +300,7 @@ def sentencepiece_like(folder: Path) -> None:
 
 
 def join_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
-    """Sentencepiece's BPE: join the neighbours whose union scores highest, leftmost first; unknown letters are bytes."""
+    """Sentencepiece's BPE: join neighbours whose union scores highest, leftmost first; unknown letters are bytes."""
     number = {token: index for index, token in enumerate(tokens)}
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from regrow.planning.plan import Plan
     from regrow.planning.sensitivity import Sensitivity
     from regrow.recipe import Recipe, load_recipe
+    from regrow.reuse import apply, scatter
     from regrow.run import prune
     from regrow.structure.groups import Group, Groups, find_groups
     from regrow.walk import Result
@@ -31,12 +32,14 @@ _HOMES = {
     "Result": "regrow.walk",
     "Sensitivity": "regrow.planning.sensitivity",
     "analyze": "regrow.measure",
+    "apply": "regrow.reuse",
     "bench": "regrow.measure",
     "evaluate": "regrow.measure",
     "export": "regrow.formats.export",
     "find_groups": "regrow.structure.groups",
     "load_recipe": "regrow.recipe",
     "prune": "regrow.run",
+    "scatter": "regrow.reuse",
 }
 
 __all__ = [
@@ -49,12 +52,14 @@ __all__ = [
     "Result",
     "Sensitivity",
     "analyze",
+    "apply",
     "bench",
     "evaluate",
     "export",
     "find_groups",
     "load_recipe",
     "prune",
+    "scatter",
 ]
 
 

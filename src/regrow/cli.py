@@ -1,20 +1,17 @@
 """The command line. Nothing heavy is imported before it is needed: `regrow --help` is instant."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from regrow.cli_reuse import apply, export, scatter
+from regrow.console import AsJson, Trust, quiet, shown_progress
 from regrow.errors import InputError
-
-if TYPE_CHECKING:
-    from regrow.progress import Progress
 
 app = typer.Typer(
     name="regrow",
@@ -27,9 +24,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a repository on the hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto: the first GPU, else the CPU.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")]
 SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data set on the hub (wikitext, c4)."
 
 
@@ -82,6 +77,9 @@ def prune(
     shape: Annotated[
         str | None, typer.Option(help="uniform: same widths in every layer, loads everywhere. free: each its own.")
     ] = None,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Leave base/ (pruned, not merged) and adapter/ (PEFT) as well.")
+    ] = False,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
@@ -100,11 +98,12 @@ def prune(
         "seed": _number("--seed", seed, int),
         "pruning.criterion": criterion,
         "pruning.shape": shape,
+        "output.keep_adapter": keep_adapter or None,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)
-    _quiet()
-    with _progress() as progress:
+    quiet()
+    with shown_progress() as progress:
         from regrow.run import prune as run
 
         result = run(model, out, chosen, progress=progress)
@@ -122,7 +121,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
-    _quiet()
+    quiet()
     from regrow.checkpoint.load import load_skeleton
     from regrow.structure.groups import find_groups
 
@@ -177,8 +176,8 @@ def analyze(
     parts = [_number("--shares", part, float) for part in shares.split(",")]
     settings = {"analysis.shares": parts} | parse_assignments(assign or [])
     protect = load_recipe("regrow", settings).analysis.protect
-    _quiet()
-    with _progress() as progress:
+    quiet()
+    with shown_progress() as progress:
         from regrow.measure import analyze as measure
 
         found = measure(model, data, out, windows=windows, overrides=settings, progress=progress)
@@ -212,8 +211,8 @@ def evaluate(
         raise InputError(f"--window {min(lengths)}: a window needs at least 2 tokens")
     if bos not in ("document", "once", "none"):
         raise InputError(f"--bos {bos!r}: choose document, once or none")
-    _quiet()
-    with _progress() as progress:
+    quiet()
+    with shown_progress() as progress:
         from regrow.measure import evaluate as measure
 
         results = measure(
@@ -245,8 +244,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure size, prefill and decode speed, and peak memory of one or more models, in turns."""
-    _quiet()
-    with _progress() as progress:
+    quiet()
+    with shown_progress() as progress:
         from regrow.measure import bench as measure
 
         results = measure(
@@ -273,38 +272,6 @@ def bench(
 
 
 @app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder, or a run's.")],
-    out: Annotated[Path, typer.Option(help="Where to: a new folder; for GGUF a file.")],
-    to: Annotated[str | None, typer.Option(help="gguf or onnx; without it, with --pad, safetensors.")] = None,
-    pad: Annotated[
-        bool, typer.Option("--pad", help="Make uneven layers equal with zeros, so that stock classes load them.")
-    ] = False,
-    multiple: Annotated[int, typer.Option(min=1, help="With --pad: make the FFN width a multiple of this.")] = 1,
-    kind: Annotated[
-        str,
-        typer.Option("--type", help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; auto: as stored."),
-    ] = "auto",
-    converter: Annotated[
-        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for families that regrow does not write.")
-    ] = None,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write the checkpoint in DIR for other programs: GGUF, ONNX, or padded to equal layers."""
-    if to not in (None, "gguf", "onnx"):
-        raise InputError(f"--to {to!r}: choose gguf or onnx")
-    _quiet()
-    from regrow.formats.export import export as write
-
-    done = write(
-        folder, out, to, pad=pad, multiple=multiple, kind=kind, converter=converter,  # type: ignore[arg-type]
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    print(json.dumps(done, indent=2) if as_json else ", ".join(f"{key} {value}" for key, value in done.items()))
-
-
-@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, every key written out.")] = None,
     explain: Annotated[bool, typer.Option(help="List every key with its meaning and default.")] = False,
@@ -322,6 +289,11 @@ def recipes(
             print(f"{known:12} {load_recipe(known).description}")
 
 
+app.command()(apply)
+app.command()(scatter)
+app.command()(export)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("regrow-demo"),
@@ -334,8 +306,8 @@ def demo(
 
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
     load_recipe(recipe, {"pruning.sparsity": share, "training.steps": count})  # before the corpus is gathered
-    _quiet()
-    with _progress() as progress:
+    quiet()
+    with shown_progress() as progress:
         from regrow.demo.show import run_demo
 
         result = run_demo(out, recipe, share, count, progress)
@@ -349,29 +321,6 @@ def _number(option: str, text: str | None, kind: Callable[[str], Any]) -> Any:
         return kind(text)
     except ValueError as error:
         raise InputError(f"{option} {text!r}: give a {'whole ' if kind is int else ''}number") from error
-
-
-def _quiet() -> None:
-    """Keep the libraries' chatter off the screen; what matters of it comes back as an error."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import warnings
-
-    warnings.simplefilter("ignore")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-@contextmanager
-def _progress() -> "Iterator[Progress]":
-    from regrow.terminal import terminal_progress
-
-    with terminal_progress() as progress:
-        yield progress
 
 
 def _summary(results: dict[str, Any], folder: Path) -> None:

@@ -4,6 +4,7 @@ verify → evaluate → report.
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
 `plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
+`base/` and `adapter/` are there if the recipe keeps the adapter.
 `generated.jsonl` is there if the model wrote the text, `latency.json` and `trials/` if the recipe's target needs them.
 Every file appears whole or not at all.
 """
@@ -29,11 +30,14 @@ from regrow.checkpoint.load import (
     load_config,
     load_model,
     load_tokenizer,
+    output_dtype,
     pick_device,
-    stored_dtype,
+    weights_folder,
 )
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
+from regrow.checkpoint.source import Source
+from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import Corpus, list_sources, read_corpus, writes_own_text
@@ -55,6 +59,7 @@ from regrow.recovery.train import Trained, train
 from regrow.report.markdown import model_card, write_report
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
+from regrow.reuse import keep_adapter, texts
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
@@ -123,6 +128,8 @@ class Walk:
         for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
             check_length(config, length)
         tokenizer = load_tokenizer(self.name)
+        if recipe.output.keep_adapter:  # what would stop it at the end is better found now
+            Source(self.name, weights_folder(self.name))
 
         text = None
         if writes_own_text(recipe.data):
@@ -152,6 +159,9 @@ class Walk:
         self.begin("verify in a fresh process")
         verification = self.verify(model, text)
         del model
+        if recipe.output.keep_adapter:
+            self.begin("keep the adapter")
+            keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
         results = self.evaluate(trained, tokenizer, text, verification)
         return self.report(trained, results)
 
@@ -211,7 +221,8 @@ class Walk:
     def check_reach(self, model: PreTrainedModel, groups: Groups) -> None:
         """Fail now, not after hours, if the target cannot be reached."""
         if self.aim is not None:
-            self.recipe = self.aim.prepare(self.recipe, model, groups, self.output_dtype(), machine(model.device))
+            dtype = output_dtype(self.name, self.recipe.output.dtype)
+            self.recipe = self.aim.prepare(self.recipe, model, groups, dtype, machine(model.device))
             if not self.aim.is_settled:
                 return
         check_reach(groups, self.recipe.pruning)
@@ -225,6 +236,8 @@ class Walk:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
+        for left_over in ("base", "adapter"):  # of an earlier run that kept its adapter
+            shutil.rmtree(self.folder / left_over, ignore_errors=True)
         write_json(
             self.folder / RUN_FILE,
             {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
@@ -310,7 +323,8 @@ class Walk:
             scores=scores,
             prior=prior,
         )
-        write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters))
+        scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
+        write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
         return trained
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
@@ -319,12 +333,9 @@ class Walk:
             model,
             tokenizer,
             self.folder / "model",
-            dtype=self.output_dtype(),
+            dtype=output_dtype(self.name, self.recipe.output.dtype),
             shard_size=self.recipe.output.shard_size,
-            extras={
-                "README.md": model_card(self.name, self.recipe, plan),
-                "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
-            },
+            extras=texts(self.name, self.recipe, plan),
         )
 
     def verify(self, model: PreTrainedModel, text: Text) -> Verification:
@@ -341,13 +352,6 @@ class Walk:
             shutil.rmtree(folder)
             raise
         return verification
-
-    def output_dtype(self) -> torch.dtype:
-        """What the checkpoint is stored in."""
-        wanted = self.recipe.output.dtype
-        dtype = stored_dtype(self.name) if wanted == "auto" else getattr(torch, wanted)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
 
     def evaluate(
         self, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text, verification: Verification

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -96,6 +97,20 @@ def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel
     return model
 
 
+def weights_folder(name: str) -> Path:
+    """The folder of a checkpoint's safetensors files; from the hub they are downloaded.
+
+    Raises:
+        InputError: if they cannot be.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except Exception as error:
+        raise InputError(f"weights of {name} do not come from the hub: {_reason(error)}; try again") from error
+
+
 def load_config(name: str, trust_remote_code: bool = False):  # type: ignore[no-untyped-def]
     """The config of a causal LM; see `load_model`."""
     own_code = "auto_map" in _read_config(name)
@@ -161,9 +176,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """The dtype a checkpoint is stored in, as its config says; float32 if it does not."""
-    dtype = load_config(name, trust_remote_code=False).dtype
+def output_dtype(name: str, wanted: str = "auto") -> torch.dtype:
+    """What a checkpoint is to be stored in; `auto`: as its config says it is now, float32 if it does not say."""
+    dtype = load_config(name, trust_remote_code=False).dtype if wanted == "auto" else getattr(torch, wanted)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -66,10 +66,17 @@ def save_checkpoint(
     model.config.dtype = dtype
     with new_folder(folder) as partial:
         model.save_pretrained(partial, max_shard_size=shard_size)
-        _name_the_class(partial, model.config)
-        tokenizer.save_pretrained(partial)
-        for name, text in extras.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        write_description(partial, model.config, tokenizer, extras)
+
+
+def write_description(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, extras: Mapping[str, str]
+) -> None:
+    """What goes with the weights and the config of a checkpoint: who loads it, the tokenizer, further text files."""
+    _name_the_class(folder, config)
+    tokenizer.save_pretrained(folder)
+    for name, text in extras.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def bytes_besides_parameters(model: PreTrainedModel, dtype: torch.dtype, shard_size: str) -> int:

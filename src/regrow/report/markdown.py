@@ -36,16 +36,23 @@ def write_report(
     return "\n\n".join(parts) + "\n"
 
 
-def model_card(name: str, recipe: Recipe, plan: Plan, results: dict[str, Any] | None = None) -> str:
-    """The checkpoint's README: metadata for the hub, then what was done to the model."""
+def model_card(name: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> str:
+    """The checkpoint's README: metadata for the hub, then what was done to the model (without a recipe: only cut)."""
     name = short_name(name)
     metadata = ("---", f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation")
     head = "\n".join([*metadata, "tags: [pruned, regrow]", "---", ""])
+    done = (
+        ""
+        if recipe is None
+        else (
+            f" (recipe `{recipe.name}`, seed {recipe.seed}) and LoRA "
+            "adapters, trained to make up for them, were merged in"
+        )
+    )
     body = [
         f"# {name}, {plan.sparsity.block:.0%} of its block parameters removed",
         f"A plain checkpoint: {_what_went(plan)} were cut out with "
-        f"[regrow](https://pypi.org/project/regrow/) (recipe `{recipe.name}`, seed {recipe.seed}) and LoRA "
-        "adapters, trained to make up for them, were merged in. It loads like any other.",
+        f"[regrow](https://pypi.org/project/regrow/){done}. It loads like any other.",
     ]
     if results:
         body += [*_asked(results), _before_after(results), _ratios(results)]

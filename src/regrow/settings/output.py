@@ -38,3 +38,8 @@ class Output(Section):
         pattern=r"^\d+(\.\d+)?[KMGT]B$",
         description="Largest size of a safetensors file, for example 5GB.",
     )
+    keep_adapter: bool = Field(
+        default=False,
+        description="Leave, beside the merged model/, also base/ (pruned and refitted, not merged) and adapter/, a "
+        "PEFT folder that goes on it.",
+    )

@@ -1,0 +1,198 @@
+"""Apply a plan and adapters to a checkpoint on disk, tensor by tensor: memory for one, whatever the model's size.
+
+The model itself is only ever built on the meta device. There it is traced and cut, which tells the names, shapes and
+config of the result; then each tensor is read, sliced, given its adapter's `s B A` in float32, and written. What comes
+out is what `save_checkpoint` writes of a model that was cut and merged in memory.
+
+Not covered: files whose names are not the model's own (a base model's without prefix, experts kept apart that the model
+fuses) and quantised ones; both are refused, by the tensor's name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from regrow.checkpoint.files import new_folder, write_json
+from regrow.checkpoint.save import write_description
+from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.source import Source, first_names
+from regrow.checkpoint.tensors import StoredTensors, write_tensors
+from regrow.errors import InputError
+from regrow.planning.plan import Plan
+from regrow.progress import Progress
+from regrow.structure.adapters import ADAPTER
+from regrow.structure.cut import cut
+from regrow.structure.groups import find_groups
+from regrow.structure.positions import IndexMap, index_map
+
+SCALING = "lora_scaling"
+"""Key in the metadata of `adapters.safetensors`: what B A is multiplied by, alpha / rank."""
+
+
+def open_adapters(path: Path) -> StoredTensors:
+    """The LoRA factors and refitted parameters that a run has left, not yet read.
+
+    Raises:
+        InputError: if the file is damaged, or does not say how the factors are scaled.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give a run's adapters.safetensors")
+    adapters = StoredTensors([path])
+    if SCALING not in adapters.metadata and any(".lora_" in name for name in adapters.entries):
+        raise InputError(f"{path} does not say how its factors are scaled ({SCALING} in its metadata, alpha / rank)")
+    return adapters
+
+
+def check_plan(plan: Plan, model: PreTrainedModel, name: str) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        InputError: naming the first group that differs.
+    """
+    own = Plan.whole(find_groups(model))
+    for group in sorted(own.groups.keys() | plan.groups.keys()):
+        here, there = (each.groups.get(group) for each in (own, plan))
+        if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
+            raise InputError(
+                f"the plan is of another model than {name}: {group} has "
+                f"{'no' if there is None else there.units} units in it, {'none' if here is None else here.units} here"
+            )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is to be done to the tensors of a source."""
+
+    source: Source
+    map: IndexMap
+    adapters: StoredTensors | None
+    merge: bool
+    dtype: torch.dtype
+    model: PreTrainedModel
+    """The cut one, on the meta device."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the cut and merged model, in the dtype it is to be written in."""
+        before = self.map.name_before(name)
+        refitted = self._stored_name(name)
+        if self.adapters is not None and refitted in self.adapters.entries:
+            tensor = self.adapters.read(refitted)
+        else:
+            tensor = self.map.gather(before, self.source.stored.read(self.source.at[before]))
+        linear = name.removesuffix(".weight")
+        if self.adapters is not None and self.merge and (key := _factor(linear, "A")) in self.adapters.entries:
+            a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
+            delta = float(self.adapters.metadata[SCALING]) * (b @ a)
+            tensor = tensor.float() + (delta.T if isinstance(self.model.get_submodule(linear), Conv1D) else delta)
+        is_buffer = not isinstance(self.model.get_parameter_or_buffer(name), nn.Parameter)
+        return tensor if is_buffer else tensor.to(self.dtype)
+
+    def _stored_name(self, parameter: str) -> str:
+        """A refitted parameter's name in the file: with LoRA around its module there is one more part to it."""
+        module, _, last = parameter.rpartition(".")
+        wrapped = self.adapters is not None and _factor(module, "A") in self.adapters.entries
+        return f"{module}.base_layer.{last}" if wrapped else parameter
+
+    def check(self) -> None:
+        """Refuse adapters that do not fit the cut model.
+
+        Raises:
+            InputError: naming the first tensor that does not.
+        """
+        assert self.adapters is not None
+        wanted = {self._stored_name(name): tuple(p.shape) for name, p in self.model.named_parameters()}
+        for key, entry in self.adapters.entries.items():
+            linear, _, factor = key.partition(".lora_")
+            shape = wanted.get(f"{linear}.base_layer.weight" if factor else key)
+            if shape is not None and factor:
+                module = self.model.get_submodule(linear)
+                out, into = reversed(shape) if isinstance(module, Conv1D) else shape
+                shape = (entry.shape[0], into) if factor.startswith("A.") else (out, entry.shape[1])
+            if shape != entry.shape:
+                raise InputError(
+                    f"the adapters are of another plan: {key} is {list(entry.shape)}, "
+                    + (f"the cut model wants {list(shape)}" if shape else "which the cut model does not have")
+                )
+
+
+def _factor(linear: str, factor: str) -> str:
+    return f"{linear}.lora_{factor}.{ADAPTER}.weight"
+
+
+def stream_checkpoint(
+    source: Source,
+    folder: Path,
+    plan: Plan,
+    adapters: StoredTensors | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    shard_size: str,
+    extras: Mapping[str, str],
+    progress: Progress,
+    merge: bool = True,
+) -> None:
+    """Cut a checkpoint on disk to a plan and merge adapters into it; the folder appears whole or not at all.
+
+    Args:
+        source: used up: its skeleton is cut.
+        folder: as `save_checkpoint` leaves it, to the bit where the arithmetic is the same.
+        adapters: of the cut model, as `open_adapters` gives them; None: plain cut.
+        dtype: of the parameters that are written; sums are always in float32.
+        merge: False leaves the factors out and takes only the refitted parameters.
+
+    Raises:
+        InputError: if plan or adapters do not fit, or no class takes such widths.
+    """
+    model = source.model
+    check_plan(plan, model, source.name)
+    whole = find_groups(model)
+    keep = plan.positions_within(Plan.whole(whole))
+    change = _Change(source, index_map(model, whole, keep), adapters, merge, dtype, model)
+    left = cut(model, whole, keep)
+    if adapters is not None:
+        change.check()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config = pruned_config(model.config, whole, left)
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    firsts = first_names(model)
+    every = sorted(model.state_dict().items(), key=lambda item: _natural(item[0]))
+    state = {name: tensor for name, tensor in every if firsts.get(name, name) == name}
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
+    progress.stage("write checkpoint", len(state))
+    with new_folder(folder) as partial:
+        model.config.save_pretrained(partial)
+        _generation_config(source).save_pretrained(partial)
+        for file, names in shards.filename_to_tensors.items():
+            contents = {name: (state[name].dtype, tuple(state[name].shape)) for name in names}
+            write_tensors(partial / file, contents, change.tensor, progress.advance)
+        if shards.is_sharded:
+            write_json(
+                partial / "model.safetensors.index.json",
+                {
+                    "metadata": {"total_parameters": model.num_parameters(), **shards.metadata},
+                    "weight_map": dict(sorted(shards.tensor_to_filename.items())),
+                },
+            )
+        write_description(partial, model.config, tokenizer, extras)
+
+
+def _generation_config(source: Source) -> GenerationConfig:
+    """As transformers finds it: in its own file, else in the model's config."""
+    try:
+        return GenerationConfig.from_pretrained(source.name)
+    except OSError:
+        return GenerationConfig.from_pretrained(source.name, config_file_name="config.json", _from_model_config=True)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """The order in which transformers fills files: layer 2 before layer 10."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

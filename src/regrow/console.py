@@ -1,0 +1,37 @@
+"""What all verbs of the command line share."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from regrow.progress import Progress
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")]
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter off the screen; what matters of it comes back as an error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def shown_progress() -> "Iterator[Progress]":
+    """Progress on the terminal."""
+    from regrow.terminal import terminal_progress
+
+    with terminal_progress() as progress:
+        yield progress

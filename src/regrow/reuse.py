@@ -1,0 +1,149 @@
+"""What a run leaves, used again on checkpoints on disk: the verbs `apply` and `scatter` (floor 4)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from regrow.checkpoint.files import storage_errors
+from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
+from regrow.checkpoint.peft_folder import Adapter
+from regrow.checkpoint.source import Source
+from regrow.checkpoint.stream import check_plan, open_adapters, stream_checkpoint
+from regrow.errors import InputError
+from regrow.planning.plan import Plan
+from regrow.progress import Progress, Silent
+from regrow.recipe import Recipe, load_recipe
+from regrow.report.markdown import model_card
+from regrow.settings import Output
+from regrow.structure.groups import find_groups
+from regrow.structure.positions import index_map
+
+
+def apply(
+    model: str,
+    out: str | Path,
+    *,
+    plan: str | Path | None = None,
+    adapters: str | Path | None = None,
+    run: str | Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Cut a checkpoint to a plan and merge a run's adapters into it, tensor by tensor, never loading the model.
+
+    Args:
+        model: the checkpoint that the plan was made for: a folder, or a repository on the hub.
+        out: a new or empty folder.
+        plan: a run's `plan.json`.
+        adapters: its `adapters.safetensors`, with the factors and the refitted parameters; None: plain cut.
+        run: instead of both, the run's folder; dtype and size of files are then its recipe's, unless given.
+        dtype: `float32`, `bfloat16`, `float16`; by default (`auto`) as the checkpoint.
+        shard_size: largest size of a safetensors file, for example 5GB.
+
+    Returns:
+        `out`: a plain checkpoint, as `regrow.prune` leaves it in `model/`.
+
+    Raises:
+        InputError: if what is given does not fit together; nothing half-written is left.
+    """
+    if (plan is None) == (run is None) or (run is not None and adapters is not None):
+        raise InputError("apply needs a plan (and adapters), or a run's folder, which has both; give --plan or --run")
+    recipe, results = None, None
+    if run is not None:
+        plan, adapters = Path(run) / "plan.json", Path(run) / "adapters.safetensors"
+        recipe = load_recipe(str(Path(run) / "recipe.yaml"))
+        finished = Path(run) / "results.json"
+        results = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
+    given = {"dtype": dtype, "shard_size": shard_size}
+    wanted = recipe.output if recipe is not None else Output()
+    output = Output.model_validate(wanted.model_dump() | {k: v for k, v in given.items() if v is not None})
+    folder = Path(out)
+    _check_new(folder)
+    assert plan is not None
+    chosen = read_plan(Path(plan))
+    load_config(model)
+    tokenizer = load_tokenizer(model)
+    source = Source(model, weights_folder(model))
+    with storage_errors():
+        stream_checkpoint(
+            source,
+            folder,
+            chosen,
+            None if adapters is None else open_adapters(Path(adapters)),
+            tokenizer,
+            dtype=output_dtype(model, output.dtype),
+            shard_size=output.shard_size,
+            extras=texts(model, recipe, chosen, results),
+            progress=progress or Silent(),
+        )
+    return folder
+
+
+def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: str) -> Path:
+    """Carry an adapter trained on a pruned model over to the full one; see `Adapter.scatter`.
+
+    Args:
+        adapter: a PEFT folder.
+        out: a new or empty folder.
+        plan: the `plan.json` that the model was pruned by.
+        model: the full one; its weights are not read.
+
+    Raises:
+        InputError: if what is given does not fit together.
+    """
+    folder = Path(out)
+    _check_new(folder)
+    chosen, small, skeleton = read_plan(Path(plan)), Adapter.read(Path(adapter)), load_skeleton(model)
+    check_plan(chosen, skeleton, model)
+    whole = find_groups(skeleton)
+    positions = index_map(skeleton, whole, chosen.positions_within(Plan.whole(whole)))
+    with storage_errors():
+        small.scatter(positions, skeleton, model).write(folder)
+    return folder
+
+
+def keep_adapter(
+    model: str, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> None:
+    """Split a run's result into `base/`, pruned and refitted, and `adapter/`, which PEFT puts on it.
+
+    Args:
+        folder: the run's, with its plan and adapters.
+    """
+    plan = read_plan(folder / "plan.json")
+    stream_checkpoint(
+        Source(model, weights_folder(model)), folder / "base", plan, open_adapters(folder / "adapters.safetensors"),
+        tokenizer, dtype=output_dtype(model, recipe.output.dtype), shard_size=recipe.output.shard_size,
+        extras={"plan.json": texts(model, recipe, plan)["plan.json"]}, progress=progress, merge=False,
+    )  # fmt: skip
+    factors = load_file(folder / "adapters.safetensors")
+    Adapter.of_run(factors, recipe.lora, str(folder / "base")).write(folder / "adapter")
+
+
+def texts(model: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> dict[str, str]:
+    """The text files that go with a pruned checkpoint: its card and its plan."""
+    return {
+        "README.md": model_card(model, recipe, plan, results),
+        "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
+    }
+
+
+def read_plan(file: Path) -> Plan:
+    """A plan from its file.
+
+    Raises:
+        InputError: if there is none, or it is not a plan.
+    """
+    try:
+        return Plan.parse(file.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise InputError(f"plan {file}: {error.strerror}; give a run's plan.json") from error
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and not empty; give a new folder")

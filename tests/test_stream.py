@@ -1,0 +1,322 @@
+"""Streamed ≡ saved from memory: a plan and adapters applied to a checkpoint on disk, tensor by tensor."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, CommandLine, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
+from peft import PeftModel
+from safetensors.torch import save
+from transformers import AutoTokenizer, GenerationConfig
+
+import regrow
+from regrow.checkpoint.load import load_model
+from regrow.checkpoint.peft_folder import Adapter
+from regrow.checkpoint.save import save_checkpoint
+from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.stream import SCALING
+from regrow.errors import InputError
+from regrow.planning.plan import Plan
+from regrow.reuse import texts
+from regrow.settings import Lora
+from regrow.structure.adapters import merge_lora
+from regrow.structure.cut import cut
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups, find_groups
+from regrow.structure.positions import index_map
+
+SHARD = "20KB"
+
+
+def dense(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A dense checkpoint of several files on disk."""
+    model = build(family)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=3)
+    make_tokenizer(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    save_checkpoint(model, tokenizer, folder / "dense", dtype=dtype, shard_size=SHARD, extras={})
+    return folder / "dense"
+
+
+def planned(whole: Groups, keep: dict[str, np.ndarray]) -> Plan:
+    """The plan that keeps `keep`; layers that keep nothing go."""
+    empty = {int(name.split(".")[1]) for name, units in keep.items() if not len(units)}
+    return Plan.whole(whole).keeping({name: units.tolist() for name, units in keep.items() if len(units)}, empty)
+
+
+def in_memory(source: Path, folder: Path, keep_of, dtype: torch.dtype = torch.float32, refit: bool = False):
+    """What a run does: cut, perhaps refit, merge, save. Returns the model and leaves plan and adapters in `folder`."""
+    model = load_model(str(source))
+    whole = find_groups(model)
+    torch.manual_seed(5)
+    groups = with_lora(model)
+    keep = keep_of(groups)
+    plan = planned(whole, keep)
+    left = cut(model, groups, keep)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
+    if refit:
+        module = left[-1].consumers[0].parameter.rpartition(".")[0]
+        for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+            kept[f"{module}.{name}"] = parameter.detach().clone()
+    merge_lora(model)
+    model.config = pruned_config(model.config, whole, left)
+    tokenizer, extras = AutoTokenizer.from_pretrained(source), texts(str(source), None, plan)
+    save_checkpoint(model, tokenizer, folder / "memory", dtype=dtype, shard_size=SHARD, extras=extras)
+    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    (folder / "adapters.safetensors").write_bytes(save(kept, {SCALING: repr(6 / 3)}))
+    return model
+
+
+def streamed(source: Path, folder: Path, **settings) -> Path:
+    return regrow.apply(
+        str(source), folder / "streamed", plan=folder / "plan.json", adapters=folder / "adapters.safetensors",
+        **{"shard_size": SHARD, **settings},
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def without_a_layer(keep):
+    return lambda groups: {
+        group.name: np.zeros(0, dtype=np.int64) if group.layer == 0 else units
+        for group in groups
+        for units in [keep(groups)[group.name]]
+    }
+
+
+even = lambda groups: uniform_keep(groups, heads=1, channels=17)  # noqa: E731
+uneven = lambda groups: random_keep(groups, 4)  # noqa: E731
+shallow = without_a_layer(uneven)
+
+CASES = [
+    ("llama-gqa", even), ("llama-gqa", uneven), ("llama-gqa", shallow), ("llama-mha-tied", even),
+    ("llama-biases", even), ("mistral", even), ("qwen2", uneven), ("qwen3-tied", shallow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "keep_of"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_file_is_as_saved_from_memory(family: str, keep_of, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = dense(family, tmp_path, dtype)
+    model = in_memory(source, tmp_path, keep_of, dtype, refit=True)
+    folder = streamed(source, tmp_path)
+    assert contents(folder) == contents(tmp_path / "memory")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    reloaded = load_model(str(folder), dtype=dtype, trust_remote_code=True)
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_one_dtype_becomes_another(tmp_path: Path) -> None:
+    source = dense("llama-gqa", tmp_path)
+    in_memory(source, tmp_path, even, torch.bfloat16)
+    assert contents(streamed(source, tmp_path, dtype="bfloat16")) == contents(tmp_path / "memory")
+
+
+def test_without_adapters_the_model_is_only_cut(tmp_path: Path) -> None:
+    source = dense("llama-gqa", tmp_path)
+    in_memory(source, tmp_path, even)
+    folder = regrow.apply(str(source), tmp_path / "out", plan=tmp_path / "plan.json")
+    model = load_model(str(source))
+    groups = find_groups(model)
+    cut(model, groups, even(groups))
+    assert torch.equal(logits(load_model(str(folder))), logits(model))
+    assert "LoRA" not in (folder / "README.md").read_text()
+
+
+def test_both_names_of_a_tied_tensor_may_be_on_disk_if_they_agree(tmp_path: Path) -> None:
+    source = dense("qwen2", tmp_path)
+    in_memory(source, tmp_path, even)
+    tensors = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, source / "model.safetensors")
+    assert contents(streamed(source, tmp_path)) == contents(tmp_path / "memory")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match="json ties them"):
+        regrow.apply(str(source), tmp_path / "other", plan=tmp_path / "plan.json")
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, other = dense("llama-gqa", tmp_path), dense("qwen3", tmp_path / "other")
+    in_memory(source, tmp_path, even)
+    in_memory(other, tmp_path / "other", even)
+    plan, adapters = tmp_path / "plan.json", tmp_path / "adapters.safetensors"
+
+    def refused(match: str, model: Path = source, **given) -> None:
+        with pytest.raises(InputError, match=match):
+            regrow.apply(str(model), tmp_path / "out", **{"plan": plan, "adapters": adapters, **given})
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+    refused("plan is of another model", plan=tmp_path / "other" / "plan.json")
+    tensors = load_file(adapters)
+    for name, wrong, match in (
+        (
+            "model.layers.0.mlp.up_proj.lora_B.default.weight",
+            torch.zeros(16, 3),
+            r"\[16, 3\], the cut model wants \[17",
+        ),
+        ("model.layers.9.mlp.up_proj.lora_B.default.weight", torch.zeros(17, 3), "does not have"),
+        ("model.norm.weight", torch.zeros(2), r"wants \[48\]"),
+    ):
+        save_file({**tensors, name: wrong}, tmp_path / "wrong.safetensors", {SCALING: "2.0"})
+        refused(match, adapters=tmp_path / "wrong.safetensors")
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    refused("how its factors are scaled", adapters=tmp_path / "wrong.safetensors")
+    refused("no file", adapters=tmp_path / "nowhere.safetensors")
+    refused("give --plan or --run", plan=None)
+
+    shutil.copytree(source, tmp_path / "odd")
+    odd = next(file for file in (tmp_path / "odd").glob("*.safetensors") if "model.norm.weight" in load_file(file))
+    whole = load_file(odd)
+    for change, match in (
+        ({"model.normal.weight": torch.zeros(2)}, "model.normal.weight on disk has no counterpart"),
+        ({"model.norm.weight": torch.zeros(2)}, r"\[2\] on disk, not \[48\]"),
+        ({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}, "stored as I8"),
+    ):
+        save_file({**whole, **change}, odd)
+        refused(match, model=tmp_path / "odd")
+    save_file({name: tensor for name, tensor in whole.items() if name != "model.norm.weight"}, odd)
+    refused("no tensor model.norm.weight", model=tmp_path / "odd")
+    odd.write_bytes(odd.read_bytes()[:9])
+    refused("damaged", model=tmp_path / "odd")
+
+    def full(*args) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("regrow.checkpoint.stream.write_tensors", full)
+    refused("no space left")
+
+
+def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.arange(6), "d": torch.zeros(0, 4),
+        "e": torch.tensor(1.5),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "ours", described, tensors.__getitem__)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    stored = StoredTensors([tmp_path / "ours"])
+    assert all(torch.equal(stored.read(name), tensor) for name, tensor in tensors.items())
+
+
+# --- adapters for later ---------------------------------------------------------------------------
+
+
+def on_base(folder: Path, adapter: str = "adapter") -> PeftModel:
+    base = load_model(str(folder / "base"), trust_remote_code=True)
+    return PeftModel.from_pretrained(base, folder / adapter).eval()
+
+
+@pytest.mark.usefixtures("lean")
+@pytest.mark.parametrize("shape", ["uniform", "free"])
+def test_a_run_can_keep_its_adapter(shape: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "output.keep_adapter": True, "pruning.shape": shape, "compensation.method": "least-squares"}
+    result = regrow.prune(str(checkpoint), tmp_path / "run", "magnitude", data=str(text), steps=4, overrides=settings)
+    merged = load_model(str(result.model), trust_remote_code=True)
+    kept = on_base(result.folder)
+    expected = logits(merged)
+    assert (logits(kept) - expected).abs().max() < 1e-5
+    with kept.disable_adapter():
+        assert (logits(kept) - expected).abs().max() > 1e-3
+    assert contents(regrow.apply(str(checkpoint), tmp_path / "again", run=result.folder)) == contents(result.model)
+
+    # several adapters on one base: plain peft
+    twice = Adapter.read(result.folder / "adapter")
+    twice.factors.update({key: 2 * factor for key, factor in twice.factors.items() if key[1] == "B"})
+    twice.write(result.folder / "twice")
+    kept.load_adapter(str(result.folder / "twice"), "twice")
+    kept.set_adapter("twice")
+    assert (logits(kept) - logits(on_base(result.folder, "twice"))).abs().max() == 0
+    assert (logits(kept) - expected).abs().max() > 1e-3
+    kept.set_adapter("default")
+    assert (logits(kept) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("family", "keep_of"), [("llama-gqa", uneven), ("qwen2", shallow), ("llama-biases", shallow)])
+def test_an_adapter_is_carried_to_the_full_model_and_back(family: str, keep_of, tmp_path: Path) -> None:
+    source = dense(family, tmp_path)
+    whole, small = load_model(str(source)), load_model(str(source))
+    groups = find_groups(whole)
+    keep = keep_of(groups)
+    (tmp_path / "plan.json").write_text(json.dumps(planned(groups, keep).to_json()))
+    positions = index_map(whole, groups, keep)
+    cut(small, groups, keep)
+    torch.manual_seed(7)
+    with_lora(small)
+    trained = {name: p.detach() for name, p in small.named_parameters() if ".lora_" in name}
+    adapter = Adapter.of_run(trained, Lora(rank=3, alpha=6), "base")
+    adapter.write(tmp_path / "small")
+
+    folder = regrow.scatter(tmp_path / "small", tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
+    full = Adapter.read(folder)
+    for (linear, factor), tensor in adapter.factors.items():
+        before = positions.name_before(linear)
+        assert positions.name_after(before) == linear
+        wide, kept = (
+            full.factors[before, factor],
+            (positions.inputs if factor == "A" else positions.outputs).get(before),
+        )
+        axis = 1 if factor == "A" else 0
+        assert wide.shape[axis] == whole.get_submodule(before).weight.shape[axis]
+        assert torch.equal(wide if kept is None else kept.gather(wide, axis), tensor)
+        assert wide.count_nonzero() == tensor.count_nonzero()
+
+    PeftModel.from_pretrained(whole, folder)
+    groups = find_groups(whole)
+    with Gates(whole, groups.groups, groups.layers) as gates:
+        for name, units in keep.items():
+            gates.keep(name, units.tolist())
+        for layer in {group.layer for group in groups if not len(keep[group.name])}:
+            gates.set(f"layers.{layer}", torch.zeros(1))
+        assert (logits(whole) - logits(small)).abs().max() < 1e-4
+    assert (logits(whole) - logits(small)).abs().max() > 1e-2
+
+
+def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
+    source = dense("llama-gqa", tmp_path)
+    in_memory(source, tmp_path, shallow)
+    b = torch.zeros(10, 3)
+
+    def refused(match: str, factors: dict, **config: object) -> None:
+        Adapter({"target_modules": ["q_proj"], **config}, factors).write(tmp_path / "small")
+        with pytest.raises(InputError, match=match):
+            regrow.scatter(tmp_path / "small", tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
+        assert not (tmp_path / "full").exists()
+
+    refused("not of a model pruned by this plan", {("model.layers.0.self_attn.q_proj", "B"): torch.zeros(7, 3)})
+    refused("adapts model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
+    refused("is no LoRA factor", {("model.layers.0.self_attn.q_proj.lora_magnitude", "A"): b, ("x.lora_A.y", "A"): b})
+    refused("layers change their numbers", {("model.norm", "B"): b}, rank_pattern={"layers.1.up_proj": 2})
+    with pytest.raises(InputError, match="PEFT's folder"):
+        regrow.scatter(tmp_path, tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
+
+
+def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
+    source = dense("llama-gqa", tmp_path)
+    in_memory(source, tmp_path, even)
+    done = command(
+        "apply", source, "--plan", tmp_path / "plan.json", "--adapters", tmp_path / "adapters.safetensors",
+        "--shard-size", SHARD, "--out", tmp_path / "streamed",
+    )  # fmt: skip
+    assert (done.code, done.stdout) == (0, f"{tmp_path / 'streamed'}: a plain checkpoint\n")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    done = command("apply", source, "--plan", tmp_path / "plan.json", "--out", tmp_path / "streamed")
+    assert (done.code, done.stdout, "not empty" in done.complaint) == (2, "", True)
+    done = command("apply", source, "--plan", tmp_path / "plan.json", "--out", tmp_path / "new", "--shard-size", "5")
+    assert (done.code, "shard_size" in done.complaint) == (2, True)
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    Adapter.of_run(tensors, Lora(rank=3, alpha=6), "base").write(tmp_path / "small")
+    done = command(
+        "scatter", tmp_path / "small", "--plan", tmp_path / "plan.json", "--model", source, "--out", tmp_path / "full"
+    )
+    assert (done.code, done.stdout) == (0, f"{tmp_path / 'full'}: a PEFT adapter of {source}\n")
