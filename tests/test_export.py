@@ -420,9 +420,12 @@ def test_the_verb(command: CommandLine, checkpoint: Path, tmp_path: Path) -> Non
 
 
 def engine(file: Path) -> Callable[[list[int]], Tensor]:
-    """llama.cpp's logits of token ids."""
+    """llama.cpp's logits of token ids, everything in float32 (its KV cache is float16 by default)."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    exact = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(
+        str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=exact, type_v=exact, flash_attn=False
+    )
 
     def run(ids: list[int]) -> Tensor:
         model.reset()
