@@ -331,6 +331,50 @@ def test_scores_split_text_as_the_merges_do(tmp_path: Path) -> None:
     assert len(set(got)) > 30
 
 
+HARD = TEXT + "I've WE'RE they'll 3.14 1234567 $$ \n\n  tabs\t\tand   spaces \r\n 🦙🦙 ——— привет 你好"
+
+
+def byte_level(folder: Path, name: str, whole_words: bool) -> None:
+    """A byte-level BPE that splits text into words as GPT-2, Llama 3 or Qwen2 do."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from regrow.formats.llamacpp_vocabulary import SPLITTERS
+
+    pattern = next(pattern for pattern, known in SPLITTERS.items() if known == name)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, whole]) if words else whole
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([HARD], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "whole_words"), [("gpt-2", False), ("llama-bpe", True), ("qwen2", False)])
+def test_llama_cpp_splits_text_alike(name: str, whole_words: bool, tmp_path: Path) -> None:
+    folder = save(random_model("llama-gqa"), tmp_path)
+    byte_level(folder, name, whole_words)
+    regrow.export(folder, tmp_path / "model.gguf", "gguf")
+    assert Read(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"] == name
+    llama_cpp = pytest.importorskip("llama_cpp")
+    vocabulary = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    assert vocabulary.tokenize(HARD.encode(), add_bos=True) == load_tokenizer(str(folder))(HARD)["input_ids"]
+
+
+def test_a_splitter_that_llama_cpp_uses_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = save(random_model("llama-gqa"), tmp_path)
+    byte_level(folder, "qwen2", whole_words=True)
+    with pytest.raises(InputError, match=r"pre-tokenizer Split \+ ByteLevel"):
+        regrow.export(folder, tmp_path / "model.gguf", "gguf")
+
+
 def real_models(real_data: Path) -> list[Path]:
     return [real_data / "models" / name for name in ("stories260K", "stories3M")]
 
