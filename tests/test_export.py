@@ -234,7 +234,7 @@ def test_deci_gets_one_channel_of_zeros_for_an_ffn_that_is_gone(tmp_path: Path) 
     ("kind", "share"), [("q8_0", 1e-2), ("q5_1", 6e-2), ("q4_0", 2e-1), ("f16", 1e-3), ("bf16", 1e-2)]
 )
 def test_types(kind: str, share: float, tmp_path: Path) -> None:
-    model = random_model("llama-gqa", hidden_size=64, intermediate_size=40)
+    model = random_model("mistral", hidden_size=64)
     folder = save(model, tmp_path)
     done = regrow.export(folder, tmp_path / "model.gguf", "gguf", kind=kind)
     read = Read(tmp_path / "model.gguf")
@@ -285,7 +285,7 @@ def sentencepiece_like(folder: Path) -> None:
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    learner.train_from_iterator([TEXT.replace("ï", "i")] * 3, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learner.train_from_iterator([TEXT.replace("ï", "i")], trainers.BpeTrainer(vocab_size=75, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *bytes_, *learned["vocab"]])}
     merges = [tuple(merge) for merge in learned["merges"]]
@@ -300,7 +300,7 @@ def sentencepiece_like(folder: Path) -> None:
 
 
 def join_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
-    """Sentencepiece's BPE: join neighbours whose union scores highest, leftmost first; unknown letters are bytes."""
+    """Sentencepiece's BPE: join the neighbours whose union scores highest, leftmost first; what is unknown as bytes."""
     number = {token: index for index, token in enumerate(tokens)}
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
@@ -328,7 +328,51 @@ def test_scores_split_text_as_the_merges_do(tmp_path: Path) -> None:
     assert (types[:3], set(types[3:259]), types[-1]) == ([2, 3, 3], {6}, 5)  # unknown, control; bytes; unused
     got = join_by_score(TEXT, fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"])
     assert [1, *got] == load_tokenizer(str(folder))(TEXT)["input_ids"]
-    assert len(set(got)) > 40
+    assert len(set(got)) > 30
+
+
+HARD = TEXT + "I've WE'RE they'll 3.14 1234567 $$ \n\n  tabs\t\tand   spaces \r\n 🦙🦙 ——— привет 你好"
+
+
+def byte_level(folder: Path, name: str, whole_words: bool) -> None:
+    """A byte-level BPE that splits text into words as GPT-2, Llama 3 or Qwen2 do."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from regrow.formats.llamacpp_vocabulary import SPLITTERS
+
+    pattern = next(pattern for pattern, known in SPLITTERS.items() if known == name)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, whole]) if words else whole
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([HARD], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "whole_words"), [("gpt-2", False), ("llama-bpe", True), ("qwen2", False)])
+def test_llama_cpp_splits_text_alike(name: str, whole_words: bool, tmp_path: Path) -> None:
+    folder = save(random_model("llama-gqa"), tmp_path)
+    byte_level(folder, name, whole_words)
+    regrow.export(folder, tmp_path / "model.gguf", "gguf")
+    assert Read(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"] == name
+    llama_cpp = pytest.importorskip("llama_cpp")
+    vocabulary = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    assert vocabulary.tokenize(HARD.encode(), add_bos=True) == load_tokenizer(str(folder))(HARD)["input_ids"]
+
+
+def test_a_splitter_that_llama_cpp_uses_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = save(random_model("llama-gqa"), tmp_path)
+    byte_level(folder, "qwen2", whole_words=True)
+    with pytest.raises(InputError, match=r"pre-tokenizer Split \+ ByteLevel"):
+        regrow.export(folder, tmp_path / "model.gguf", "gguf")
 
 
 def real_models(real_data: Path) -> list[Path]:
@@ -420,9 +464,12 @@ def test_the_verb(command: CommandLine, checkpoint: Path, tmp_path: Path) -> Non
 
 
 def engine(file: Path) -> Callable[[list[int]], Tensor]:
-    """llama.cpp's logits of token ids."""
+    """llama.cpp's logits of token ids, everything in float32 (its KV cache is float16 by default)."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = llama_cpp.Llama(str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    exact = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(
+        str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=exact, type_v=exact, flash_attn=False
+    )
 
     def run(ids: list[int]) -> Tensor:
         model.reset()

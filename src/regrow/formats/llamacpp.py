@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's file: equal layers as the architecture `llama` or `qwen3`, uneven ones as `deci`.
 
-    legend: H hidden size, N heads, D head size
+    legend: N heads, D head size
 
 Names, numbers and the file's layout come from the `gguf` package, which llama.cpp maintains. `llama` and `deci` turn
 neighbouring pairs of a head's dimensions (transformers: one from either half), so rows of q and k move. Metadata that

@@ -1,6 +1,6 @@
 """Widen layers with zeros, losslessly: uneven layers become equal ones, which a stock class loads.
 
-    legend: H hidden size, K KV heads, R query heads per KV head, D head size, F FFN channels
+    legend: K KV heads, R query heads per KV head, D head size, F FFN channels
 
 A zero row of v_proj gives a zero value whatever the attention weights are, a zero column of o_proj or down_proj lets
 nothing through: padding changes no logit but for the order in which a sum is taken.

@@ -48,9 +48,9 @@ class Source:
             raise InputError(f"config.json of {self.folder} cannot be used: {error}; get it anew") from error
         check_expressible(self.config)
         self.widths = layer_widths(self.config)
-        self._files = {name: file for file in sorted(self.folder.glob("*.safetensors")) for name in _names(file)}
+        self._files = {name: file for file in sorted(self.folder.glob("model*.safetensors")) for name in _names(file)}
         if not self._files:
-            raise InputError(f"{self.folder} holds no weights as safetensors; give the folder of a checkpoint")
+            raise InputError(f"{self.folder} holds no model*.safetensors; give the folder of a checkpoint")
 
     @property
     def names(self) -> Sequence[str]:
