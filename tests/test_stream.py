@@ -299,7 +299,7 @@ def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "full").exists()
 
     refused("not of a model pruned by this plan", {("model.layers.0.self_attn.q_proj", "B"): torch.zeros(7, 3)})
-    refused("adapts model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
+    refused("factors for model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
     refused("is no LoRA factor", {("model.layers.0.self_attn.q_proj.lora_magnitude", "A"): b, ("x.lora_A.y", "A"): b})
     refused(
         "layers change their numbers",
