@@ -1,6 +1,8 @@
 """Streamed ≡ saved from memory: a plan and adapters applied to a checkpoint on disk, tensor by tensor."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +10,21 @@ import pytest
 import torch
 from conftest import QUICK, CommandLine, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
 from peft import PeftModel
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import regrow
-from regrow.checkpoint.load import load_model
+from regrow.checkpoint.load import load_config, load_model
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import pruned_config
 from regrow.checkpoint.stream import SCALING
+from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
+from regrow.planning.memory import Sizes, estimate_memory
 from regrow.planning.plan import Plan
+from regrow.preflight import check_memory
+from regrow.recipe import load_recipe
 from regrow.reuse import texts
 from regrow.settings import Lora
 from regrow.structure.adapters import merge_lora
@@ -94,13 +100,12 @@ uneven = lambda groups: random_keep(groups, 4)  # noqa: E731
 shallow = without_a_layer(uneven)
 
 CASES = [
-    ("llama-gqa", even), ("llama-gqa", uneven), ("llama-gqa", shallow), ("llama-mha-tied", even),
-    ("llama-biases", even), ("mistral", even), ("qwen2", uneven), ("qwen3-tied", shallow),
+    ("llama-gqa", uneven, torch.float32), ("llama-mha-tied", even, torch.float32), ("mistral", even, torch.bfloat16),
+    ("llama-biases", even, torch.float32), ("qwen2", shallow, torch.float32), ("qwen3-tied", shallow, torch.bfloat16),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "keep_of"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "keep_of", "dtype"), CASES)
 def test_every_file_is_as_saved_from_memory(family: str, keep_of, dtype: torch.dtype, tmp_path: Path) -> None:
     source = dense(family, tmp_path, dtype)
     model = in_memory(source, tmp_path, keep_of, dtype, refit=True)
@@ -294,9 +299,13 @@ def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "full").exists()
 
     refused("not of a model pruned by this plan", {("model.layers.0.self_attn.q_proj", "B"): torch.zeros(7, 3)})
-    refused("adapts model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
+    refused("factors for model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
     refused("is no LoRA factor", {("model.layers.0.self_attn.q_proj.lora_magnitude", "A"): b, ("x.lora_A.y", "A"): b})
-    refused("layers change their numbers", {("model.norm", "B"): b}, rank_pattern={"layers.1.up_proj": 2})
+    refused(
+        "layers change their numbers",
+        {("model.layers.0.self_attn.o_proj", "B"): torch.zeros(48, 3)},
+        rank_pattern={"layers.1.up_proj": 2},
+    )
     with pytest.raises(InputError, match="PEFT's folder"):
         regrow.scatter(tmp_path, tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
 
@@ -320,3 +329,49 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
         "scatter", tmp_path / "small", "--plan", tmp_path / "plan.json", "--model", source, "--out", tmp_path / "full"
     )
     assert (done.code, done.stdout) == (0, f"{tmp_path / 'full'}: a PEFT adapter of {source}\n")
+
+
+# --- before a run ---------------------------------------------------------------------------------
+
+
+def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
+    recipe = load_recipe("magnitude", {"lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2})
+    recipe = recipe.override({"data.sequence_length": 8, "pruning.sparsity": 0.5})
+    sizes = Sizes.of(load_model(str(checkpoint)), recipe)
+    # hidden 32, channels 48, 4 query and 2 KV heads of 12, 3 layers, 300 tokens
+    linears = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48)
+    assert (sizes.parameters, sizes.block_parameters) == (linears + 3 * 64 + 32 + 2 * 300 * 32, linears)
+    assert sizes.adapters == 3 * 2 * (2 * (32 + 48) + 2 * (32 + 24) + 3 * (32 + 48))
+    assert sizes.gram == 3 * (48**2 + 48**2)
+
+    def train(**settings: object) -> int:
+        changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})
+        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["train"]
+
+    left, logits_BTV = sizes.parameters - linears // 2, 16 * 300
+    internals = 16 * (8 * 32 + 4 * 48)
+    assert train() == 4 * left + 20 * sizes.adapters + 4 * 3 * internals + 16 * logits_BTV
+    lesson = 8 * logits_BTV
+    assert train(distillation__weight=0.7) == train() + 4 * sizes.parameters + lesson
+    assert train(distillation__weight=0.7, distillation__teacher="self") == train() + 4 * linears // 2 + lesson
+    assert train(distillation__weight=0.7, distillation__teacher="cached") == train() + lesson // 2
+    saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
+    assert train(training__gradient_checkpointing=True) == train() - saved
+    found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)
+    assert found["score"] == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + 4 * 3 * internals + 16 * logits_BTV
+    assert found["save"] == 8 * left
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, config = load_recipe("regrow", {"device": "cpu"}), load_config(str(checkpoint))
+    assert re.fullmatch(
+        r"memory, estimated: score \d+ MiB, train \d+ MiB, save \d MiB; [\d.]+ [GM]iB free on cpu",
+        check_memory(str(checkpoint), config, recipe),
+    )
+    monkeypatch.setattr("regrow.preflight.free_memory", lambda device: 2**20)
+    with pytest.raises(InputError, match=r"will need about .*teacher=cached.*gradient_checkpointing.*batch_size"):
+        regrow.prune(str(checkpoint), tmp_path / "out", recipe, data=str(text))
+    assert not (tmp_path / "out").exists()
+    check_memory(str(checkpoint), config, recipe.override({"training.check_memory": False}))

@@ -17,7 +17,6 @@ from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.report.markdown import model_card
-from regrow.settings import Output
 from regrow.structure.groups import find_groups
 from regrow.structure.positions import index_map
 
@@ -58,9 +57,8 @@ def apply(
         recipe = load_recipe(str(Path(run) / "recipe.yaml"))
         finished = Path(run) / "results.json"
         results = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
-    given = {"dtype": dtype, "shard_size": shard_size}
-    wanted = recipe.output if recipe is not None else Output()
-    output = Output.model_validate(wanted.model_dump() | {k: v for k, v in given.items() if v is not None})
+    given = {"output.dtype": dtype, "output.shard_size": shard_size}
+    output = (recipe or Recipe()).override({key: value for key, value in given.items() if value is not None}).output
     folder = Path(out)
     _check_new(folder)
     assert plan is not None
@@ -98,8 +96,8 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
     folder = Path(out)
     _check_new(folder)
     chosen, small, skeleton = read_plan(Path(plan)), Adapter.read(Path(adapter)), load_skeleton(model)
-    check_plan(chosen, skeleton, model)
     whole = find_groups(skeleton)
+    check_plan(chosen, whole, model)
     positions = index_map(skeleton, whole, chosen.positions_within(Plan.whole(whole)))
     with storage_errors():
         small.scatter(positions, skeleton, model).write(folder)

@@ -4,8 +4,8 @@ verify → evaluate → report.
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
 `plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
-`base/` and `adapter/` are there if the recipe keeps the adapter.
-`generated.jsonl` is there if the model wrote the text, `latency.json` and `trials/` if the recipe's target needs them.
+`base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
+`latency.json` and `trials/` if the recipe's target needs them.
 Every file appears whole or not at all.
 """
 
@@ -32,11 +32,9 @@ from regrow.checkpoint.load import (
     load_tokenizer,
     output_dtype,
     pick_device,
-    weights_folder,
 )
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
-from regrow.checkpoint.source import Source
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
@@ -49,6 +47,7 @@ from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
+from regrow.preflight import check_files, check_memory
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.distillation import check_distillation
@@ -128,8 +127,6 @@ class Walk:
         for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
             check_length(config, length)
         tokenizer = load_tokenizer(self.name)
-        if recipe.output.keep_adapter:  # what would stop it at the end is better found now
-            Source(self.name, weights_folder(self.name))
 
         text = None
         if writes_own_text(recipe.data):
@@ -139,12 +136,15 @@ class Walk:
         else:
             self.begin("read text")
             text = self.read_text(tokenizer)
+        check_files(self.name, recipe)
+        memory = check_memory(self.name, config, recipe)
         self.begin("load model")
         model = self.load(tokenizer)
         self.begin("trace groups")
         whole = find_groups(model)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
+        self.progress.say(memory)
         if text is None:
             text = self.write_text(model, tokenizer)
         self.begin("attach LoRA")

@@ -28,7 +28,7 @@ from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.structure.adapters import ADAPTER
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.groups import Groups, find_groups
 from regrow.structure.positions import IndexMap, index_map
 
 SCALING = "lora_scaling"
@@ -49,13 +49,13 @@ def open_adapters(path: Path) -> StoredTensors:
     return adapters
 
 
-def check_plan(plan: Plan, model: PreTrainedModel, name: str) -> None:
+def check_plan(plan: Plan, groups: Groups, name: str) -> None:
     """Refuse a plan that was made for another model.
 
     Raises:
         InputError: naming the first group that differs.
     """
-    own = Plan.whole(find_groups(model))
+    own = Plan.whole(groups)
     for group in sorted(own.groups.keys() | plan.groups.keys()):
         here, there = (each.groups.get(group) for each in (own, plan))
         if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
@@ -151,8 +151,8 @@ def stream_checkpoint(
         InputError: if plan or adapters do not fit, or no class takes such widths.
     """
     model = source.model
-    check_plan(plan, model, source.name)
     whole = find_groups(model)
+    check_plan(plan, whole, source.name)
     keep = plan.positions_within(Plan.whole(whole))
     change = _Change(source, index_map(model, whole, keep), adapters, merge, dtype, model)
     left = cut(model, whole, keep)

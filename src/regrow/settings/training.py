@@ -35,6 +35,10 @@ class Training(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    check_memory: bool = Field(
+        default=True,
+        description="Refuse a run whose memory, by a coarse estimate, is more than what is free; false: only say so.",
+    )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
     eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
     patience: int = Field(

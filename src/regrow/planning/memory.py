@@ -1,0 +1,129 @@
+"""How much memory a run will need, told from shapes alone.
+
+The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
+size, F FFN width, V vocabulary, b_a bytes of an activation):
+
+    weights      b_w P                      adapters     16 R: weight, gradient and AdamW's two moments in float32
+    activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
+    logits       T V (b_a + 12): float32 copy, log-softmax and gradient of the cross-entropy
+    teacher      b_t P for a copy of the model, and its logits, T V b_a (+ the divergence's gradient, T V b_a)
+
+It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
+for one that never holds T × T scores. On small LLaMAs on a CPU it has been within a third of what was measured
+(`benchmarks/memory.py`); take it for the order of magnitude that tells a run that fits from one that does not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from regrow.recipe import Recipe
+from regrow.settings import Pruning
+from regrow.structure.trace import decoder_layers
+
+ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
+MOMENTS_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory model wants to know of a model."""
+
+    parameters: int
+    block_parameters: int
+    """Of the linears in the decoder layers."""
+    adapters: int
+    """Parameters of the LoRA factors."""
+    dropped: int
+    """Inputs of the adapted linears, summed up: what dropout keeps a second time, for each token."""
+    gram: int
+    """Squared inputs of every layer's consumers, summed up: what moments of inputs are kept in."""
+    layers: int
+    hidden: int
+    channels: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, recipe: Recipe) -> "Sizes":
+        """Read off a model on any device, the meta device included."""
+        config, lora = model.config.get_text_config(), recipe.lora
+        path, layers = decoder_layers(model)
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        inside = {name: m.weight for name, m in linears.items() if name.startswith(f"{path}.")}
+        adapted = [w for name, w in inside.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
+        consumers = [name for name in inside if name.rpartition(".")[2] in ("o_proj", "down_proj")]
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            block_parameters=sum(weight.numel() for weight in inside.values()),
+            adapters=sum(lora.rank * sum(weight.shape) for weight in adapted),
+            dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
+            gram=sum(inside[name].shape[1] ** 2 for name in consumers),
+            layers=len(layers),
+            hidden=config.hidden_size,
+            channels=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+
+def estimate_memory(
+    sizes: Sizes, recipe: Recipe, needs: frozenset[str], weights: torch.dtype, activations: torch.dtype
+) -> dict[str, int]:
+    """Peak bytes by stage, above what the process holds before the model is loaded.
+
+    Args:
+        needs: of the criterion.
+        weights: what the base is loaded in.
+        activations: what is computed in, autocast considered.
+
+    Returns:
+        `score`, `train` and `save`, of the stages that the recipe has.
+    """
+    b_w, b_a = weights.itemsize, activations.itemsize
+    tokens = recipe.training.batch_size * recipe.data.sequence_length
+    whole, left = b_w * sizes.parameters, b_w * (sizes.parameters - _removed(sizes, recipe.pruning))
+    step = _activations(sizes, recipe, tokens, b_a) + tokens * sizes.vocabulary * (b_a + 12)
+    found = {}
+    if recipe.pruning.calibration_batches and needs:
+        found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
+        found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
+        found["score"] += 8 * sizes.gram if "inputs" in needs else 0
+    cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
+    present = left if cut_at_once and not recipe.distillation.needs_whole_weights else whole
+    # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
+    adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
+    copied, taught = _teacher(sizes, recipe, tokens, b_w, b_a)
+    found["train"] = max(present + copied + adapters + step + taught, whole + copied)
+    stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
+    found["save"] = left + left // b_w * stored  # in this process, and in the one that loads it anew
+    return found
+
+
+def _removed(sizes: Sizes, pruning: Pruning) -> int:
+    """Parameters that will be gone; none where the recipe does not say it in advance."""
+    known = pruning.target is None and pruning.basis == "block"
+    return round(pruning.sparsity * sizes.block_parameters) if known else 0
+
+
+def _activations(sizes: Sizes, recipe: Recipe, tokens: int, b_a: int) -> int:
+    inside = 8 * sizes.hidden + 4 * sizes.channels
+    dropped = tokens * sizes.dropped * (b_a + 1)  # the result and a mask of bytes
+    if recipe.training.gradient_checkpointing:
+        return b_a * tokens * (sizes.layers * sizes.hidden + inside) + dropped // sizes.layers
+    return b_a * tokens * sizes.layers * inside + dropped
+
+
+def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, b_w: int, b_a: int) -> tuple[int, int]:
+    """Bytes of a copy of the model, and of what a lesson adds to a step."""
+    settings = recipe.distillation
+    if not settings.on:
+        return 0, 0
+    states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
+    gradient = tokens * sizes.vocabulary * b_a
+    if settings.teacher == "cached":
+        return 0, gradient
+    itemsize = b_w if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype).itemsize
+    copy = 0 if settings.teacher == "self" else itemsize * sizes.parameters
+    return copy, 2 * gradient + states

@@ -1,0 +1,78 @@
+"""Before a run: whether memory and files will do (floor 4)."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from regrow.checkpoint.load import load_skeleton, pick_device, weights_folder
+from regrow.checkpoint.source import Source
+from regrow.criteria.registry import find_criterion
+from regrow.errors import InputError
+from regrow.planning.memory import Sizes, estimate_memory
+from regrow.recipe import Recipe
+
+
+def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
+    """Refuse a run that cannot fit; see `planning.memory` for how coarse the estimate is.
+
+    Returns:
+        One line on what each stage will need.
+
+    Raises:
+        InputError: if the estimate is more than what is free, and `training.check_memory` has not been turned off.
+    """
+    device = pick_device(recipe.device)
+    weights = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
+    precision = recipe.training.precision
+    lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    needs = find_criterion(recipe.pruning.criterion).needs
+    sizes = Sizes.of(load_skeleton(model), recipe)
+    found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
+    free = free_memory(device)
+    stage = max(found, key=lambda stage: found[stage])
+    if free is not None and found[stage] > free and recipe.training.check_memory:
+        raise InputError(
+            f"{stage} will need about {_amount(found[stage])} of memory, {device} has {_amount(free)} free: "
+            f"{_advice(recipe, stage)}; or training.check_memory=false to try all the same"
+        )
+    told = ", ".join(f"{stage} {_amount(size)}" for stage, size in found.items())
+    return f"memory, estimated: {told}" + (f"; {_amount(free)} free on {device}" if free is not None else "")
+
+
+def check_files(model: str, recipe: Recipe) -> None:
+    """Refuse a checkpoint that `output.keep_adapter` could not read tensor by tensor in the end.
+
+    Raises:
+        InputError: as `Source`.
+    """
+    if recipe.output.keep_adapter:
+        Source(model, weights_folder(model))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device now; None where that cannot be told (neither CUDA nor Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _advice(recipe: Recipe, stage: str) -> str:
+    """What would need less, the most helpful first."""
+    training, distillation = recipe.training, recipe.distillation
+    advice = []
+    if stage == "train" and distillation.on and distillation.teacher in ("auto", "model"):
+        advice.append("distillation.teacher=cached or self, which need no second model")
+    if stage != "save" and not training.gradient_checkpointing:
+        advice.append("training.gradient_checkpointing=true")
+    if stage != "save" and training.batch_size > 1:
+        advice.append("a smaller training.batch_size, with more training.accumulate")
+    return "try " + (", ".join(advice) or "a smaller data.sequence_length or a larger machine")
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
