@@ -82,6 +82,10 @@ def prune(
     shape: Annotated[
         str | None, typer.Option(help="uniform: same widths in every layer, loads everywhere. free: each its own.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Keep the frozen weights in int8 or nf4 while scoring and training; the result is plain."),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
@@ -100,6 +104,7 @@ def prune(
         "seed": _number("--seed", seed, int),
         "pruning.criterion": criterion,
         "pruning.shape": shape,
+        "training.quantization": quantize,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)
@@ -326,7 +331,10 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging as standard_logging
     import warnings
+
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
 
     warnings.simplefilter("ignore")
     from transformers.utils import logging

@@ -49,6 +49,7 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import CutEvent, check_one_shot
+from regrow.recovery.quantised_base import rebuild, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
@@ -103,7 +104,7 @@ class Walk:
 
     def walk(self) -> Result:
         """Everything, start to end."""
-        recipe = self.recipe
+        recipe = self.recipe = settle_quantization(self.recipe, self.progress)
         find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
         if recipe.analysis.enabled:
             find_criterion(recipe.analysis.criterion)
@@ -146,6 +147,10 @@ class Walk:
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         self.begin("merge and save")
+        if self.recipe.training.quantized:
+            del model  # before the original takes its place
+            model = self.attach(self.load(tokenizer, "none"), whole)
+            rebuild(model, trained.plan, trained.adapters)
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
         self.save(model, tokenizer, trained.plan)
@@ -195,10 +200,11 @@ class Walk:
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
         return self.read_text(tokenizer)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The dense model; from here on chance comes from the seed alone."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+        """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
-        model = load_model(self.name, pick_device(self.recipe.device))
+        kept = quantization or self.recipe.training.quantization
+        model = load_model(self.name, pick_device(self.recipe.device), quantization=kept)
         check_vocabulary(model, tokenizer, self.name)
         return model
 
@@ -385,8 +391,7 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        text = write_report(results, trained.history.cuts, trained.history.validations)
-        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "report.md", write_report(results, trained.history.cuts, trained.history.validations))
         write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
         write_json(
             self.folder / RUN_FILE,
