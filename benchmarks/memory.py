@@ -25,6 +25,7 @@ from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer
 from regrow.criteria.registry import find_criterion
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe, load_recipe
+from regrow.structure.groups import find_groups
 
 COMMON = {
     "training.steps": 2, "training.batch_size": 4, "training.eval_windows": 4, "pruning.calibration_batches": 2,
@@ -92,7 +93,8 @@ def run_here(arguments: argparse.Namespace) -> None:
     regrow.prune(model, scratch / "out", recipe, progress=peaks)
     probe = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     peaks.found["save"] += max(0, probe - started)
-    sizes, dtype = Sizes.of(load_skeleton(model), recipe), load_config(model).dtype or torch.float32
+    skeleton, dtype = load_skeleton(model), load_config(model).dtype or torch.float32
+    sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     needs = frozenset(find_criterion(recipe.pruning.criterion).needs)
     estimated = estimate_memory(sizes, recipe, needs, torch.float32, dtype)
     print(json.dumps({"parameters": sizes.parameters, "estimated": estimated, "measured": peaks.found}))

@@ -337,7 +337,8 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
 def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
     recipe = load_recipe("magnitude", {"lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2})
     recipe = recipe.override({"data.sequence_length": 8, "pruning.sparsity": 0.5})
-    sizes = Sizes.of(load_model(str(checkpoint)), recipe)
+    model = load_model(str(checkpoint))
+    sizes = Sizes.of(model, find_groups(model), recipe)
     # hidden 32, channels 48, 4 query and 2 KV heads of 12, 3 layers, 300 tokens
     linears = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48)
     assert (sizes.parameters, sizes.block_parameters) == (linears + 3 * 64 + 32 + 2 * 300 * 32, linears)
@@ -350,15 +351,19 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
 
     left, logits_BTV = sizes.parameters - linears // 2, 16 * 300
     internals = 16 * (8 * 32 + 4 * 48)
-    assert train() == 4 * left + 20 * sizes.adapters + 4 * 3 * internals + 16 * logits_BTV
-    lesson = 8 * logits_BTV
+    step = 20 * sizes.adapters + 4 * 3 * internals + 8 * logits_BTV
+    assert train() == 4 * left + step
+    lesson = 4 * logits_BTV
     assert train(distillation__weight=0.7) == train() + 4 * sizes.parameters + lesson
     assert train(distillation__weight=0.7, distillation__teacher="self") == train() + 4 * linears // 2 + lesson
-    assert train(distillation__weight=0.7, distillation__teacher="cached") == train() + lesson // 2
+    assert train(distillation__weight=0.7, distillation__teacher="cached") == train()
+    others = 4 * (sizes.parameters - linears)
+    assert train(training__quantization="int8") == others + linears // 2 + step
+    assert train(training__quantization="nf4") == others + linears * 9 // 16 + step, "an nf4 base is cut at the end"
     saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
     assert train(training__gradient_checkpointing=True) == train() - saved
     found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)
-    assert found["score"] == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + 4 * 3 * internals + 16 * logits_BTV
+    assert found["score"] == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + 4 * 3 * internals + 8 * logits_BTV
     assert found["save"] == 8 * left
 
 

@@ -80,6 +80,10 @@ def prune(
     keep_adapter: Annotated[
         bool, typer.Option("--keep-adapter", help="Leave base/ (pruned, not merged) and adapter/ (PEFT) as well.")
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Keep the frozen weights in int8 or nf4 while scoring and training; the result is plain."),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
@@ -99,6 +103,7 @@ def prune(
         "pruning.criterion": criterion,
         "pruning.shape": shape,
         "output.keep_adapter": keep_adapter or None,
+        "training.quantization": quantize,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.analysis.stage import analyse, conditions_of
 from regrow.checkpoint.files import storage_errors, write_json, write_text
 from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
-from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Bos, Windows, make_windows
 from regrow.errors import InputError
@@ -22,6 +21,7 @@ from regrow.evaluation.speed import measure_speed, ratios
 from regrow.planning.sensitivity import Conditions, Sensitivity
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.quantised_base import check_criterion
 from regrow.report.graph import draw_graph
 from regrow.report.picture import check_picture_name, to_svg, write_picture
 from regrow.report.sensitivity import draw_sensitivity
@@ -142,7 +142,7 @@ def analyze(
     """
     given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
     recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
-    find_criterion(recipe.analysis.criterion)
+    check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.quantization)
     folder, progress = Path(out) if out is not None else None, progress or Silent()
     if folder is not None and folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
@@ -152,7 +152,7 @@ def analyze(
     held_out, calibration = _analysis_text(data, tokenizer, recipe)
     progress.stage("load model")
     torch.manual_seed(recipe.seed)
-    loaded = load_model(model, pick_device(recipe.device))
+    loaded = load_model(model, pick_device(recipe.device), quantization=recipe.training.quantization)
     check_vocabulary(loaded, tokenizer, model)
     conditions = conditions_of(local_folder(model), loaded.dtype, recipe, held_out, calibration)
     if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:

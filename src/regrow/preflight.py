@@ -1,4 +1,4 @@
-"""Before a run: whether memory and files will do (floor 4)."""
+"""Before a run: whether its settings go together, and whether memory and files will do."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,29 @@ from transformers import PretrainedConfig
 from regrow.checkpoint.load import load_skeleton, pick_device, weights_folder
 from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
+from regrow.data.corpus import list_sources
 from regrow.errors import InputError
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
+from regrow.recovery.distillation import check_distillation
+from regrow.recovery.pruner import check_one_shot
+from regrow.structure.groups import find_groups
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse a recipe whose parts contradict one another.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
+    if recipe.analysis.enabled:
+        find_criterion(recipe.analysis.criterion)
+    elif recipe.pruning.allocation == "curves":
+        raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
+    check_one_shot(recipe)
+    check_distillation(recipe)
+    list_sources(recipe.data)
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
@@ -24,11 +44,13 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
         InputError: if the estimate is more than what is free, and `training.check_memory` has not been turned off.
     """
     device = pick_device(recipe.device)
-    weights = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    weights = torch.float32 if device.type == "cpu" else stored
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
-    sizes = Sizes.of(load_skeleton(model), recipe)
+    skeleton = load_skeleton(model)
+    sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
     free = free_memory(device)
     stage = max(found, key=lambda stage: found[stage])

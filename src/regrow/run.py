@@ -23,6 +23,7 @@ def prune(
     steps: int | None = None,
     seed: int | None = None,
     criterion: str | None = None,
+    quantize: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -36,6 +37,7 @@ def prune(
         instructions: records to train on after the text; see `regrow.data.instructions`.
         eval_data: text to evaluate on; by default documents held out of `data`.
         target: instead of `sparsity`, what the result shall be: see `regrow.planning.target.parse_target`.
+        quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
         overrides: `key.path` -> value, applied to the recipe last.
 
     Raises:
@@ -50,6 +52,7 @@ def prune(
         "training.steps": steps,
         "seed": seed,
         "pruning.criterion": criterion,
+        "training.quantization": quantize,
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)

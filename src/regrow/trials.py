@@ -29,10 +29,11 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.forecast import cut_losses, measure_scores
 from regrow.recovery.mixing import validation_loss
+from regrow.recovery.quantised_base import rebuild
 from regrow.recovery.scoring import Average
 from regrow.recovery.train import History, Trained
-from regrow.structure.cut import cut
 from regrow.structure.groups import find_groups
+from regrow.structure.quantised import release
 
 CURVE_POINTS = 8
 FILES = ("scores.safetensors", "plan.json", "history.json", "adapters.safetensors")
@@ -89,7 +90,7 @@ class Trials:
         largest = share_of(reach(groups, recipe.pruning), groups)
         shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
         curve = cut_losses(model, groups, recipe, scores.scores, self.corpus, shares, self.progress)
-        model.to("meta")  # type: ignore[arg-type]
+        release(model)
         search, trials = Search(dense, math.log(most), curve), list[Trial]()
         known = scores if recipe.pruning.schedule == "one-shot" else None
         while len(trials) < recipe.pruning.target_trials and (share := search.propose()) is not None:
@@ -152,10 +153,7 @@ class Trials:
         """Build what a trial left anew, and copy its files to where a run has them."""
         plan = Plan.parse((folder / "plan.json").read_text(encoding="utf-8"))
         adapters = load_file(folder / "adapters.safetensors")
-        groups = find_groups(model)
-        groups = cut(model, groups, plan.positions_within(Plan.whole(groups)))
-        for name, saved in adapters.items():
-            model.get_parameter(name).data.copy_(saved)
+        groups = rebuild(model, plan, adapters)
         history, summary = (
             json.loads((folder / file).read_text(encoding="utf-8")) for file in ("history.json", "summary.json")
         )

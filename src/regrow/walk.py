@@ -37,21 +37,19 @@ from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import check_expressible, pruned_config
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
-from regrow.criteria.registry import find_criterion
-from regrow.data.corpus import Corpus, list_sources, read_corpus, writes_own_text
-from regrow.data.source import load_documents
+from regrow.data.corpus import writes_own_text
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, local_folder, protocol_windows
+from regrow.evaluation.compare import compare, local_folder
 from regrow.evaluation.machine import machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_files, check_memory
+from regrow.preflight import check_files, check_memory, check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
-from regrow.recovery.distillation import check_distillation
-from regrow.recovery.pruner import CutEvent, check_one_shot
+from regrow.recovery.pruner import CutEvent
+from regrow.recovery.quantised_base import rebuild, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
 from regrow.recovery.train import Trained, train
@@ -62,17 +60,9 @@ from regrow.reuse import keep_adapter, texts
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups, find_groups
+from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows for training and for the validation loss, and documents to evaluate on."""
-
-    corpus: Corpus
-    test_documents: list[str]
-    test_source: str
 
 
 @dataclass(frozen=True)
@@ -107,15 +97,8 @@ class Walk:
 
     def walk(self) -> Result:
         """Everything, start to end."""
-        recipe = self.recipe
-        find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
-        if recipe.analysis.enabled:
-            find_criterion(recipe.analysis.criterion)
-        elif recipe.pruning.allocation == "curves":
-            raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
-        check_one_shot(recipe)
-        check_distillation(recipe)
-        list_sources(recipe.data)
+        recipe = self.recipe = settle_quantization(self.recipe, self.progress)
+        check_settings(recipe)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
         if check_folder(self.folder):
@@ -132,10 +115,10 @@ class Walk:
         if writes_own_text(recipe.data):
             check_length(config, recipe.generate.length)
             start_token(tokenizer)
-            tokens_to_write(recipe, self.training_tokens())
+            tokens_to_write(recipe, training_tokens(recipe))
         else:
             self.begin("read text")
-            text = self.read_text(tokenizer)
+            text = read_text(recipe, tokenizer)
         check_files(self.name, recipe)
         memory = check_memory(self.name, config, recipe)
         self.begin("load model")
@@ -153,6 +136,10 @@ class Walk:
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         self.begin("merge and save")
+        if self.recipe.training.quantized:
+            del model  # before the original takes its place
+            model = self.attach(self.load(tokenizer, "none"), whole)
+            rebuild(model, trained.plan, trained.adapters)
         merge_lora(model)
         model.config = pruned_config(model.config, whole, trained.groups)
         self.save(model, tokenizer, trained.plan)
@@ -175,40 +162,19 @@ class Walk:
         if stage:
             self.progress.stage(stage, total)
 
-    def training_tokens(self) -> int:
-        """How many tokens scoring and training can use."""
-        data, training = self.recipe.data, self.recipe.training
-        use = (training.steps * training.accumulate + self.recipe.pruning.calibration_batches) * training.batch_size
-        return data.max_tokens or (use + 1) * data.sequence_length
-
-    def read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
-        """Documents of all sources, parted once by the seed, as windows."""
-        own = None if self.own_text is None else self.own_text.documents
-        data, training = self.recipe.data, self.recipe.training
-        corpus, test = read_corpus(
-            data, tokenizer, max_tokens=self.training_tokens(), eval_windows=training.eval_windows,
-            seed=self.recipe.seed, own_documents=own,
-        )  # fmt: skip
-        if data.eval_source is not None:
-            test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
-        else:
-            names = ", ".join(source.source for source in list_sources(data) if source.stage == "pretrain")
-            source = f"{names} (held-out documents)"
-        protocol_windows(test, tokenizer, source, self.recipe)  # too short a text is better found now than at the end
-        return Text(corpus, test, source)
-
     def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents that the model writes itself, as windows."""
-        tokens = tokens_to_write(self.recipe, self.training_tokens())
+        tokens = tokens_to_write(self.recipe, training_tokens(self.recipe))
         self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
         self.begin("write text", tokens)
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
-        return self.read_text(tokenizer)
+        return read_text(self.recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The dense model; from here on chance comes from the seed alone."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+        """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
-        model = load_model(self.name, pick_device(self.recipe.device))
+        kept = quantization or self.recipe.training.quantization
+        model = load_model(self.name, pick_device(self.recipe.device), quantization=kept)
         check_vocabulary(model, tokenizer, self.name)
         return model
 
@@ -389,8 +355,7 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        text = write_report(results, trained.history.cuts, trained.history.validations)
-        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "report.md", write_report(results, trained.history.cuts, trained.history.validations))
         write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
         write_json(
             self.folder / RUN_FILE,

@@ -27,9 +27,10 @@ def conditions_of(
         folder: of the checkpoint.
         dtype: what the model computes in.
     """
+    quantization = recipe.training.quantization
     return Conditions(
         model_sha256=checkpoint_sha256(folder),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + ("" if quantization == "none" else f", {quantization} base"),
         tokens_sha256=held_out.sha256,
         windows=len(held_out),
         length=held_out.length,

@@ -1,23 +1,33 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no remote code."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from regrow.data.source import looks_like_path
 from regrow.errors import InputError
+from regrow.structure.quantised import settle
+from regrow.structure.trace import decoder_layers
+
+NF4_BLOCK = 64
+"""Weights that share a scale."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -37,13 +47,19 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def load_model(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """A decoder-only language model.
 
     Args:
         name: a folder, or a repository on the hub.
         dtype: what to compute in; by default float32 on a CPU, else the checkpoint's own.
+        quantization: how the weights of the decoder layers' linears are kept: none, int8 or nf4. The config says
+            nothing of it.
 
     Raises:
         InputError: if there is no such model, it is not a causal LM, or its files are damaged.
@@ -56,11 +72,14 @@ def load_model(
         )
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
+    ways: dict[str, Any] = {}
+    if quantization != "none":
+        ways = _quantised(load_skeleton(name, trust_remote_code), quantization, dtype, torch.device(device))
     try:
         # Without `ignore_mismatched_sizes` a tensor that does not fit is an error that does not say which one.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, **ways,
         )  # fmt: skip
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights of {name} are damaged or missing: {_reason(error)}; get them anew") from error
@@ -68,7 +87,47 @@ def load_model(
         raise InputError(f"model {name} cannot be loaded: {_reason(error)}") from error
     model, report = loaded
     _check_complete(name, report)
+    if quantization != "none":
+        settle(model)
+        del model.config.quantization_config  # what comes of the model will be plain
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _quantised(bones: PreTrainedModel, quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What makes transformers quantise the linears of the decoder layers, and those alone, as it loads them.
+
+    On a CPU, 4-bit linears whose rows do not end where blocks of scales do are left alone too: bitsandbytes' kernel
+    would read the wrong scales.
+
+    Args:
+        bones: the model without its weights.
+        dtype: what 4-bit weights are turned into for a product.
+    """
+    if not find_spec("bitsandbytes"):
+        raise InputError(
+            f"training.quantization={quantization} needs bitsandbytes: pip install 'regrow[quant]', or set none"
+        )
+    inside, by_blocks = decoder_layers(bones)[0], quantization == "nf4" and device.type == "cpu"
+    linears = {name: module for name, module in bones.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    left_alone = [
+        re.escape(name)
+        for name, module in linears.items()
+        if not name.startswith(f"{inside}.") or (by_blocks and _columns(module) % NF4_BLOCK)
+    ]
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization == "int8",
+        load_in_4bit=quantization == "nf4",
+        llm_int8_skip_modules=left_alone,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _columns(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

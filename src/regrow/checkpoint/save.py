@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from regrow.checkpoint.files import new_folder
 from regrow.planning.target import parse_bytes
+from regrow.structure.quantised import weight_count, weight_shape
 
 MODELING_FILE = "modeling_regrow.py"
 BYTES_OF_AN_EMPTY_FILE = 64
@@ -85,11 +86,13 @@ def bytes_besides_parameters(model: PreTrainedModel, dtype: torch.dtype, shard_s
     The buffers that are saved, and the headers of safetensors: a length in eight bytes, then JSON, padded to eight.
     """
     saved = model.state_dict()
-    buffers = [saved[name] for name, _ in model.named_buffers() if name in saved]
-    held = sum(int(buffer.nbytes) for buffer in buffers)
-    total = held + sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    held = sum(int(buffer.nbytes) for buffer in buffers.values())
+    total = held + sum(weight_count(parameter) for parameter in model.parameters()) * dtype.itemsize
+    shapes = {name: weight_shape(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes |= {name: buffer.shape for name, buffer in buffers.items()}
     described = {
-        name: {"dtype": "BF16", "shape": list(saved[name].shape), "data_offsets": [total, total]} for name in saved
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [total, total]} for name, shape in shapes.items()
     }
     shards = 1 + 2 * total // parse_bytes(shard_size)
     return held + len(json.dumps(described, separators=(",", ":"))) + shards * BYTES_OF_AN_EMPTY_FILE

@@ -1,6 +1,6 @@
 """What a criterion may look at: the tensors of one group, and what was measured of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -80,7 +80,7 @@ class Evidence:
     kind: str
     """`attention` or `ffn`; `layer` for a whole layer."""
     units: int
-    linears: tuple[Linear, ...]
+    linears: Sequence[Linear]
     gate: GateMoments | None = None
     """Moments of the gate derivatives since the last scoring, if the criterion needs them."""
     generator: torch.Generator = field(default_factory=torch.Generator)

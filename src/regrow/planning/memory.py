@@ -3,10 +3,11 @@
 The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
 size, F FFN width, V vocabulary, b_a bytes of an activation):
 
-    weights      b_w P                      adapters     16 R: weight, gradient and AdamW's two moments in float32
+    weights      b_w P (quantised linears: 1 or 9/16 each)
+    adapters     16 R: weight, gradient and AdamW's two moments in float32
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
-    logits       T V (b_a + 12): float32 copy, log-softmax and gradient of the cross-entropy
-    teacher      b_t P for a copy of the model, and its logits, T V b_a (+ the divergence's gradient, T V b_a)
+    logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
+    teacher      b_t P for a copy of the model, and its logits, T V b_a
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
 for one that never holds T × T scores. On small LLaMAs on a CPU it has been within a third of what was measured
@@ -16,16 +17,16 @@ for one that never holds T × T scores. On small LLaMAs on a CPU it has been wit
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regrow.recipe import Recipe
 from regrow.settings import Pruning
-from regrow.structure.trace import decoder_layers
+from regrow.structure.groups import Groups
 
 ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENTS_BYTES = 8
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Of a weight; nf4 has a float32 scale for every 64."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,21 @@ class Sizes:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, recipe: Recipe) -> "Sizes":
-        """Read off a model on any device, the meta device included."""
+    def of(cls, model: PreTrainedModel, groups: Groups, recipe: Recipe) -> "Sizes":
+        """Read off a model on any device, the meta device included, and its groups."""
         config, lora = model.config.get_text_config(), recipe.lora
-        path, layers = decoder_layers(model)
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        inside = {name: m.weight for name, m in linears.items() if name.startswith(f"{path}.")}
-        adapted = [w for name, w in inside.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
-        consumers = [name for name in inside if name.rpartition(".")[2] in ("o_proj", "down_proj")]
+        linears = {name: model.get_parameter(f"{name}.weight") for name in groups.linears}
+        adapted = [w for name, w in linears.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
+        consumers = [group.consumers[0] for group in groups]
         return cls(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            block_parameters=sum(weight.numel() for weight in inside.values()),
+            parameters=groups.total_parameters,
+            block_parameters=groups.block_parameters,
             adapters=sum(lora.rank * sum(weight.shape) for weight in adapted),
             dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
-            gram=sum(inside[name].shape[1] ** 2 for name in consumers),
-            layers=len(layers),
+            gram=sum(consumer.index.size**2 for consumer in consumers),
+            layers=len(groups.layers),
             hidden=config.hidden_size,
-            channels=config.intermediate_size,
+            channels=max((group.units for group in groups if group.kind != "attention"), default=0),
             vocabulary=config.vocab_size,
         )
 
@@ -83,22 +82,32 @@ def estimate_memory(
     """
     b_w, b_a = weights.itemsize, activations.itemsize
     tokens = recipe.training.batch_size * recipe.data.sequence_length
-    whole, left = b_w * sizes.parameters, b_w * (sizes.parameters - _removed(sizes, recipe.pruning))
-    step = _activations(sizes, recipe, tokens, b_a) + tokens * sizes.vocabulary * (b_a + 12)
+    removed = _removed(sizes, recipe.pruning)
+    whole, left = _base(sizes, recipe, b_w, 0), _base(sizes, recipe, b_w, removed)
+    step = _activations(sizes, recipe, tokens, b_a) + 2 * tokens * sizes.vocabulary * b_a
     found = {}
     if recipe.pruning.calibration_batches and needs:
         found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
-    present = left if cut_at_once and not recipe.distillation.needs_whole_weights else whole
+    stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4"
+    present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
     adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
-    copied, taught = _teacher(sizes, recipe, tokens, b_w, b_a)
+    copied, taught = _teacher(sizes, recipe, tokens, whole, b_a)
     found["train"] = max(present + copied + adapters + step + taught, whole + copied)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
-    found["save"] = left + left // b_w * stored  # in this process, and in the one that loads it anew
+    kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
+    merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
+    found["save"] = max(merged, b_w * kept + stored * kept)
     return found
+
+
+def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int) -> int:
+    """Bytes of the frozen weights after so many parameters have been removed."""
+    of_linear = QUANTISED_BYTES.get(recipe.training.quantization, b_w)
+    return round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * (sizes.block_parameters - removed))
 
 
 def _removed(sizes: Sizes, pruning: Pruning) -> int:
@@ -115,15 +124,14 @@ def _activations(sizes: Sizes, recipe: Recipe, tokens: int, b_a: int) -> int:
     return b_a * tokens * sizes.layers * inside + dropped
 
 
-def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, b_w: int, b_a: int) -> tuple[int, int]:
-    """Bytes of a copy of the model, and of what a lesson adds to a step."""
+def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int) -> tuple[int, int]:
+    """Bytes of a copy of the model, which has `whole` bytes, and of what a lesson adds to a step."""
     settings = recipe.distillation
     if not settings.on:
         return 0, 0
     states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
-    gradient = tokens * sizes.vocabulary * b_a
     if settings.teacher == "cached":
-        return 0, gradient
-    itemsize = b_w if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype).itemsize
-    copy = 0 if settings.teacher == "self" else itemsize * sizes.parameters
-    return copy, 2 * gradient + states
+        return 0, 0
+    if settings.teacher_dtype != "auto":
+        whole = getattr(torch, settings.teacher_dtype).itemsize * sizes.parameters
+    return 0 if settings.teacher == "self" else whole, tokens * sizes.vocabulary * b_a + states

@@ -32,6 +32,7 @@ from regrow.settings import Compensation
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk, watching_inputs
+from regrow.structure.quantised import kept_as, weight_shape
 
 Units = NDArray[np.int64]
 
@@ -105,15 +106,21 @@ class Compensator:
         done.keep[group.name] = keep
         self.gates.keep(group.name, keep)
 
+    def writes_base(self, groups: Groups) -> bool:
+        """Whether parameters of the base change: all refits but those that adapters carry alone."""
+        treated = [group for group in groups if self.treats(group)]
+        return any(self.settings.carrier == "base" or self._bias(group) is not None for group in treated)
+
     def treats(self, group: Group) -> bool:
         """Whether the recipe wants a refit, and there is one consumer that can be given it."""
         return self.settings.method != "none" and len(group.consumers) == 1
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""
-        linear = linear_evidence(self.model, group.consumers[0])
-        moments = InputMoments.zeros(linear.weight.shape[1], linear.weight.device)
-        with watching_inputs(self.model.get_submodule(linear.name), moments.add):
+        consumer = group.consumers[0]
+        weight = self.model.get_parameter(consumer.parameter)
+        moments = InputMoments.zeros(weight_shape(weight)[consumer.axis], weight.device)
+        with watching_inputs(self.model.get_submodule(consumer.module), moments.add):
             walk.run()
         return moments
 
@@ -158,14 +165,18 @@ class Compensator:
         return 1 - after / before if before > 0 else 0.0
 
     def _add(self, parameter: nn.Parameter, change: Tensor, done: Compensated) -> None:
+        assert kept_as(parameter) is None, "a quantised weight is not written to"
         change = change.to(parameter.dtype)
         parameter.add_(change)
         done.changes.append((parameter.data, change.cpu()))
 
     def _write_adapter(self, linear: Linear, change_OK: Tensor, moments: InputMoments, kept_K: Tensor) -> None:
         """Let an untrained adapter begin at the best approximation of the change that its rank allows."""
-        assert linear.lora_a is not None
-        assert linear.lora_b is not None
+        if linear.lora_a is None or linear.lora_b is None:
+            raise InputError(
+                f"compensation.carrier=adapter: {linear.name} has no adapter; name {linear.name.rpartition('.')[2]} in "
+                "lora.targets too, or set compensation.method=none"
+            )
         assert not linear.lora_b.any(), "only an adapter that has not moved can be set"
         factor_b, factor_a = low_rank(change_OK / linear.scaling, moments, kept_K, len(linear.lora_a))
         linear.lora_b[:, : factor_b.shape[1]] = factor_b.to(linear.lora_b.dtype)

@@ -28,6 +28,7 @@ from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
+from regrow.structure.quantised import kept_as
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Pruner:
         Args:
             groups: of the whole model, adapters attached.
             calibration: batches to score before training.
-            cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain.
+            cut_early: False keeps removed units behind closed gates until `finish`; same result, no gain (but an nf4
+                base stays as it is).
             prepare: makes what searches and compensates, given the gates; needed if the recipe asks for either.
             scores: what `calibrate` would find, if it has been found before.
             prior: what an analysis has found, for the allocation.
@@ -212,7 +214,7 @@ class Pruner:
             if group.name in written:
                 module = group.consumers[0].parameter.rpartition(".")[0]
                 parameters = self.model.get_submodule(module).named_parameters(recurse=False)
-                found |= {f"{module}.{name}": parameter.detach().cpu().clone() for name, parameter in parameters}
+                found |= {f"{module}.{name}": p.detach().cpu().clone() for name, p in parameters if not kept_as(p)}
         return found
 
     def _choose(self, step: int, fraction: float) -> None:
@@ -235,7 +237,7 @@ class Pruner:
 
     def _next_plan(self, scores: dict[str, torch.Tensor], fraction: float) -> Plan:
         preparation = self.preparation
-        if preparation:
+        if preparation and preparation.compensator.writes_base(self.groups):
             self.learner.objective.before_change()
         if preparation and preparation.searches:
             plan = preparation.search(self.original, self.plan, scores, self.prior)

@@ -1,11 +1,12 @@
 """Measure what a criterion needs during backward passes, score all groups, and keep a moving average."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
+from typing import overload
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,6 +22,7 @@ from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.prefix import watching_inputs
+from regrow.structure.quantised import dequantised, kept_as, weight_shape
 from regrow.structure.similarity import Cosines, watching_layers
 
 PLAIN = ""
@@ -95,9 +97,11 @@ class Scorer:
         if "inputs" in self.criterion.needs:
             for group in groups:
                 if len(group.consumers) == 1:
-                    linear = linear_evidence(self.model, group.consumers[0])
-                    self._consumers[group.name] = linear.name
-                    self._inputs[group.name] = InputMoments.zeros(linear.weight.shape[1], linear.weight.device)
+                    consumer = group.consumers[0]
+                    weight = self.model.get_parameter(consumer.parameter)
+                    self._consumers[group.name] = consumer.module
+                    channels = weight_shape(weight)[consumer.axis]
+                    self._inputs[group.name] = InputMoments.zeros(channels, weight.device)
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
 
     def begin_period(self) -> None:
@@ -235,12 +239,31 @@ def gather_evidence(
     Args:
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
     """
-    linears = [
-        linear_evidence(model, piece, start.get(piece.module))
-        for piece in group.slices
-        if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
-    ]
-    return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator=generator)
+    pieces = [s for s in group.slices if not s.is_adapter and model.get_parameter(s.parameter).ndim == 2]
+    return Evidence(group.name, group.kind, group.units, Linears(model, pieces, start), gate, generator=generator)
+
+
+class Linears(Sequence[Linear]):
+    """Looked up one at a time, as they are asked for: those of a quantised base take memory while they are."""
+
+    def __init__(
+        self, model: PreTrainedModel, pieces: Sequence[Slice], start: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Arguments as for `linear_evidence`, of every one."""
+        self._model, self._pieces, self._start = model, pieces, start
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    @overload
+    def __getitem__(self, index: int) -> Linear: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Linears": ...
+    def __getitem__(self, index: int | slice) -> "Linear | Linears":
+        if isinstance(index, slice):
+            return Linears(self._model, self._pieces[index], self._start)
+        piece = self._pieces[index]
+        return linear_evidence(self._model, piece, self._start.get(piece.module))
 
 
 def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, Tensor] | None = None) -> Linear:
@@ -248,6 +271,8 @@ def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, T
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad
+    if kept_as(parameter):
+        weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
     if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
         weight, gradient = weight.T, None if gradient is None else gradient.T
     positions = torch.from_numpy(piece.index).to(weight.device)

@@ -23,6 +23,7 @@ from regrow.evaluation.perplexity import evaluation_mode
 from regrow.recovery.losses import FullTarget, Target
 from regrow.structure.adapters import adapter_parameters, adapters_off, lora_layers
 from regrow.structure.gates import Gates
+from regrow.structure.quantised import copy_into, held_bytes, quantised_linears
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ModelTeacher:
     @property
     def bytes(self) -> int:
         """Of its parameters, tied ones once."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        return held_bytes(self.model)
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """The whole model's logits, `[B, T, V]`."""
@@ -195,8 +196,14 @@ def layer_outputs(model: nn.Module, layers: str | None) -> Iterator[list[Tensor]
 
 
 def copy_without_adapters(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A frozen copy in evaluation mode, without adapters and hooks; parameters never exist twice in two precisions."""
+    """A frozen copy in evaluation mode, without adapters and hooks; parameters never exist twice in two precisions.
+
+    Args:
+        dtype: of the copy, or the model's; what is quantised stays so.
+    """
     memo: dict[int, Any] = {id(factor): factor for factor in adapter_parameters(model)}
+    for linear in quantised_linears(model):
+        copy_into(memo, linear)
     for parameter in model.parameters():
         if id(parameter) not in memo:
             copied = parameter.detach().to(dtype or parameter.dtype, copy=True)

@@ -26,6 +26,7 @@ from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
+from regrow.structure.quantised import held_bytes
 
 
 @dataclass
@@ -96,7 +97,8 @@ def train(
         InputError: if training diverges.
     """
     loop = Loop(model, recipe, corpus, progress, on_cut, on_validation)
-    early = not recipe.distillation.needs_whole_weights
+    # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
+    early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
     prepare = preparer(model, recipe, corpus, progress)
     with Pruner(
         model, groups, recipe, loop.learner, loop.mix.calibration(), loop.record_cut, early, prepare, scores, prior
@@ -133,6 +135,8 @@ class Loop:
         self.progress = progress
         self.on_cut = on_cut
         self.on_validation = on_validation
+        self.bytes = held_bytes(model)
+        """Of the whole model, adapters included."""
         self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
         self.learner = Learner(model, recipe.training, self.mix)
         self.history = History(mixture=self.mix.history)
@@ -221,6 +225,7 @@ class Loop:
             "train_windows": len(text),
             "train_sha256": text.sha256,
             **({"distillation": learner.objective.summary()} if self.recipe.distillation.on else {}),
+            **({"quantization": {"kind": training.quantization, "bytes": self.bytes}} if training.quantized else {}),
             **({"mixture": self.mix.summary()} if self.mix.in_rounds else {}),
         }
 

@@ -7,6 +7,9 @@ from typing import Any
 from regrow.planning.plan import Plan
 from regrow.recipe import Recipe
 
+CARRIED = "the adapters began at the best approximation of it that their rank allows"
+"""How a refit is told of that left the base weights alone."""
+
 
 def write_report(
     results: dict[str, Any], cuts: Sequence[dict[str, float]], validations: Sequence[dict[str, float]]
@@ -201,6 +204,11 @@ def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) 
         f"{training['trainable_parameters_at_the_end']:,} trainable parameters, "
         f"{training['skipped_updates']} updates skipped. Best validation loss at step {training['best_step']}."
     )
+    if base := training.get("quantization"):
+        lines += (
+            f" While scored and trained the base was kept in {base['kind']} ({_bytes(base['bytes'])} with adapters, "
+            "before any cut): losses here are of that model. Plan and adapters then went to the original weights."
+        )
     curve = _table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
     return f"{lines}\n\n{curve}"
 
@@ -222,9 +230,10 @@ def _prepared(training: dict[str, Any]) -> list[str]:
                 f"from {search['trace'][0]:.3f} to {best}."
             )
     if done := training.get("compensation"):
+        how = f"{done['blend']:.0%} of the refit was best on held-out text" if "blend" in done else CARRIED
         lines.append(
             f"What stays was refitted: {done['repaired']:.0%} of the cut's output error taken away on average, on the "
-            f"windows it was fitted to; {done['blend']:.0%} of the refit was best on held-out text."
+            f"windows it was fitted to; {how}."
         )
     if teacher := training.get("distillation"):
         steps = ", ".join(f"{count} steps by `{kind}`" for kind, count in teacher["teacher_steps"].items())

@@ -32,6 +32,12 @@ class Training(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 autocast on hardware that has it, else float32."
     )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="How the frozen weights of the decoder layers' linears are kept while the model is scored and "
+        "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
+        "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
@@ -47,6 +53,11 @@ class Training(Section):
     max_skipped: Count = Field(
         default=10, description="Stop with an error after so many updates in a row were not finite."
     )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is kept in fewer bits, and so cannot be written to."""
+        return self.quantization != "none"
 
 
 class Distillation(Section):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
+from regrow.structure.quantised import is_quantised
 
 ADAPTER = "default"
 
@@ -80,6 +81,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def merge_lora(model: PreTrainedModel) -> None:
     """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off."""
+    assert not is_quantised(model), "adapters are merged into the original weights, never into a quantised base"
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         a, b = lora_factors(model, name)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from regrow.structure.depth import remove_layers
 from regrow.structure.groups import Groups, Slice
+from regrow.structure.quantised import cut_weight, kept_as, weight_shape
 
 
 @torch.no_grad()
@@ -71,8 +72,13 @@ def _cut_slice(
 ) -> None:
     parameter = model.get_parameter(piece.parameter)
     gone = np.delete(piece.index, units, axis=0).reshape(-1)
-    stay = np.delete(np.arange(parameter.shape[piece.axis]), gone)
+    stay = np.delete(np.arange(weight_shape(parameter)[piece.axis]), gone)
     positions = torch.from_numpy(stay).to(parameter.device)
+    module = model.get_submodule(piece.parameter.rpartition(".")[0])
+    if kept_as(parameter):
+        cut_weight(module, piece.axis, positions)
+        _follow(module)
+        return
 
     def sliced(tensor: Tensor) -> Tensor:
         return tensor.index_select(piece.axis, positions)
@@ -85,10 +91,10 @@ def _cut_slice(
             if isinstance(moment, Tensor) and moment.shape == before:
                 state[key] = sliced(moment)
     parameter.data = sliced(parameter.data)
-    _follow(model.get_submodule(piece.parameter.rpartition(".")[0]))
+    _follow(module)
 
 
 def _follow(module: nn.Module) -> None:
     """Let a module's own record of its width say what its weight now is."""
     if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+        module.out_features, module.in_features = weight_shape(module.weight)

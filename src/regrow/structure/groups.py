@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from regrow.errors import InputError
+from regrow.structure.quantised import weight_count, weight_shape
 from regrow.structure.trace import Axis, decoder_layers, distinct_layers, skeleton, trace
 
 
@@ -175,12 +176,12 @@ def find_groups(model: PreTrainedModel) -> Groups:
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     sliced = {s.module for s in pieces}
     linears = sorted({s.module for s in pieces if model.get_parameter(s.parameter).ndim == 2}, key=_natural)
-    block = {name: p.numel() for name, p in base.items() if _module_of(name) in sliced}
+    block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
 
     def inside_layer(number: int, sizes: Mapping[str, int]) -> int:
         return sum(size for name, size in sizes.items() if name.startswith(f"{path}.{number}."))
 
-    every = {name: p.numel() for name, p in base.items()}
+    every = {name: weight_count(p) for name, p in base.items()}
     return Groups(
         groups=tuple(groups),
         layers=tuple(
@@ -205,7 +206,7 @@ def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
     for piece in slices:
         if not piece.is_adapter:
             parameter = model.get_parameter(piece.parameter)
-            cost += piece.index.shape[1] * parameter.numel() // parameter.shape[piece.axis]
+            cost += piece.index.shape[1] * weight_count(parameter) // weight_shape(parameter)[piece.axis]
     return cost
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from regrow.errors import InputError
 from regrow.structure.channels import Facet, Value
 from regrow.structure.operators import RULES, UnknownOperator, Walk
+from regrow.structure.quantised import kept_as, quantised_linears, stand_in, weight_shape
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,21 @@ def distinct_layers(layers: Iterable[nn.Module]) -> list[list[int]]:
     """Layer numbers, grouped by the layers' type and parameter shapes; the first of each group stands for it."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        shapes = tuple((name, tuple(weight_shape(p))) for name, p in layer.named_parameters())
         alike[type(layer), shapes].append(number)
     return list(alike.values())
 
 
 def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
-    """A copy of the model on the meta device that has only the decoder layers numbered in `keep`."""
+    """A copy of the model on the meta device that has only the decoder layers numbered in `keep`.
+
+    Quantised linears are plain ones in it.
+    """
     path, _ = decoder_layers(model)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(linear): stand_in(linear, model.dtype) for linear in quantised_linears(model)}
     for parameter in model.parameters():
+        if kept_as(parameter):
+            continue
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
