@@ -96,7 +96,9 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
                 slices[piece.parameter, piece.axis] = piece
                 gone[piece.parameter, piece.axis].append(np.delete(piece.index, units, axis=0).reshape(-1))
 
-    axes, inputs, outputs = {}, {}, {}
+    axes: dict[tuple[str, int], Kept] = {}
+    inputs: dict[str, Kept] = {}
+    outputs: dict[str, Kept] = {}
     for (name, axis), removed in gone.items():
         parameter = model.get_parameter(name)
         size = parameter.shape[axis]
