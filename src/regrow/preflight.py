@@ -24,7 +24,8 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
         InputError: if the estimate is more than what is free, and `training.check_memory` has not been turned off.
     """
     device = pick_device(recipe.device)
-    weights = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    weights = torch.float32 if device.type == "cpu" else stored
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
