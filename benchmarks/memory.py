@@ -28,14 +28,13 @@ from regrow.recipe import Recipe, load_recipe
 from regrow.structure.groups import find_groups
 
 COMMON = {
-    "training.steps": 2, "training.batch_size": 4, "training.eval_windows": 4, "pruning.calibration_batches": 2,
-    "evaluation.speed": False, "evaluation.memory": False, "evaluation.max_windows": 4, "search.evaluations": 0,
+    "training.steps": 2, "training.batch_size": 2, "training.eval_windows": 2, "pruning.calibration_batches": 2,
+    "evaluation.speed": False, "evaluation.memory": False, "evaluation.max_windows": 2, "search.evaluations": 0,
     "compensation.method": "none", "device": "cpu", "data.max_tokens": 20000, "pruning.schedule": "one-shot",
 }  # fmt: skip
 CASES = {
     "loraprune": ("loraprune", {}),
     "a teacher": ("regrow", {}),
-    "a teacher, self": ("regrow", {"distillation.teacher": "self"}),
     "checkpointing": ("loraprune", {"training.gradient_checkpointing": True}),
 }
 STAGES = {"score": "score", "train": "train", "merge and save": "save", "verify in a fresh process": "save"}

@@ -53,7 +53,7 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
     """Refuse a plan that was made for another model.
 
     Raises:
-        InputError: naming the first group that differs.
+        InputError: naming the first group that differs, or the number of parameters.
     """
     own = Plan.whole(groups)
     for group in sorted(own.groups.keys() | plan.groups.keys()):
@@ -63,6 +63,11 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
                 f"the plan is of another model than {name}: {group} has "
                 f"{'no' if there is None else there.units} units in it, {'none' if here is None else here.units} here"
             )
+    if plan.total_parameters != groups.total_parameters:
+        raise InputError(
+            f"the plan is of another model than {name}: of {plan.total_parameters:,} parameters, "
+            f"not {groups.total_parameters:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class _Change:
         linear = name.removesuffix(".weight")
         if self.adapters is not None and self.merge and (key := _factor(linear, "A")) in self.adapters.entries:
             a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
-            delta = float(self.adapters.metadata[SCALING]) * (b @ a)
-            tensor = tensor.float() + (delta.T if isinstance(self.model.get_submodule(linear), Conv1D) else delta)
+            delta = (b @ a).mul_(float(self.adapters.metadata[SCALING]))  # float32, as the sum is
+            tensor = (delta.T if isinstance(self.model.get_submodule(linear), Conv1D) else delta).add_(tensor)
         is_buffer = not isinstance(self.model.get_parameter_or_buffer(name), nn.Parameter)
         return tensor if is_buffer else tensor.to(self.dtype)
 
