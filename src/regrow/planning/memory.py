@@ -7,10 +7,12 @@ size, F FFN width, V vocabulary, b_a bytes of an activation):
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       T V (b_a + 12): float32 copy, log-softmax and gradient of the cross-entropy
     teacher      b_t P for a copy of the model, and its logits, T V b_a (+ the divergence's gradient, T V b_a)
+    the rest     128 MiB: what tracing and the libraries take once they are at work
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
-for one that never holds T × T scores. On small LLaMAs on a CPU it has been within a third of what was measured
-(`benchmarks/memory.py`); take it for the order of magnitude that tells a run that fits from one that does not.
+for one that never holds T × T scores. On small LLaMAs on a CPU, which the constant was fitted to, scoring and training
+were within a tenth of what was measured (`benchmarks/memory.py`); nothing larger has been compared, and searching and
+compensation are left out. Take it for the order of magnitude that tells a run that fits from one that does not.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from regrow.structure.trace import decoder_layers
 
 ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENTS_BYTES = 8
+OVERHEAD = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def estimate_memory(
     found["train"] = max(present + copied + adapters + step + taught, whole + copied)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
     found["save"] = left + left // b_w * stored  # in this process, and in the one that loads it anew
-    return found
+    return {stage: size + OVERHEAD for stage, size in found.items()}
 
 
 def _removed(sizes: Sizes, pruning: Pruning) -> int:
