@@ -2,7 +2,7 @@
 
 A random LLaMA is pruned a little, on the text of Python's own library, on a CPU, each recipe in a process of its own;
 the kernel's record of the process's peak is read and reset wherever a stage begins. What the process held before the
-model was loaded is taken off, as the estimate does. `save` counts the process that reloads the checkpoint, too.
+model was loaded is taken off, as the estimate does. Saving is not compared: it happens in two processes.
 
     python benchmarks/memory.py --threads 1
 """
@@ -10,7 +10,6 @@ model was loaded is taken off, as the estimate does. `save` counts the process t
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ CASES = {
     "a teacher": ("regrow", {}),
     "checkpointing": ("loraprune", {"training.gradient_checkpointing": True}),
 }
-STAGES = {"score": "score", "train": "train", "merge and save": "save", "verify in a fresh process": "save"}
+STAGES = ("score", "train")
 
 
 class Peaks:
@@ -51,8 +50,7 @@ class Peaks:
     def stage(self, name: str, total: int | None = None) -> None:
         """Close the books of the stage before."""
         if self._stage in STAGES:
-            stage = STAGES[self._stage]
-            self.found[stage] = max(self.found.get(stage, 0), peak_resident() - self.before)
+            self.found[self._stage] = peak_resident() - self.before
         if name == "load model":
             self.before = resident()
         Path("/proc/self/clear_refs").write_text("5")
@@ -88,10 +86,8 @@ def run_here(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     scratch = arguments.folder
     recipe, model = recipe_of(arguments.child, scratch), str(scratch / "model")
-    started, peaks = resident(), Peaks()
+    peaks = Peaks()
     regrow.prune(model, scratch / "out", recipe, progress=peaks)
-    probe = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    peaks.found["save"] += max(0, probe - started)
     skeleton, dtype = load_skeleton(model), load_config(model).dtype or torch.float32
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     needs = frozenset(find_criterion(recipe.pruning.criterion).needs)
@@ -121,8 +117,8 @@ def main() -> None:
             found[case] = json.loads(child.stdout.splitlines()[-1])
     print("| recipe | stage | estimated MiB | measured MiB | ÷ |\n|---|---|---:|---:|---:|")
     for case, one in found.items():
-        for stage, size in one["estimated"].items():
-            measured = one["measured"][stage]
+        for stage, measured in one["measured"].items():
+            size = one["estimated"][stage]
             cells = [case, stage, f"{size / 2**20:.0f}", f"{measured / 2**20:.0f}", f"{size / measured:.2f}"]
             print("| " + " | ".join(cells) + " |")
     if arguments.out:

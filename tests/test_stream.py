@@ -21,7 +21,7 @@ from regrow.checkpoint.shape import pruned_config
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
-from regrow.planning.memory import Sizes, estimate_memory
+from regrow.planning.memory import OVERHEAD, Sizes, estimate_memory
 from regrow.planning.plan import Plan
 from regrow.preflight import check_memory
 from regrow.recipe import load_recipe
@@ -177,7 +177,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeyp
     save_file(tensors, tmp_path / "wrong.safetensors")
     refused("how its factors are scaled", adapters=tmp_path / "wrong.safetensors")
     refused("no file", adapters=tmp_path / "nowhere.safetensors")
-    refused("give --plan or --run", plan=None)
+    refused("give --plan or --run", plan=None, adapters=None)
+    refused("holds no recipe.yaml", plan=None, adapters=None, run=tmp_path)
 
     shutil.copytree(source, tmp_path / "odd")
     odd = next(file for file in (tmp_path / "odd").glob("*.safetensors") if "model.norm.weight" in load_file(file))
@@ -347,7 +348,7 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
 
     def train(**settings: object) -> int:
         changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})
-        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["train"]
+        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["train"] - OVERHEAD
 
     left, logits_BTV = sizes.parameters - linears // 2, 16 * 300
     internals = 16 * (8 * 32 + 4 * 48)
@@ -364,8 +365,9 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     assert train(training__gradient_checkpointing=True) == train() - saved
     scored = recipe.override({"pruning.calibration_batches": 1})
     found = estimate_memory(sizes, scored, frozenset({"weight"}), torch.float32, torch.float32)
-    assert found["score"] == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + 4 * 3 * internals + 8 * logits_BTV
-    assert found["save"] == 8 * left
+    step = 4 * 3 * internals + 8 * logits_BTV
+    assert found["score"] - OVERHEAD == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + step
+    assert found["save"] - OVERHEAD == 8 * left
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
@@ -373,7 +375,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
 ) -> None:
     recipe, config = load_recipe("regrow", {"device": "cpu"}), load_config(str(checkpoint))
     assert re.fullmatch(
-        r"memory, estimated: score \d+ MiB, train \d+ MiB, save \d MiB; [\d.]+ [GM]iB free on cpu",
+        r"memory, estimated: score \d+ MiB, train \d+ MiB, save \d+ MiB; [\d.]+ [GM]iB free on cpu",
         check_memory(str(checkpoint), config, recipe),
     )
     monkeypatch.setattr("regrow.preflight.free_memory", lambda device: 2**20)

@@ -53,6 +53,8 @@ def apply(
         raise InputError("apply needs a plan (and adapters), or a run's folder, which has both; give --plan or --run")
     recipe, results = None, None
     if run is not None:
+        if not (Path(run) / "recipe.yaml").is_file():
+            raise InputError(f"{run} holds no recipe.yaml; give the folder of a run of regrow prune")
         plan, adapters = Path(run) / "plan.json", Path(run) / "adapters.safetensors"
         recipe = load_recipe(str(Path(run) / "recipe.yaml"))
         finished = Path(run) / "results.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -78,9 +78,8 @@ class _Change:
     map: IndexMap
     adapters: StoredTensors | None
     merge: bool
-    dtype: torch.dtype
     model: PreTrainedModel
-    """The cut one, on the meta device."""
+    """The cut one, on the meta device, in the dtypes that are to be written."""
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the cut and merged model, in the dtype it is to be written in."""
@@ -95,8 +94,7 @@ class _Change:
             a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
             delta = (b @ a).mul_(float(self.adapters.metadata[SCALING]))  # float32, as the sum is
             tensor = (delta.T if isinstance(self.model.get_submodule(linear), Conv1D) else delta).add_(tensor)
-        is_buffer = not isinstance(self.model.get_parameter_or_buffer(name), nn.Parameter)
-        return tensor if is_buffer else tensor.to(self.dtype)
+        return tensor.to(self.model.get_parameter_or_buffer(name).dtype)
 
     def _stored_name(self, parameter: str) -> str:
         """A refitted parameter's name in the file: with LoRA around its module there is one more part to it."""
@@ -159,7 +157,7 @@ def stream_checkpoint(
     whole = find_groups(model)
     check_plan(plan, whole, source.name)
     keep = plan.positions_within(Plan.whole(whole))
-    change = _Change(source, index_map(model, whole, keep), adapters, merge, dtype, model)
+    change = _Change(source, index_map(model, whole, keep), adapters, merge, model)
     left = cut(model, whole, keep)
     if adapters is not None:
         change.check()
@@ -168,26 +166,27 @@ def stream_checkpoint(
     model.config = pruned_config(model.config, whole, left)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
-    firsts = first_names(model)
-    every = sorted(model.state_dict().items(), key=lambda item: _natural(item[0]))
-    state = {name: tensor for name, tensor in every if firsts.get(name, name) == name}
-    shards = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    progress.stage("write checkpoint", len(state))
     with new_folder(folder) as partial:
         model.config.save_pretrained(partial)
         _generation_config(source).save_pretrained(partial)
-        for file, names in shards.filename_to_tensors.items():
-            contents = {name: (state[name].dtype, tuple(state[name].shape)) for name in names}
-            write_tensors(partial / file, contents, change.tensor, progress.advance)
-        if shards.is_sharded:
-            write_json(
-                partial / "model.safetensors.index.json",
-                {
-                    "metadata": {"total_parameters": model.num_parameters(), **shards.metadata},
-                    "weight_map": dict(sorted(shards.tensor_to_filename.items())),
-                },
-            )
+        _write_weights(partial, change, shard_size, progress)
         write_description(partial, model.config, tokenizer, extras)
+
+
+def _write_weights(folder: Path, change: _Change, shard_size: str, progress: Progress) -> None:
+    """The safetensors files, parted as transformers parts them, and their index if there are several."""
+    firsts = first_names(change.model)
+    every = sorted(change.model.state_dict().items(), key=lambda item: _natural(item[0]))
+    state = {name: tensor for name, tensor in every if firsts.get(name, name) == name}
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
+    progress.stage("write checkpoint", len(state))
+    for file, names in shards.filename_to_tensors.items():
+        contents = {name: (state[name].dtype, tuple(state[name].shape)) for name in names}
+        write_tensors(folder / file, contents, change.tensor, progress.advance)
+    if shards.is_sharded:
+        metadata = {"total_parameters": change.model.num_parameters(), **shards.metadata}
+        files = dict(sorted(shards.tensor_to_filename.items()))
+        write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": files})
 
 
 def _generation_config(source: Source) -> GenerationConfig:

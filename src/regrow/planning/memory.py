@@ -8,10 +8,12 @@ size, F FFN width, V vocabulary, b_a bytes of an activation):
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
     teacher      b_t P for a copy of the model, and its logits, T V b_a
+    the rest     128 MiB: what tracing and the libraries take once they are at work
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
-for one that never holds T × T scores. On small LLaMAs on a CPU it has been within a third of what was measured
-(`benchmarks/memory.py`); take it for the order of magnitude that tells a run that fits from one that does not.
+for one that never holds T × T scores. On small LLaMAs on a CPU, which the constant was fitted to, scoring and training
+were within a tenth of what was measured (`benchmarks/memory.py`); nothing larger has been compared, and searching and
+compensation are left out. Take it for the order of magnitude that tells a run that fits from one that does not.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENTS_BYTES = 8
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Of a weight; nf4 has a float32 scale for every 64."""
+OVERHEAD = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def estimate_memory(
     kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
     merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
     found["save"] = max(merged, b_w * kept + stored * kept)
-    return found
+    return {stage: size + OVERHEAD for stage, size in found.items()}
 
 
 def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int) -> int:
