@@ -40,18 +40,13 @@ def main() -> None:
     ).first(options.max_windows)
     model = load_model(str(source.folder), trust_remote_code=options.trust_remote_code)
     size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    rows = [
-        {"engine": "transformers", "file": "safetensors", "bytes": size, "nll": perplexity(model, windows.ids_NT).nll}
-    ]
+    rows = [row("transformers", "safetensors", size, perplexity(model, windows.ids_NT).nll)]
     for kind in options.types:
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch, "model.gguf")
             written = write_gguf(source, file, kind)
-            nll, size = llama_cpp_nll(file, windows), file.stat().st_size
-        rows.append({"engine": "llama.cpp", "file": f"{written.architecture} {kind}", "bytes": size, "nll": nll})
-    for row in rows:
-        row["perplexity"] = math.exp(row["nll"])
-        print(f"| {row['engine']} | {row['file']} | {row['bytes'] / 1e6:.2f} MB | {row['perplexity']:.4f} |")
+            nll = llama_cpp_nll(file, windows)
+            rows.append(row("llama.cpp", f"{written.architecture} {kind}", file.stat().st_size, nll))
     if options.out is not None:
         record = {"options": {key: str(value) for key, value in vars(options).items()}, "rows": rows}
         options.out.write_text(json.dumps(record | {"machine": describe_machine()}, indent=1) + "\n")
@@ -68,6 +63,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="for uneven layers in transformers")
     parser.add_argument("--out", type=Path, help="JSON file for the results, machine and versions")
     return parser.parse_args()
+
+
+def row(engine: str, file: str, size: int, nll: float) -> dict[str, object]:
+    """A line of the table, printed as soon as it is known."""
+    print(f"| {engine} | {file} | {size / 1e6:.2f} MB | {math.exp(nll):.4f} |", flush=True)
+    return {"engine": engine, "file": file, "bytes": size, "nll": nll, "perplexity": math.exp(nll)}
 
 
 def llama_cpp_nll(file: Path, windows: Windows) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gguf
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regrow.checkpoint.load import load_tokenizer
 from regrow.errors import InputError
@@ -33,10 +34,11 @@ def add_vocabulary(writer: gguf.GGUFWriter, source: Source) -> None:
     Raises:
         InputError: if llama.cpp has no tokenizer that works alike.
     """
-    file = source.folder / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{source.folder} holds no tokenizer.json; put the model's fast tokenizer there")
-    described = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(str(source.folder))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise _unknown("no fast one")
+    # As transformers runs it: some classes (Qwen2's) put a splitter of their own in the place of the file's.
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         add_sentencepiece(writer, described, source.config.vocab_size)
@@ -44,14 +46,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, source: Source) -> None:
         add_byte_level(writer, described, source.config.vocab_size)
     else:
         raise _unknown(f"a {model['type']} model without bytes")
-    _add_special(writer, source, merges=not model.get("byte_fallback"))
+    _add_special(writer, source, tokenizer)
 
 
 def add_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], rows: int) -> None:
     """Tokens with scores, from a BPE with byte fallback."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(described["model"]["merges"]):
-        scores.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), -float(rank))
+        scores.setdefault("".join(_pair(merge)), -float(rank))
     tokens, types = token_list(described, rows)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -62,7 +64,7 @@ def add_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], row
 
 
 def add_byte_level(writer: gguf.GGUFWriter, described: Mapping[str, Any], rows: int) -> None:
-    """Tokens and the name of the splitter, from a byte-level BPE; the merges go with the special tokens.
+    """Tokens, merges and the name of the splitter, from a byte-level BPE.
 
     Raises:
         InputError: if the splitter is none that llama.cpp has under a name known here.
@@ -72,6 +74,7 @@ def add_byte_level(writer: gguf.GGUFWriter, described: Mapping[str, Any], rows: 
     writer.add_tokenizer_pre(splitter(described))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
+    writer.add_token_merges([" ".join(_pair(merge)) for merge in described["model"]["merges"]])
 
 
 def splitter(described: Mapping[str, Any]) -> str:
@@ -119,17 +122,21 @@ def _adds_space(described: Mapping[str, Any]) -> bool:
     return any(step.get("type") == "Prepend" for step in steps) or before.get("prepend_scheme") in ("always", "first")
 
 
-def _add_special(writer: gguf.GGUFWriter, source: Source, merges: bool) -> None:
+def _add_special(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     """Special tokens and whether they are added, as the tokenizer does with a text; the chat template."""
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    special = gguf.SpecialVocab(source.folder, load_merges=merges, n_vocab=source.config.vocab_size)
-    tokenizer = load_tokenizer(str(source.folder))
+    special = gguf.SpecialVocab(source.folder, n_vocab=source.config.vocab_size)
     ids = tokenizer("a")["input_ids"]
     special.add_special_token |= {
         "bos": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
     }
     special.add_to_gguf(writer, quiet=True)
+
+
+def _pair(merge: str | Sequence[str]) -> Sequence[str]:
+    """The two sides of a merge; older tokenizer files have them in one string."""
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _unknown(what: str) -> InputError:

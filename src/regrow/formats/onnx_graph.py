@@ -64,7 +64,7 @@ def write_onnx(model: PreTrainedModel, source: Path, out: Path) -> Graph:
         axes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
         example = torch.randint(rows, (BATCH, SEQUENCE), generator=chance)
         torch.onnx.export(
-            Logits(model), (example,), str(file), dynamo=True, verbose=False, dynamic_shapes=axes,
+            Logits(model).eval(), (example,), str(file), dynamo=True, verbose=False, dynamic_shapes=axes,
             input_names=["input_ids"], output_names=["logits"],
         )  # fmt: skip
         difference = 0.0
