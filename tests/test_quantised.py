@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import regrow
-from regrow.checkpoint.load import load_model
+from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.checkpoint.verify import Verification
 from regrow.data.corpus import read_corpus
 from regrow.data.tokens import Batch, batches
@@ -105,30 +105,25 @@ def test_four_bits_need_rows_of_whole_blocks_on_a_cpu(tmp_path: Path) -> None:
 def test_an_int8_cut_is_exact(folder: Path) -> None:
     model = load_model(str(folder), quantization="int8")
     groups = with_lora(model)
-    answers(model)
     keep = random_keep(groups, seed=3)
     with Gates(model, groups.groups) as gates:
         for name, units in keep.items():
             gates.keep(name, units)
         masked = answers(model)
-    weights = {
-        (group.name, piece.module): linear_evidence(model, piece).weight
+    pieces = [
+        (piece, keep[group.name])
         for group in groups
         for piece in group.slices
         if not piece.is_adapter and piece.parameter.endswith("weight")
-    }
-    left = cut(model, groups, keep)
+    ]
+    whole = {piece.parameter: linear_evidence(model, piece).weight for piece, _ in pieces}
+    cut(model, groups, keep)
     assert (answers(model) - masked).abs().max() < 1e-5
-    for group in groups:
-        for piece in group.slices:
-            if (before := weights.get((group.name, piece.module))) is None or piece.is_adapter:
-                continue
-            stay = torch.from_numpy(np.sort(piece.index[keep[group.name]].reshape(-1)))
-            if piece.parameter.endswith("weight"):
-                now = linear_evidence(
-                    model, next(s for s in left.by_name(group.name).slices if s == s and s.parameter == piece.parameter)
-                ).weight
-                assert torch.equal(now, before.index_select(piece.axis, stay))
+    for piece, units in pieces:
+        stay = torch.from_numpy(np.sort(piece.index[units].reshape(-1)))
+        linear = model.get_submodule(piece.parameter.removesuffix(".weight"))
+        assert torch.equal(dequantised(linear), whole[piece.parameter].index_select(piece.axis, stay))
+        assert (linear.out_features, linear.in_features) == linear.weight.shape
 
 
 def train_on(model: PreTrainedModel, name: str, cut_early: bool) -> tuple[Pruner, list[float], Groups]:
@@ -147,7 +142,7 @@ def train_on(model: PreTrainedModel, name: str, cut_early: bool) -> tuple[Pruner
     return pruner, losses, groups
 
 
-@pytest.mark.parametrize("criterion", ["lora", "gate-fisher", "magnitude"])
+@pytest.mark.parametrize("criterion", ["lora", "gate-fisher"])
 def test_an_int8_base_cut_early_is_one_masked_to_the_end(folder: Path, criterion: str) -> None:
     torch.manual_seed(0)
     early, early_losses, _ = train_on(load_model(str(folder), quantization="int8"), criterion, cut_early=True)
@@ -159,8 +154,7 @@ def test_an_int8_base_cut_early_is_one_masked_to_the_end(folder: Path, criterion
     assert (answers(early.model) - answers(late.model)).abs().max() < 1e-4
 
 
-@BOTH
-@pytest.mark.parametrize("criterion", ["lora", "gate-fisher"])
+@pytest.mark.parametrize(("kind", "criterion"), [("int8", "lora"), ("nf4", "gate-fisher")])
 def test_what_is_trained_computes_the_same_on_plain_weights(folder: Path, kind: str, criterion: str) -> None:
     model = load_model(str(folder), quantization=kind)
     twin = plain_twin(model, folder)
@@ -207,7 +201,7 @@ def test_a_copy_is_whole_and_its_own(folder: Path, kind: str) -> None:
     groups = with_lora(model)
     with adapters_off(model):
         dense = answers(model)
-    teacher = copy_without_adapters(model, torch.bfloat16 if False else None)
+    teacher = copy_without_adapters(model, None)
     assert torch.equal(answers(teacher), dense)
     assert held_bytes(teacher) == alone
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in teacher.parameters()}
@@ -307,32 +301,26 @@ def test_without_bitsandbytes_it_is_asked_for(folder: Path, monkeypatch: pytest.
         load_model(str(folder), quantization="nf4")
 
 
-def ranks(values: Tensor) -> Tensor:
-    return values.argsort().argsort().double()
+def spearman(first: Tensor, second: Tensor) -> float:
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
-@BOTH
 @pytest.mark.parametrize("criterion", ["gate-fisher", "lora"])
-def test_scores_rank_as_those_of_the_whole_weights(real_data: Path, kind: str, criterion: str) -> None:
-    name = str(real_data / "models" / "stories3M")
-    source = str(real_data / "text" / "tinystories" / "valid.jsonl")
-    recipe = load_recipe("loraprune", {"data.source": source, "pruning.criterion": criterion, "lora.dropout": 0.0})
-    recipe = recipe.override({"pruning.calibration_batches": 4, "pruning.schedule": "one-shot", "pruning.ema": None})
-    tokenizer = regrow.checkpoint.load.load_tokenizer(name)
-    corpus, _ = read_corpus(recipe.data, tokenizer, max_tokens=20_000, eval_windows=2, seed=0)
+def test_scores_rank_as_those_of_the_whole_weights(real_data: Path, criterion: str) -> None:
+    name, source = real_data / "models" / "stories3M", real_data / "text" / "tinystories" / "valid.jsonl"
+    given = {"data.source": str(source), "pruning.criterion": criterion, "pruning.schedule": "one-shot"}
+    recipe = load_recipe("loraprune", given | {"pruning.calibration_batches": 3, "pruning.ema": None})
+    corpus, _ = read_corpus(recipe.data, load_tokenizer(str(name)), max_tokens=8000, eval_windows=2, seed=0)
     scores = {}
-    for quantization in ("none", kind):
+    for quantization in ("none", "int8", "nf4"):
         torch.manual_seed(0)
-        model = load_model(name, quantization=quantization)
+        model = load_model(str(name), quantization=quantization)
         groups = with_lora(model, rank=8, fill=False)
-        calibration = batches(corpus.train, 8, 1)
-        learner = Learner(model, recipe.training, calibration)
-        with Pruner(model, groups, recipe, learner, calibration) as pruner:
+        calibration = batches(corpus.train, 4, 1)
+        with Pruner(model, groups, recipe, Learner(model, recipe.training, calibration), calibration) as pruner:
             pruner.calibrate()
-        scores[quantization] = pruner.scorer.average.scores
-    both = [
-        torch.stack([ranks(scores[q][group]) for q in scores])
-        for group in scores["none"]
-        if len(scores["none"][group]) > 2
-    ]
-    assert min(float(torch.corrcoef(pair)[0, 1]) for pair in both) >= 0.98
+        found = pruner.scorer.average.scores
+        scores[quantization] = {group.name: found[group.name] for group in groups if group.kind == "ffn"}
+    for quantization, least in (("int8", 0.99), ("nf4", 0.98)):
+        assert min(spearman(scores["none"][n], scores[quantization][n]) for n in scores["none"]) >= least
