@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.checkpoint.stock import prunable_groups
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.latency import Latency, measure_latency, probe_turns
@@ -23,7 +24,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.forecast import measure_scores
 from regrow.recovery.scoring import Average
 from regrow.recovery.train import Trained
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.trials import TrainInto, Trial, Trials, smallest
 
 LATENCY_FILE = "latency.json"
@@ -114,7 +115,7 @@ class Aim:
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
-            recipe, scores = self._settle_speedup(recipe, model, find_groups(model), text[0])
+            recipe, scores = self._settle_speedup(recipe, model, prunable_groups(model), text[0])
         return model, train_into(model, recipe, self.folder, scores), recipe
 
     def _settle_speedup(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import write_bytes, write_json
+from regrow.checkpoint.stock import prunable_groups
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
@@ -83,7 +84,7 @@ class Trials:
         Raises:
             InputError: if no trial holds; the message says which came closest.
         """
-        recipe, groups = self.recipe, find_groups(model)
+        recipe, groups = self.recipe, prunable_groups(model)
         dense = held_out_nll(model, self.validation, recipe.training.batch_size)
         most = target.most_perplexity(math.exp(dense))
         self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")

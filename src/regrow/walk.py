@@ -33,7 +33,8 @@ from regrow.checkpoint.load import (
     stored_dtype,
 )
 from regrow.checkpoint.save import save_checkpoint
-from regrow.checkpoint.shape import check_expressible, pruned_config
+from regrow.checkpoint.shape import describe
+from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import Corpus, list_sources, read_corpus, writes_own_text
@@ -57,7 +58,7 @@ from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 
 OWN_TEXT_FILE = "generated.jsonl"
 
@@ -117,7 +118,6 @@ class Walk:
         if check_folder(self.folder):
             self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         config = load_config(self.name)
-        check_expressible(config)
         if "layer" in recipe.pruning.kinds:
             check_depth(config)
         for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
@@ -135,7 +135,9 @@ class Walk:
         self.begin("load model")
         model = self.load(tokenizer)
         self.begin("trace groups")
-        whole = find_groups(model)
+        whole = prunable_groups(model)
+        for told in check_offer(model.config, whole, self.recipe.pruning):
+            self.progress.say(told)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
         if text is None:
@@ -147,7 +149,7 @@ class Walk:
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         self.begin("merge and save")
         merge_lora(model)
-        model.config = pruned_config(model.config, whole, trained.groups)
+        describe(model, whole, trained.groups)
         self.save(model, tokenizer, trained.plan)
         self.begin("verify in a fresh process")
         verification = self.verify(model, text)
@@ -243,7 +245,7 @@ class Walk:
         if not recipe.analysis.enabled:
             return None
         self.begin("analyse")
-        groups = find_groups(model)
+        groups = prunable_groups(model)
         if known is None:
             held_out = corpus.validation.first(recipe.analysis.windows)
             conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
@@ -300,7 +302,7 @@ class Walk:
 
         trained = train(
             model,
-            find_groups(model),
+            prunable_groups(model),
             recipe,
             text.corpus,
             self.progress,

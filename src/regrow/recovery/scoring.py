@@ -17,7 +17,7 @@ from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
+from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.prefix import watching_inputs
@@ -238,7 +238,7 @@ def gather_evidence(
     linears = [
         linear_evidence(model, piece, start.get(piece.module))
         for piece in group.slices
-        if not piece.is_adapter and model.get_parameter(piece.parameter).ndim == 2
+        if not piece.is_adapter and piece.parameter.endswith(".weight") and is_linear(model.get_submodule(piece.module))
     ]
     return Evidence(group.name, group.kind, group.units, tuple(linears), gate, generator=generator)
 

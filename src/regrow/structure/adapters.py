@@ -15,6 +15,11 @@ from regrow.errors import InputError
 ADAPTER = "default"
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can be wrapped around a module, or is."""
+    return isinstance(module, nn.Linear | Conv1D | LoraLayer)
+
+
 def attach_lora(
     model: PreTrainedModel,
     linears: Sequence[str],

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from regrow.errors import InputError
+from regrow.structure.adapters import is_linear
 from regrow.structure.trace import Axis, decoder_layers, distinct_layers, skeleton, trace
 
 
@@ -56,6 +57,8 @@ class Group:
     slices: tuple[Slice, ...]
     cost: int
     """Parameters that removing one unit removes, adapters not counted."""
+    widths: Sequence[int] | None = None
+    """How many of the units of the whole model may stay in a model of a stock class, ascending; None: any number."""
 
     def keep(self, units: NDArray[np.int64]) -> "Group":
         """The group once only `units` are left."""
@@ -64,6 +67,12 @@ class Group:
     def only(self, units: NDArray[np.int64]) -> "Group":
         """Some of the units, nothing being cut: positions stay as they are."""
         return replace(self, units=len(units), slices=tuple(replace(s, index=s.index[units]) for s in self.slices))
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a unit owns more of some producer's rows than of the consumer's columns: q, k and v from one product."""
+        widest = max((s.index.shape[1] for s in self.slices if not s.is_input), default=0)
+        return self.kind == "attention" and widest > self.consumers[0].index.shape[1]
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
@@ -166,6 +175,8 @@ def find_groups(model: PreTrainedModel) -> Groups:
                 moved = tuple(
                     replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in slices
                 )
+                if not all(is_linear(model.get_submodule(s.module)) for s in moved if s.is_input):
+                    continue  # no module whose input a gate could sit on: the weights of experts
                 groups.append(Group(f"layers.{number}.{kind}", number, kind, units, moved, _cost(model, moved)))
     if not groups:
         raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
@@ -174,7 +185,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     sliced = {s.module for s in pieces}
-    linears = sorted({s.module for s in pieces if model.get_parameter(s.parameter).ndim == 2}, key=_natural)
+    linears = sorted({name for name in sliced if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: p.numel() for name, p in base.items() if _module_of(name) in sliced}
 
     def inside_layer(number: int, sizes: Mapping[str, int]) -> int:

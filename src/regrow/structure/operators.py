@@ -53,7 +53,9 @@ class Walk:
                         if other.size > facet.size:
                             facet = other
                 kept = [*rest, (facet, is_weight)]
-        return Value(shape, tuple(facet for facet, _ in kept))
+        # What is computed from weights alone (`1 + weight` in a norm) is a weight still.
+        is_weight = bool(kept) and all(value.is_weight for value in values if value.facets)
+        return Value(shape, tuple(facet for facet, _ in kept), is_weight)
 
     def reduce(self, value: Value, axes: Sequence[int], shape: tuple[int, ...], whole: bool = False) -> Value:
         """Sum over `axes`; with `whole`, a facet that depends on them alone stays as one single channel."""
@@ -194,6 +196,10 @@ def _addmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
     return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
 
 
+def _baddbmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
+
+
 def _attention(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     query, key, value = args[:3]
     if kwargs.get("enable_gqa"):
@@ -237,6 +243,40 @@ def _cat(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) ->
     return Value(shape, (np.concatenate(spread, axis),))
 
 
+def _stack(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
+    thick = [(*value.shape[:axis], 1, *value.shape[axis:]) for value in args[0]]
+    pieces = [
+        Value(size, tuple(np.expand_dims(facet, axis) for facet in value.facets), value.is_weight)
+        for size, value in zip(thick, args[0], strict=True)
+    ]
+    return _cat(walk, [pieces, axis], {}, shape)
+
+
+def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    value, indices = args
+    (axis, index), *more = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if more or len(index.shape) != 1:
+        raise UnknownOperator("aten.index with more than one row of positions")
+    facets = []
+    for facet in value.facets:
+        first = facet.take([0], axis)
+        walk.channels.tie(facet, first)  # which positions are meant is not known here: all go together
+        facets.append(first)
+    return Value(shape, tuple(facets), value.is_weight)
+
+
+def _top(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> list[Value]:
+    axis = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    return [walk.reduce(args[0], [axis], shapes[0]), Value(shapes[1])]
+
+
+def _grouped_mm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    inputs, weight = args[:2]  # every row of the inputs meets one of the weight's matrices
+    matrix = tuple(facet[0] for facet in weight.facets if facet.shape[0] == 1)
+    return walk.contract(inputs, Value(weight.shape[1:], matrix, weight.is_weight), shape)
+
+
 def _fresh(walk: Walk, value: Value, axis: int) -> Facet:
     sizes = [1] * len(value.shape)
     sizes[axis] = value.shape[axis]
@@ -275,8 +315,13 @@ RULES: dict[str, Rule] = {
     "aten.linear": _linear,
     **dict.fromkeys(_names("matmul bmm mm"), _matmul),
     "aten.addmm": _addmm,
+    "aten.baddbmm": _baddbmm,
     "aten.scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("split split_with_sizes chunk"), _split),
     "aten.cat": _cat,
+    "aten.stack": _stack,
+    "aten.index": _index,
+    "aten.topk": _top,
+    "transformers.grouped_mm_fallback": _grouped_mm,
     "_operator.getitem": _pick,
 }
