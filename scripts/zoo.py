@@ -26,11 +26,12 @@ from torch import Tensor
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.stock import Widths, check_free, ranges, stock_widths
 from regrow.errors import InputError
-from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
+from regrow.structure.adapters import adapter_parameters, attach_lora, is_linear, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.depth import check_depth
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups
+from regrow.structure.trace import decoder_layers
 
 PROBE = Path(__file__).with_name("zoo_probe.py")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -59,9 +60,7 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "Phi-3": lambda: hf.Phi3Config(**GQA),
     "GPT-2": lambda: hf.GPT2Config(**GPT2, vocab_size=96),
     "GPT-J": lambda: hf.GPTJConfig(**GPT2, vocab_size=96, rotary_dim=4),
-    "OPT": lambda: hf.OPTConfig(
-        **{**MHA, "intermediate_size": None}, ffn_dim=40, word_embed_proj_dim=64
-    ),
+    "OPT": lambda: hf.OPTConfig(**{**MHA, "intermediate_size": None}, ffn_dim=40, word_embed_proj_dim=64),
     "GPT-NeoX": lambda: hf.GPTNeoXConfig(**MHA),
     "OLMo 2": lambda: hf.Olmo2Config(**GQA),
     "OLMo 3": lambda: hf.Olmo3Config(**GQA, **LOCAL),
@@ -125,9 +124,11 @@ def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
     return model
 
 
-def fill_lora(model: hf.PreTrainedModel, groups: Groups) -> Groups:
-    """Attach LoRA, both factors away from zero; the groups with the factors in them."""
-    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=0.0)
+def with_lora(model: hf.PreTrainedModel) -> Groups:
+    """Attach LoRA to all linears of the layers, both factors away from zero; the groups with the factors in them."""
+    path, _ = decoder_layers(model)
+    linears = [name for name, each in model.named_modules() if name.startswith(path) and is_linear(each)]
+    attach_lora(model, linears, rank=3, alpha=6, dropout=0.0)
     with torch.no_grad():
         for parameter in adapter_parameters(model):
             parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -163,20 +164,19 @@ def some_units(groups: Groups, widths: Mapping[str, Widths], removed: Sequence[i
 def check(family: str, folder: Path) -> Found:
     """Prune a tiny model of a family as far as its stock class allows, and save it."""
     model = build(family)
-    groups = find_groups(model)
+    groups = with_lora(model)
     widths = stock_widths(model.config, groups)
     no_depth, no_free = refused(lambda: check_depth(model.config)), refused(lambda: check_free(model.config, groups))
-    with_lora = fill_lora(model, groups)
     removed = [] if no_depth else [1]
-    keep = some_units(with_lora, widths, removed)
+    keep = some_units(groups, widths, removed)
     whole = logits_of(model)
-    with Gates(model, with_lora.groups, [with_lora.layers[number] for number in removed]) as gates:
+    with Gates(model, groups.groups, [groups.layers[number] for number in removed]) as gates:
         for number in removed:
-            gates.set(with_lora.layers[number].unit, torch.zeros(1))
-        for group in with_lora:
+            gates.set(groups.layers[number].unit, torch.zeros(1))
+        for group in groups:
             gates.keep(group.name, keep[group.name] if group.layer not in removed else range(group.units))
         masked = logits_of(model)
-    left = cut(model, with_lora, keep)
+    left = cut(model, groups, keep)
     difference = float((masked - logits_of(model)).abs().max())
     merge_lora(model)
     describe(model, groups, left)
@@ -232,7 +232,7 @@ def row(family: str, found: Found, reloaded: Reloaded) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-HEADER = """| family | KV heads | FFN channels | layers | free shape | masked ≡ cut | saved ≡ reloaded, as | writes with the cache |
+HEADER = """| family | KV heads | FFN channels | layers | free shape | masked ≡ cut | saved ≡ reloaded, as | writes |
 |---|---|---|---|---|---|---|---|"""
 
 

@@ -24,9 +24,13 @@ def main(ids_file: str, *checkpoints: str) -> None:
     for checkpoint in checkpoints:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
         with torch.inference_mode():
-            save_file({"logits": model(input_ids=ids_BT, use_cache=False).logits}, Path(checkpoint, "probe.safetensors"))
+            save_file(
+                {"logits": model(input_ids=ids_BT, use_cache=False).logits}, Path(checkpoint, "probe.safetensors")
+            )
             ids_1T = ids_BT[:1]
-            cached = model.generate(ids_1T, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, eos_token_id=None)
+            cached = model.generate(
+                ids_1T, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, eos_token_id=None
+            )
             for _ in range(NEW_TOKENS):
                 logits_1TV = model(input_ids=ids_1T, use_cache=False).logits
                 ids_1T = torch.cat([ids_1T, logits_1TV[:, -1].argmax(-1, keepdim=True)], 1)

@@ -7,7 +7,7 @@ have no key for a width; all of them show here.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,12 @@ from regrow.checkpoint.shape import build_empty, pruned_config
 from regrow.errors import InputError
 from regrow.planning.demand import UNIT_NAMES
 from regrow.settings import Pruning
-from regrow.structure.depth import shorten
+from regrow.structure.depth import check_depth, shorten
 from regrow.structure.groups import Groups, find_groups
 
 Shapes = dict[str, tuple[int, ...]]
+
+ALONE = "there is but one, or none can go without the others"
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
 
 def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> Widths:
     if kind.startswith("ffn"):  # if a class takes one width it takes every width
-        refusal = _refusal(config, groups, whole, kind, units - 1) if units > 1 else "there is but one"
+        refusal = _refusal(config, groups, whole, kind, units - 1) if units > 1 else ALONE
         return Widths((units,), refusal) if refusal else Widths(range(1, units + 1))
     refusals = {count: _refusal(config, groups, whole, kind, count) for count in range(1, units)}
     counts = (*(count for count, refusal in refusals.items() if not refusal), units)
     reason = next((refusal for refusal in refusals.values() if refusal), "")
-    return Widths(counts, reason or ("there is but one" if units == 1 else ""))
+    return Widths(counts, reason or (ALONE if units == 1 else ""))
 
 
 def _refusal(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> str:
@@ -146,6 +148,26 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
             f"({'; '.join(told)}); try pruning.kinds=[layer]"
         )
     return told
+
+
+def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
+    """What can be cut from a model and which numbers may be left, in words: what `regrow inspect` shows."""
+    told = {}
+    for kind, widths in stock_widths(config, groups).items():
+        of = f"{ranges(widths.counts)} of {widths.counts[-1]} in every layer"
+        told[f"{UNIT_NAMES.get(kind, kind)}"] = of if not widths.refusal else f"{of} (others: {widths.refusal})"
+    total = len(groups.layers)
+    told["layers"] = _told(lambda: check_depth(config), f"{ranges(range(1, total + 1))} of {total}")
+    told["widths of its own for each layer"] = _told(lambda: check_free(config, groups), "yes (pruning.shape=free)")
+    return told
+
+
+def _told(check: Callable[[], None], fine: str) -> str:
+    try:
+        check()
+    except InputError as error:
+        return f"no: {error}"
+    return fine
 
 
 def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedConfig, Groups]:

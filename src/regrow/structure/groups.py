@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.adapters import is_linear
-from regrow.structure.trace import Axis, decoder_layers, distinct_layers, skeleton, trace
+from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, skeleton, trace
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Group:
 
     @property
     def is_fused(self) -> bool:
-        """Whether a unit owns more of some producer's rows than of the consumer's columns: q, k and v from one product."""
+        """Whether q, k and v come from one product: a unit then owns more rows of it than columns of the consumer."""
         widest = max((s.index.shape[1] for s in self.slices if not s.is_input), default=0)
         return self.kind == "attention" and widest > self.consumers[0].index.shape[1]
 
@@ -170,7 +170,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     for position, numbers in enumerate(alike):
         prefix = f"{path}.{position}."
         own = [axis for axis in inside if axis.parameter.startswith(prefix)]
-        for kind, units, slices in _groups_of_layer(own, outside, found.attention):
+        for kind, units, slices in _groups_of_layer(own, outside, found):
             for number in numbers:
                 moved = tuple(
                     replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in slices
@@ -221,7 +221,7 @@ def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
 
 
 def _groups_of_layer(
-    axes: Sequence[Axis], outside: set[int], attention: frozenset[int]
+    axes: Sequence[Axis], outside: set[int], found: Trace
 ) -> Iterator[tuple[str, int, tuple[Slice, ...]]]:
     """Put the classes that own the same number of positions on the same axes into one group."""
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
@@ -243,10 +243,12 @@ def _groups_of_layer(
     for signature, members in alike.items():
         consumer = next(n for n, _ in signature if axes[n].is_input)
         members.sort(key=lambda c: int(owners[c][consumer][0]))
-        kind = "attention" if members[0] in attention else "ffn"
+        kind = "attention" if members[0] in found.attention else "ffn"
         seen[kind] += 1
         slices = tuple(
             Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
             for n, _ in signature
         )
-        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(members), slices
+        if members[0] in found.normed:  # none can go without changing the others: one unit, which is all of them
+            slices = tuple(replace(s, index=s.index.reshape(1, -1)) for s in slices)
+        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(slices[0].index), slices

@@ -28,6 +28,8 @@ class Walk:
         self.channels = Channels()
         self.attended: list[Facet] = []
         """Facets that took part in a product of two activations, that is in attention."""
+        self.averaged: list[tuple[Facet, tuple[int, ...]]] = []
+        """Facets of activations, and the axes along which a norm takes a mean of them."""
         self.contracted: set[int] = set()
         """Channels of weights along whose axis a product sums: a consumer's input axis."""
         self.shared: list[tuple[Facet, Facet]] = []
@@ -160,15 +162,24 @@ def _repeat_interleave(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict
 def _reduce(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     value: Value = args[0]
     axes = args[1] if len(args) > 1 else range(len(value.shape))
-    return walk.reduce(value, [axes] if isinstance(axes, int) else list(axes), shape)
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    walk.averaged += [(facet, tuple(axes)) for facet in value.facets if varies(facet, axes)]
+    return walk.reduce(value, axes, shape)
 
 
 def _layer_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    _average_last_axes(walk, args)
     return walk.elementwise(_values([args[0], *args[2:4]]), shape)
 
 
 def _rms_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    _average_last_axes(walk, args)
     return walk.elementwise(_values([args[0], *args[2:3]]), shape)
+
+
+def _average_last_axes(walk: Walk, args: Sequence[Any]) -> None:
+    value, axes = args[0], tuple(range(-len(args[1]), 0))
+    walk.averaged += [(facet, axes) for facet in value.facets if varies(facet, axes)]
 
 
 def _embedding(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
