@@ -24,6 +24,7 @@ from regrow.structure.groups import Groups, find_groups
 
 Shapes = dict[str, tuple[int, ...]]
 
+NO_LINEAR = "they are in no linear of their own, as those of experts"
 ALONE = "there is but one, or none can go without the others"
 
 
@@ -139,9 +140,10 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
     if pruning.shape == "free":
         check_free(config, groups)
         return []
-    whole = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items() if len(widths.counts) == 1}
-    wanted = [kind for kind in pruning.kinds if kind != "layer"]
-    told = [f"{UNIT_NAMES[kind]} stay as they are: {whole[kind]}" for kind in wanted if kind in whole]
+    offered = {group.kind.rstrip("0123456789") for group in groups if group.widths and len(group.widths) > 1}
+    wanted = [kind for kind in pruning.kinds if kind != "layer" and kind not in offered]
+    refusals = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items()} if wanted else {}
+    told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NO_LINEAR)}" for kind in wanted]
     if len(told) == len(pruning.kinds):
         raise InputError(
             f"a {config.model_type!r} model cannot be saved with less of what pruning.kinds names "
@@ -152,7 +154,9 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
 
 def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
     """What can be cut from a model and which numbers may be left, in words: what `regrow inspect` shows."""
-    told = {}
+    told: dict[str, str] = {}
+    if config.is_heterogeneous:
+        return {"anything": "no: its layers have widths of their own already"}
     for kind, widths in stock_widths(config, groups).items():
         of = f"{ranges(widths.counts)} of {widths.counts[-1]} in every layer"
         told[f"{UNIT_NAMES.get(kind, kind)}"] = of if not widths.refusal else f"{of} (others: {widths.refusal})"
@@ -213,7 +217,7 @@ def _mismatch(built: Shapes, wanted: Shapes) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
+    return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
 
 
 def ranges(counts: Iterable[int]) -> str:
