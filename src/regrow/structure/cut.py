@@ -116,4 +116,4 @@ def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
         for name in HEAD_COUNTS:
             if name in vars(owner):
                 setattr(owner, name, vars(owner)[name] * units // group.units)
-    module.config = config  # type: ignore[assignment]
+    module.config = config
