@@ -12,7 +12,7 @@ from conftest import QUICK, CommandLine, make_tokenizer
 from transformers import AutoConfig, Qwen2Config
 from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
 
-from regrow.checkpoint.shape import describe, pruned_config
+from regrow.checkpoint.shape import added_parameters, describe, pruned_config
 from regrow.checkpoint.stock import check_free, check_offer, prunable_groups, ranges, stock_widths
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
@@ -153,6 +153,16 @@ def test_a_qwen2_with_fewer_heads_is_saved_as_a_llama(scratch: Path) -> None:
     model.save_pretrained(scratch / "qwen2")
     (reloaded,) = zoo.reload([scratch / "qwen2"], [zoo.logits_of(model)])
     assert reloaded == Reloaded("LlamaForCausalLM", True, False, 0.0)
+
+
+def test_what_the_llama_has_more_is_known_beforehand() -> None:
+    model = build("Qwen2")
+    groups = find_groups(model)
+    left = cut(model, groups, {g.name: np.arange(2) for g in groups if g.kind == "attention"})
+    describe(model, groups, left)
+    extra = sum(parameter.numel() for parameter in model.parameters()) - left.total_parameters
+    assert extra == added_parameters(FAMILIES["Qwen2"]()) == 3 * 64
+    assert added_parameters(FAMILIES["Llama"]()) == 0
 
 
 @pytest.mark.parametrize("what", ["ffn only", "heads do not divide", "sliding window"])

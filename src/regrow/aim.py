@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.checkpoint.shape import added_parameters
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -76,8 +77,9 @@ class Aim:
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
+                saved = replace(groups, total_parameters=groups.total_parameters + added_parameters(model.config))
                 share = sparsity_for(
-                    self.target, groups, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
+                    self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )
                 return recipe.with_sparsity(share)
             case "speedup":

@@ -97,6 +97,13 @@ def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
     model.config = config
 
 
+def added_parameters(config: PretrainedConfig) -> int:
+    """Most parameters that `describe` adds: a Qwen2's biases of zero, should it be saved as a LLaMA."""
+    if config.model_type != "qwen2" or not _sees_everything(config):
+        return 0
+    return int(config.hidden_size * config.num_hidden_layers)
+
+
 def build_empty(config: PretrainedConfig) -> PreTrainedModel:
     """The stock model of a config, on the meta device."""
     with torch.device("meta"):
