@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import regrow
-from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.shape import describe
 from regrow.checkpoint.verify import verify_checkpoint
 from regrow.criteria.depth import block_influence
 from regrow.criteria.evidence import Evidence
@@ -241,7 +241,7 @@ def test_a_fresh_process_computes_the_same_without_the_layers(family: str, shape
     keep = random_keep if shape == "free" else lambda groups, seed: uniform_keep(groups, 1, 17, seed)
     left = apply(model, groups, mixed_plan(groups, 4, (0, 2), keep))
     merge_lora(model)
-    model.config = pruned_config(model.config, whole, left)
+    describe(model, whole, left)
     folder = save(model, tmp_path / "model")
     verification = verify_checkpoint(model, folder, IDS)
     assert verification.passed

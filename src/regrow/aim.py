@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.checkpoint.shape import added_parameters
+from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -24,7 +26,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.forecast import measure_scores
 from regrow.recovery.scoring import Average
 from regrow.recovery.train import Trained
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.trials import TrainInto, Trial, Trials, smallest
 
 LATENCY_FILE = "latency.json"
@@ -76,8 +78,9 @@ class Aim:
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
+                saved = replace(groups, total_parameters=groups.total_parameters + added_parameters(model.config))
                 share = sparsity_for(
-                    self.target, groups, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
+                    self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )
                 return recipe.with_sparsity(share)
             case "speedup":
@@ -115,7 +118,7 @@ class Aim:
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
-            recipe, scores = self._settle_speedup(recipe, model, find_groups(model), corpus.train)
+            recipe, scores = self._settle_speedup(recipe, model, prunable_groups(model), corpus.train)
         return model, train_into(model, recipe, self.folder, scores), recipe
 
     def _settle_speedup(

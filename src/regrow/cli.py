@@ -128,16 +128,18 @@ def inspect(
     """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
     quiet()
     from regrow.checkpoint.load import load_skeleton
+    from regrow.checkpoint.stock import choices
     from regrow.structure.groups import find_groups
 
     skeleton = load_skeleton(model, trust_remote_code)
     groups = find_groups(skeleton)
+    possible = choices(skeleton.config, groups)
     if graph is not None:
         from regrow.measure import draw_layer
 
         draw_layer(skeleton, groups, layer, graph)
     if as_json:
-        print(json.dumps(groups.to_json(), indent=2))
+        print(json.dumps(groups.to_json() | {"choices": possible}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -158,6 +160,9 @@ def inspect(
         f"({groups.block_parameters / groups.total_parameters:.1%}); {len(groups.layers)} layers as depth units "
         f"of {groups.layers[0].parameters:,} parameters"
     )
+    print("What a pruned model of a stock class can have:")
+    for name, choice in possible.items():
+        print(f"  {name}: {choice}")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import write_bytes, write_json
+from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.planning.bracket import Search
@@ -32,7 +33,6 @@ from regrow.recovery.mixing import validation_loss
 from regrow.recovery.quantised_base import rebuild
 from regrow.recovery.scoring import Average
 from regrow.recovery.train import History, Trained
-from regrow.structure.groups import find_groups
 from regrow.structure.quantised import release
 
 CURVE_POINTS = 8
@@ -81,7 +81,7 @@ class Trials:
         Raises:
             InputError: if no trial holds; the message says which came closest.
         """
-        recipe, groups = self.recipe, find_groups(model)
+        recipe, groups = self.recipe, prunable_groups(model)
         dense = validation_loss(model, self.corpus, recipe)
         most = target.most_perplexity(math.exp(dense))
         self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")

@@ -34,7 +34,8 @@ from regrow.checkpoint.load import (
     pick_device,
 )
 from regrow.checkpoint.save import save_checkpoint
-from regrow.checkpoint.shape import check_expressible, pruned_config
+from regrow.checkpoint.shape import describe
+from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.data.corpus import writes_own_text
@@ -59,7 +60,7 @@ from regrow.report.sensitivity import draw_sensitivity
 from regrow.reuse import keep_adapter, texts
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
@@ -104,7 +105,6 @@ class Walk:
         if check_folder(self.folder):
             self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
         config = load_config(self.name)
-        check_expressible(config)
         if "layer" in recipe.pruning.kinds:
             check_depth(config)
         for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
@@ -124,7 +124,9 @@ class Walk:
         self.begin("load model")
         model = self.load(tokenizer)
         self.begin("trace groups")
-        whole = find_groups(model)
+        whole = prunable_groups(model)
+        for told in check_offer(model.config, whole, self.recipe.pruning):
+            self.progress.say(told)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
         self.progress.say(memory)
@@ -141,7 +143,7 @@ class Walk:
             model = self.attach(self.load(tokenizer, "none"), whole)
             rebuild(model, trained.plan, trained.adapters)
         merge_lora(model)
-        model.config = pruned_config(model.config, whole, trained.groups)
+        describe(model, whole, trained.groups)
         self.save(model, tokenizer, trained.plan)
         self.begin("verify in a fresh process")
         verification = self.verify(model, text)
@@ -222,7 +224,7 @@ class Walk:
         if not recipe.analysis.enabled:
             return None
         self.begin("analyse")
-        groups = find_groups(model)
+        groups = prunable_groups(model)
         if known is None:
             held_out = corpus.validation.first(recipe.analysis.windows)
             conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
@@ -279,7 +281,7 @@ class Walk:
 
         trained = train(
             model,
-            find_groups(model),
+            prunable_groups(model),
             recipe,
             text.corpus,
             self.progress,

@@ -1,57 +1,114 @@
 """The config that describes a cut model to stock transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.groups import Groups
 
-WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
+FFN_KEYS = (
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+"""Under which names configs keep an FFN's width; which of them a group's is, its number of channels tells."""
 
-
-def check_expressible(config: PretrainedConfig) -> None:
-    """Refuse, before any work is done, a family whose config cannot say how wide its layers are.
-
-    Raises:
-        InputError: if heads, KV heads and FFN width are not in the config under their usual names.
-    """
-    missing = [key for key in WIDTH_KEYS if key not in config.get_text_config().to_dict()]
-    if missing:
-        raise InputError(
-            f"models of type {config.model_type!r} cannot be saved with fewer heads and channels: "
-            f"their config has no {', '.join(missing)}"
-        )
+WITHOUT = {
+    "mistral": ("attention_bias", "mlp_bias", "pretraining_tp"),
+    "llama": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+}
+"""A model type under whose name another may be saved -> keys of the other that it does not know."""
 
 
 def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> PretrainedConfig:
     """The config of a cut model: of a stock class if all layers have the same widths, else with `per_layer_config`.
 
-    `head_dim` is always written out. A LLaMA whose number of heads no longer divides its hidden size, or whose
-    layers differ, is described as the Mistral that computes the same: LLaMA's config class refuses both.
+    With heads removed `head_dim` is written out. Where another class computes the same and loads in more places,
+    the config is of that class:
+
+    * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
+      Mistral: LLaMA's config class refuses both.
+    * A Qwen2 with fewer heads is described as a LLaMA with biases on q, k and v, and a zero one on o
+      (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
 
     Raises:
         InputError: if no class takes these widths.
     """
     widths = layer_widths(config, original, now)
-    described = {**config.to_dict(), "head_dim": head_dimension(config, original)}
-    if is_even(widths):
+    described = config.to_dict()
+    heads_cut = any(g.kind == "attention" and g.units < original.by_name(g.name).units for g in now)
+    if heads_cut and described.get("head_dim") is None and not isinstance(vars(type(config)).get("head_dim"), property):
+        described["head_dim"] = head_dimension(config, original)
+    even = is_even(widths)
+    if even:
         described |= widths[0]
     else:
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
-    heads = {layer["num_attention_heads"] for layer in widths}
-    refused = not is_even(widths) or any(described["hidden_size"] % count for count in heads)
-    if config.model_type == "llama" and refused:
+    heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
+    divides = all(config.get_text_config().hidden_size % count == 0 for count in heads)
+    if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
             raise InputError(
                 f"a LLaMA with biases needs equal layers and a number of heads that divides "
                 f"{described['hidden_size']}, not {sorted(heads)}; choose another sparsity"
             )
-        described |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
-            del described[key]
+        described = _as_type("mistral", described) | {"sliding_window": None}
+    elif config.model_type == "qwen2" and even and divides and heads_cut and _sees_everything(config):
+        described = _as_type("llama", described) | {"attention_bias": True, "mlp_bias": False}
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
+
+
+def _as_type(model_type: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in described.items() if key not in WITHOUT[model_type]}
+    return kept | {"model_type": model_type, "architectures": None}
+
+
+def _sees_everything(config: PretrainedConfig) -> bool:
+    """Whether no layer looks through a sliding window."""
+    return set(config.layer_types) == {"full_attention"}
+
+
+def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
+    """Give a cut and merged model the config that describes it, and biases of zero where that config's class has some.
+
+    Raises:
+        InputError: if no class takes these widths.
+    """
+    config = pruned_config(model.config, original, now)
+    if config.model_type != model.config.model_type:
+        named = dict(model.named_parameters())
+        for name, like in build_empty(config).named_parameters():
+            if name not in named:
+                owner, _, last = name.rpartition(".")
+                assert last == "bias", f"{config.model_type} has {name}, the model has not"
+                weight = model.get_submodule(owner).weight
+                assert isinstance(weight, nn.Parameter)
+                zeros = torch.zeros(like.shape, dtype=weight.dtype, device=weight.device)
+                model.get_submodule(owner).bias = nn.Parameter(zeros)
+    model.config = config
+
+
+def added_parameters(config: PretrainedConfig) -> int:
+    """Most parameters that `describe` adds: a Qwen2's biases of zero, should it be saved as a LLaMA."""
+    if config.model_type != "qwen2" or not _sees_everything(config):
+        return 0
+    return int(config.hidden_size * config.num_hidden_layers)
+
+
+def build_empty(config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model of a config, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def is_even(widths: Sequence[dict[str, int]]) -> bool:
@@ -60,21 +117,35 @@ def is_even(widths: Sequence[dict[str, int]]) -> bool:
 
 
 def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> list[dict[str, int]]:
-    """Heads, KV heads and FFN width of every layer that a cut model has, under the config's own keys."""
+    """Heads, KV heads and FFN width of every layer that a cut model has, under the config's own keys.
+
+    Raises:
+        InputError: if the config has no key for a width that has changed.
+    """
     before = config.get_text_config().to_dict()
-    assert before["num_hidden_layers"] == len(now.layers), "the cut keeps the config's depth true"
-    layers = {layer.number: {key: int(before[key]) for key in WIDTH_KEYS} for layer in now.layers}
+    assert config.get_text_config().num_hidden_layers == len(now.layers), "the cut keeps the config's depth true"
+    heads = [key for key in (_native(config, key) for key in HEAD_KEYS) if isinstance(before.get(key), int)]
+    layers: dict[int, dict[str, int]] = {layer.number: {key: before[key] for key in heads} for layer in now.layers}
     for group in now:
-        layer = layers[group.layer]
+        layer, units = layers[group.layer], original.by_name(group.name).units
         if group.kind == "attention":
-            share = before["num_key_value_heads"] // original.by_name(group.name).units
-            layer["num_key_value_heads"] = group.units * share
-            layer["num_attention_heads"] = (
-                group.units * before["num_attention_heads"] // original.by_name(group.name).units
-            )
-        else:
-            layer["intermediate_size"] = group.units
+            layer |= {key: before[key] * group.units // units for key in heads}
+        elif (key := _ffn_key(before, units)) is not None:
+            layer[key] = group.units
+        elif group.units != units:
+            raise InputError(f"the config of a {config.model_type!r} model has no key for the width of its FFN")
     return list(layers.values())
+
+
+def _native(config: PretrainedConfig, key: str) -> str:
+    """What a config calls one of transformers' common keys: `n_head`, `num_attention_heads`."""
+    return config.get_text_config().attribute_map.get(key, key)
+
+
+def _ffn_key(described: Mapping[str, Any], units: int) -> str | None:
+    named = [key for key in FFN_KEYS if described.get(key) == units]
+    unset = [key for key in FFN_KEYS if key in described and described[key] is None]  # GPT-2's: a default
+    return next(iter(named + unset), None)
 
 
 def head_dimension(config: PretrainedConfig, groups: Groups) -> int:

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.load import load_skeleton
-from regrow.checkpoint.shape import check_expressible
 from regrow.checkpoint.tensors import StoredTensors, weight_files
 from regrow.errors import InputError
 
@@ -31,7 +30,6 @@ class Source:
         """
         self.name = name
         self.model = load_skeleton(name)
-        check_expressible(self.model.config)
         self.stored = StoredTensors(weight_files(folder))
         self.at = self._match()
 

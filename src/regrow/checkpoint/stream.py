@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.files import new_folder, write_json
 from regrow.checkpoint.save import write_description
-from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.shape import describe
 from regrow.checkpoint.source import Source, first_names
 from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
@@ -87,8 +87,10 @@ class _Change:
         refitted = self._stored_name(name)
         if self.adapters is not None and refitted in self.adapters.entries:
             tensor = self.adapters.read(refitted)
-        else:
+        elif before in self.source.at:
             tensor = self.map.gather(before, self.source.stored.read(self.source.at[before]))
+        else:  # a bias that only the class has whose name the cut model takes
+            tensor = torch.zeros(self.model.get_parameter(name).shape)
         linear = name.removesuffix(".weight")
         if self.adapters is not None and self.merge and (key := _factor(linear, "A")) in self.adapters.entries:
             a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
@@ -163,7 +165,7 @@ def stream_checkpoint(
         change.check()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.config = pruned_config(model.config, whole, left)
+    describe(model, whole, left)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     with new_folder(folder) as partial:

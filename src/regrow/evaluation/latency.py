@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from regrow.checkpoint.shape import pruned_config
 from regrow.evaluation.speed import measure_speed
-from regrow.structure.groups import Groups
+from regrow.structure.groups import Group, Groups
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -79,7 +79,7 @@ class Latency:
 
 def probe_turns(groups: Groups) -> int:
     """How many turns `measure_latency` takes: its progress."""
-    return (2 + sum(len(_points(units)) for units in _kinds(groups).values())) * (REPEATS + WARM_UP)
+    return (2 + sum(len(_points(group)) for group in _kinds(groups).values())) * (REPEATS + WARM_UP)
 
 
 def measure_latency(
@@ -104,8 +104,8 @@ def measure_latency(
         ("whole", 0): _config(model.config, groups, {}, depth),
         ("twice as deep", 0): _config(model.config, groups, {}, 2 * depth),
     }
-    for kind, units in kinds.items():
-        wanted |= {(kind, n): _config(model.config, groups, {kind: n}, depth) for n in _points(units)}
+    for kind, group in kinds.items():
+        wanted |= {(kind, n): _config(model.config, groups, {kind: n}, depth) for n in _points(group)}
     probes = {f"{kind} {units}": probe for (kind, units), probe in _build(wanted, model).items()}
     speeds = measure_speed(probes, batches=(1,), repeats=REPEATS, warm_up=WARM_UP, on_repeat=on_turn)
 
@@ -116,22 +116,24 @@ def measure_latency(
     whole, deep = taken("whole"), taken("twice as deep")
     layer: Seconds = {phase: max(deep[phase] - whole[phase], 0.0) / depth for phase in PHASES}
     savings = {}
-    for kind, units in kinds.items():
-        points = _points(units)
+    for kind, group in kinds.items():
+        points = _points(group)
         saved = {phase: [(whole[phase] - taken(kind, n)[phase]) / depth for n in points] for phase in PHASES}
-        savings[kind] = _falling(points, units, saved)
+        savings[kind] = _falling(points, group.units, saved)
     fixed: Seconds = {phase: max(whole[phase] - depth * layer[phase], 0.0) for phase in PHASES}
     return Latency(measured_on, fixed, layer, savings)
 
 
-def _kinds(groups: Groups) -> dict[str, int]:
-    """Units of each kind in a layer."""
-    return {group.kind: group.units for group in groups}
+def _kinds(groups: Groups) -> dict[str, Group]:
+    """A group of each kind."""
+    return {group.kind: group for group in groups}
 
 
-def _points(units: int) -> list[int]:
-    """Widths to measure, ascending, the whole not among them."""
-    return sorted({max(1, round(fraction * units)) for fraction in FRACTIONS} - {units})
+def _points(group: Group) -> list[int]:
+    """Widths to measure, ascending, the whole not among them: the nearest that the model's class can have."""
+    possible = range(1, group.units + 1) if group.widths is None else group.widths
+    wanted = [max(1, round(fraction * group.units)) for fraction in FRACTIONS]
+    return sorted({min(possible, key=lambda units: abs(units - each)) for each in wanted} - {group.units})
 
 
 def _falling(points: list[int], units: int, saved: dict[Phase, list[float]]) -> tuple[Saving, ...]:

@@ -20,9 +20,8 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from regrow.checkpoint.files import new_folder, write_json
-from regrow.checkpoint.shape import WIDTH_KEYS
 from regrow.errors import InputError
-from regrow.formats.source import LAYER, LayerWidths, Source, layer_of
+from regrow.formats.source import LAYER, WIDTH_KEYS, LayerWidths, Source, layer_of
 
 OUTPUT_AXES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "keys", "gate_proj": "channels", "up_proj": "channels"}
 """Linears whose output axis is as wide as the layer, and which of its widths that is."""

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from regrow.checkpoint.shape import WIDTH_KEYS, check_expressible
+from regrow.checkpoint.tensors import DTYPES, StoredTensors, weight_files
 from regrow.errors import InputError
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F32", "F16", "BF16")
 """As safetensors names them."""
+WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""Where the config of every family that is exported has its widths."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -46,16 +47,18 @@ class Source:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
             raise InputError(f"config.json of {self.folder} cannot be used: {error}; get it anew") from error
-        check_expressible(self.config)
+        if missing := [key for key in WIDTH_KEYS if key not in self.config.to_dict()]:
+            raise InputError(
+                f"models of type {self.config.model_type!r} cannot be exported by regrow: their config has no "
+                f"{', '.join(missing)}; use transformers' or llama.cpp's own tools"
+            )
         self.widths = layer_widths(self.config)
-        self._files = {name: file for file in sorted(self.folder.glob("model*.safetensors")) for name in _names(file)}
-        if not self._files:
-            raise InputError(f"{self.folder} holds no model*.safetensors; give the folder of a checkpoint")
+        self._stored = StoredTensors(weight_files(self.folder))
 
     @property
     def names(self) -> Sequence[str]:
         """The tensors' names, as the files list them."""
-        return list(self._files)
+        return list(self._stored.entries)
 
     @property
     def even(self) -> bool:
@@ -74,18 +77,14 @@ class Source:
         Raises:
             InputError: if it is not stored as floating point.
         """
-        with safe_open(self._files[name], "pt") as file:
-            piece = file.get_slice(name)
-            shape, stored = piece.get_shape(), piece.get_dtype()
-        if stored not in DTYPES:
-            raise InputError(f"{name} of {self.folder} is stored as {stored}; export the unquantised checkpoint")
-        return torch.empty(shape, dtype=DTYPES[stored], device="meta")
+        entry = self._stored.entries[name]
+        if entry.dtype not in FLOATS:
+            raise InputError(f"{name} of {self.folder} is stored as {entry.dtype}; export the unquantised checkpoint")
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
-        with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return self._stored.read(name)
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -112,14 +111,6 @@ def layer_of(name: str) -> int | None:
     """The decoder layer a tensor belongs to."""
     found = LAYER.match(name)
     return int(found[1]) if found else None
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is damaged: {error}; get it anew") from error
 
 
 def model_name(folder: Path) -> str:

@@ -209,6 +209,8 @@ def _uniform(demand: Demand) -> list[Counts]:
     for removed in range(
         max((demand.gone[g.name] for g in heads), default=0), 1 + (demand.most(heads[0]) if heads else 0)
     ):
+        if heads and demand.width_ok(heads[0], removed) != removed:
+            continue
         counts = dict.fromkeys((group.name for group in heads), removed)
         if channels:
             rest = max(0, demand.amount - demand.brings(counts))

@@ -1,8 +1,9 @@
 """What a target asks of the widths: which groups may give how much, and what a unit of each brings."""
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,8 +47,14 @@ class Demand:
 
     def width_ok(self, group: Group, removed: int) -> int:
         """The least removal from `removed` on that leaves a width which is a multiple."""
+        if removed == 0:
+            return 0
         left = group.units - removed
-        return removed if removed == 0 else removed + left % self.step(group)
+        left -= left % self.step(group)
+        if group.widths is None:
+            return group.units - left
+        at_most = bisect.bisect_right(group.widths, left)
+        return group.units - (group.widths[at_most - 1] if at_most else 0)
 
     def brings(self, counts: Counts) -> int:
         """What some removals come to."""
@@ -56,9 +63,7 @@ class Demand:
     def most(self, group: Group) -> int:
         """The largest removal within the limit that leaves an allowed width."""
         limit = self.limit[group.name]
-        return max(
-            (r for r in range(limit, max(limit - self.step(group), -1), -1) if self.width_ok(group, r) == r), default=0
-        )
+        return next(r for r in range(limit, -1, -1) if self.width_ok(group, r) == r)
 
     def within(self) -> int:
         """The most that can be brought."""
@@ -105,6 +110,9 @@ def demands(
         for g in groups
         if g.layer not in spared and g.name not in protected and g.kind.rstrip("0123456789") in pruning.kinds
     )
+    if pruning.shape == "free":
+        free = tuple(replace(g, widths=None) for g in free)
+    free = tuple(g for g in free if g.widths is None or len(g.widths) > 1)
     limit = {
         g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
     }

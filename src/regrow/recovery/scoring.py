@@ -18,7 +18,7 @@ from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
+from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.prefix import watching_inputs
@@ -239,7 +239,11 @@ def gather_evidence(
     Args:
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
     """
-    pieces = [s for s in group.slices if not s.is_adapter and model.get_parameter(s.parameter).ndim == 2]
+    pieces = [
+        piece
+        for piece in group.slices
+        if not piece.is_adapter and piece.parameter.endswith(".weight") and is_linear(model.get_submodule(piece.module))
+    ]
     return Evidence(group.name, group.kind, group.units, Linears(model, pieces, start), gate, generator=generator)
 
 

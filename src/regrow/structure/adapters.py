@@ -16,6 +16,11 @@ from regrow.structure.quantised import is_quantised
 ADAPTER = "default"
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can be wrapped around a module, or is."""
+    return isinstance(module, nn.Linear | Conv1D | LoraLayer)
+
+
 def attach_lora(
     model: PreTrainedModel,
     linears: Sequence[str],
@@ -42,7 +47,10 @@ def attach_lora(
             raise InputError(f"lora.targets: no linear is called {target!r}; this model has {', '.join(known)}")
     chosen = [name for name in linears if not targets or name.rpartition(".")[2] in targets]
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none")  # type: ignore[arg-type]
+    turned = all(isinstance(model.get_submodule(name), Conv1D) for name in chosen)  # GPT-2's weights are `[in, out]`
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none", fan_in_fan_out=turned  # type: ignore[arg-type]
+    )  # fmt: skip
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in adapter_parameters(model):
         parameter.data = parameter.data.float()

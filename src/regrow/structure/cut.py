@@ -1,5 +1,6 @@
 """Cutting: making a choice of units true in the tensors."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from regrow.structure.depth import remove_layers
-from regrow.structure.groups import Groups, Slice
+from regrow.structure.groups import Group, Groups, Slice
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
 
 
@@ -46,6 +48,8 @@ def cut(
             continue
         for piece in group.slices:
             _cut_slice(model, piece, units, optimizer)
+        if group.is_fused:
+            _tell_head_counts(model, group, len(units))
         left.append(group.keep(units))
     lost = dict.fromkeys((layer.number for layer in groups.layers), 0)
     for before, after in zip(groups, left, strict=True):
@@ -98,3 +102,24 @@ def _follow(module: nn.Module) -> None:
     """Let a module's own record of its width say what its weight now is."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight_shape(module.weight)
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+
+
+def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
+    """Let an attention that takes q, k and v out of one product know how many heads are left.
+
+    Attentions with a projection for each read the counts off the tensors; a fused one needs them to tell q from k.
+    They stand on the module, or on its config, which is shared by all layers: hence one of its own.
+    """
+    module = model.get_submodule(group.consumers[0].module.rpartition(".")[0])
+    config = copy.copy(module.config)
+    assert isinstance(config, PretrainedConfig)
+    for owner in (module, config):
+        for name in HEAD_COUNTS:
+            if name in vars(owner):
+                setattr(owner, name, vars(owner)[name] * units // group.units)
+    module.config = config

@@ -83,7 +83,7 @@ def remove_layers(
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 module.layer_idx = position  # type: ignore[assignment]
-    _shorten(model.config.get_text_config(), stay)
+    shorten(model.config.get_text_config(), stay)
 
     left = tuple(layer for layer in groups.layers if layer.number not in numbers)
     removed = [layer for layer in groups.layers if layer.number in numbers]
@@ -110,7 +110,7 @@ def remove_layers(
     )
 
 
-def _shorten(config: PretrainedConfig, stay: Sequence[int]) -> None:
+def shorten(config: PretrainedConfig, stay: Sequence[int]) -> None:
     """Let the config describe the layers at the positions `stay` only."""
     for key, value in per_layer_lists(config).items():
         setattr(config, key, type(value)([value[position] for position in stay]))  # type: ignore[call-arg]

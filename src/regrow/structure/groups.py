@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from regrow.errors import InputError
+from regrow.structure.adapters import is_linear
 from regrow.structure.quantised import weight_count, weight_shape
-from regrow.structure.trace import Axis, decoder_layers, distinct_layers, skeleton, trace
+from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, skeleton, trace
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Group:
     slices: tuple[Slice, ...]
     cost: int
     """Parameters that removing one unit removes, adapters not counted."""
+    widths: Sequence[int] | None = None
+    """How many of the units of the whole model may stay in a model of a stock class, ascending; None: any number."""
 
     def keep(self, units: NDArray[np.int64]) -> "Group":
         """The group once only `units` are left."""
@@ -65,6 +68,12 @@ class Group:
     def only(self, units: NDArray[np.int64]) -> "Group":
         """Some of the units, nothing being cut: positions stay as they are."""
         return replace(self, units=len(units), slices=tuple(replace(s, index=s.index[units]) for s in self.slices))
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether q, k and v come from one product: a unit then owns more rows of it than columns of the consumer."""
+        widest = max((s.index.shape[1] for s in self.slices if not s.is_input), default=0)
+        return self.kind == "attention" and widest > self.consumers[0].index.shape[1]
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
@@ -162,11 +171,13 @@ def find_groups(model: PreTrainedModel) -> Groups:
     for position, numbers in enumerate(alike):
         prefix = f"{path}.{position}."
         own = [axis for axis in inside if axis.parameter.startswith(prefix)]
-        for kind, units, slices in _groups_of_layer(own, outside, found.attention):
+        for kind, units, slices in _groups_of_layer(own, outside, found):
             for number in numbers:
                 moved = tuple(
                     replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in slices
                 )
+                if not all(is_linear(model.get_submodule(s.module)) for s in moved if s.is_input):
+                    continue  # no module whose input a gate could sit on: the weights of experts
                 groups.append(Group(f"layers.{number}.{kind}", number, kind, units, moved, _cost(model, moved)))
     if not groups:
         raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
@@ -175,7 +186,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     sliced = {s.module for s in pieces}
-    linears = sorted({s.module for s in pieces if model.get_parameter(s.parameter).ndim == 2}, key=_natural)
+    linears = sorted({name for name in sliced if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
 
     def inside_layer(number: int, sizes: Mapping[str, int]) -> int:
@@ -211,7 +222,7 @@ def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
 
 
 def _groups_of_layer(
-    axes: Sequence[Axis], outside: set[int], attention: frozenset[int]
+    axes: Sequence[Axis], outside: set[int], found: Trace
 ) -> Iterator[tuple[str, int, tuple[Slice, ...]]]:
     """Put the classes that own the same number of positions on the same axes into one group."""
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
@@ -233,10 +244,12 @@ def _groups_of_layer(
     for signature, members in alike.items():
         consumer = next(n for n, _ in signature if axes[n].is_input)
         members.sort(key=lambda c: int(owners[c][consumer][0]))
-        kind = "attention" if members[0] in attention else "ffn"
+        kind = "attention" if members[0] in found.attention else "ffn"
         seen[kind] += 1
         slices = tuple(
             Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
             for n, _ in signature
         )
-        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(members), slices
+        if members[0] in found.normed:  # none can go without changing the others: one unit, which is all of them
+            slices = tuple(replace(s, index=s.index.reshape(1, -1)) for s in slices)
+        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(slices[0].index), slices

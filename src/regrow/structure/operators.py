@@ -28,6 +28,8 @@ class Walk:
         self.channels = Channels()
         self.attended: list[Facet] = []
         """Facets that took part in a product of two activations, that is in attention."""
+        self.averaged: list[tuple[Facet, tuple[int, ...]]] = []
+        """Facets of activations, and the axes along which a norm takes a mean of them."""
         self.contracted: set[int] = set()
         """Channels of weights along whose axis a product sums: a consumer's input axis."""
         self.shared: list[tuple[Facet, Facet]] = []
@@ -53,7 +55,9 @@ class Walk:
                         if other.size > facet.size:
                             facet = other
                 kept = [*rest, (facet, is_weight)]
-        return Value(shape, tuple(facet for facet, _ in kept))
+        # What is computed from weights alone (`1 + weight` in a norm) is a weight still.
+        is_weight = bool(kept) and all(value.is_weight for value in values if value.facets)
+        return Value(shape, tuple(facet for facet, _ in kept), is_weight)
 
     def reduce(self, value: Value, axes: Sequence[int], shape: tuple[int, ...], whole: bool = False) -> Value:
         """Sum over `axes`; with `whole`, a facet that depends on them alone stays as one single channel."""
@@ -158,15 +162,24 @@ def _repeat_interleave(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict
 def _reduce(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     value: Value = args[0]
     axes = args[1] if len(args) > 1 else range(len(value.shape))
-    return walk.reduce(value, [axes] if isinstance(axes, int) else list(axes), shape)
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    walk.averaged += [(facet, tuple(axes)) for facet in value.facets if varies(facet, axes)]
+    return walk.reduce(value, axes, shape)
 
 
 def _layer_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    _average_last_axes(walk, args)
     return walk.elementwise(_values([args[0], *args[2:4]]), shape)
 
 
 def _rms_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    _average_last_axes(walk, args)
     return walk.elementwise(_values([args[0], *args[2:3]]), shape)
+
+
+def _average_last_axes(walk: Walk, args: Sequence[Any]) -> None:
+    value, axes = args[0], tuple(range(-len(args[1]), 0))
+    walk.averaged += [(facet, axes) for facet in value.facets if varies(facet, axes)]
 
 
 def _embedding(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
@@ -191,6 +204,10 @@ def _matmul(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any)
 
 
 def _addmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
+
+
+def _baddbmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
 
 
@@ -237,6 +254,40 @@ def _cat(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) ->
     return Value(shape, (np.concatenate(spread, axis),))
 
 
+def _stack(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
+    thick = [(*value.shape[:axis], 1, *value.shape[axis:]) for value in args[0]]
+    pieces = [
+        Value(size, tuple(np.expand_dims(facet, axis) for facet in value.facets), value.is_weight)
+        for size, value in zip(thick, args[0], strict=True)
+    ]
+    return _cat(walk, [pieces, axis], {}, shape)
+
+
+def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    value, indices = args
+    (axis, index), *more = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if more or len(index.shape) != 1:
+        raise UnknownOperator("aten.index with more than one row of positions")
+    facets = []
+    for facet in value.facets:
+        first = facet.take([0], axis)
+        walk.channels.tie(facet, first)  # which positions are meant is not known here: all go together
+        facets.append(first)
+    return Value(shape, tuple(facets), value.is_weight)
+
+
+def _top(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> list[Value]:
+    axis = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    return [walk.reduce(args[0], [axis], shapes[0]), Value(shapes[1])]
+
+
+def _grouped_mm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    inputs, weight = args[:2]  # every row of the inputs meets one of the weight's matrices
+    matrix = tuple(facet[0] for facet in weight.facets if facet.shape[0] == 1)
+    return walk.contract(inputs, Value(weight.shape[1:], matrix, weight.is_weight), shape)
+
+
 def _fresh(walk: Walk, value: Value, axis: int) -> Facet:
     sizes = [1] * len(value.shape)
     sizes[axis] = value.shape[axis]
@@ -275,8 +326,13 @@ RULES: dict[str, Rule] = {
     "aten.linear": _linear,
     **dict.fromkeys(_names("matmul bmm mm"), _matmul),
     "aten.addmm": _addmm,
+    "aten.baddbmm": _baddbmm,
     "aten.scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("split split_with_sizes chunk"), _split),
     "aten.cat": _cat,
+    "aten.stack": _stack,
+    "aten.index": _index,
+    "aten.topk": _top,
+    "transformers.grouped_mm_fallback": _grouped_mm,
     "_operator.getitem": _pick,
 }

@@ -40,10 +40,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Trace:
-    """All axes of all parameters of the skeleton, and the classes that attention mixes."""
+    """All axes of all parameters of the skeleton, the classes that attention mixes, and those that a norm does."""
 
     axes: tuple[Axis, ...]
     attention: frozenset[int]
+    normed: frozenset[int] = frozenset()
+    """Classes of which a norm takes the mean of several: removing one changes what is left of the others."""
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -207,10 +209,15 @@ def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
         low, high = np.broadcast_to(low, weight.shape), np.broadcast_to(high, weight.shape)
         removable[weight] = np.where(low == high, low, -1)
     attention = {int(c) for facet in walk.attended for c in np.unique(classes[facet])}
+    normed: set[int] = set()
+    for facet, along in walk.averaged:
+        each = classes[facet]
+        mixed = each.min(along, keepdims=True) != each.max(along, keepdims=True)
+        normed.update(np.unique(each[np.broadcast_to(mixed, each.shape)]).tolist())
     found = []
     for parameter, per_axis in facets.items():
         for axis, facet in enumerate(per_axis):
             channels = facet.reshape(-1)
             is_input = int(channels[0]) in walk.contracted
             found.append(Axis(parameter, axis, is_input, removable[channels]))
-    return Trace(tuple(found), frozenset(attention))
+    return Trace(tuple(found), frozenset(attention), frozenset(normed))

@@ -1,0 +1,262 @@
+"""Which families of models regrow can prune: tiny random ones, pruned and held to what a pruned model must keep.
+
+    python scripts/zoo.py [--write] [FAMILY …]
+
+prints the table of docs/models.md, or writes it there. The tests run the same checks over the same families.
+
+Every family has its LoRA filled, loses heads, channels and a layer, as far as its stock class allows, and then:
+masked ≡ cut (logits, LoRA live), merged and saved ≡ reloaded by stock transformers in a fresh process, and it
+writes with the KV cache what it writes without.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from regrow.checkpoint.shape import describe
+from regrow.checkpoint.stock import Widths, check_free, ranges, stock_widths
+from regrow.errors import InputError
+from regrow.structure.adapters import adapter_parameters, attach_lora, is_linear, merge_lora
+from regrow.structure.cut import cut
+from regrow.structure.depth import check_depth
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups, find_groups
+from regrow.structure.trace import decoder_layers
+
+PROBE = Path(__file__).with_name("zoo_probe.py")
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+MARK = "<!-- zoo -->"
+CLOSE = 1e-4
+
+IDS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+TOKENS = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIZES = {**TOKENS, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 3, "max_position_embeddings": 64}
+MHA = {**SIZES, "num_attention_heads": 8}
+GQA = {**MHA, "num_key_value_heads": 4}
+GPT2 = {"n_layer": 3, "n_embd": 64, "n_head": 8, "n_positions": 64, "n_inner": 40, "bos_token_id": 0, "eos_token_id": 1}
+FALCON = {**TOKENS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "ffn_hidden_size": 40}
+LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
+FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "Llama": lambda: hf.LlamaConfig(**GQA),
+    "Mistral": lambda: hf.MistralConfig(**GQA, head_dim=12, sliding_window=None),
+    "Qwen2": lambda: hf.Qwen2Config(**GQA),
+    "Qwen3": lambda: hf.Qwen3Config(**GQA, head_dim=12),
+    "Gemma": lambda: hf.GemmaConfig(**GQA, head_dim=12),
+    "Gemma 2": lambda: hf.Gemma2Config(**GQA, **LOCAL, head_dim=12),
+    "Gemma 3 (text)": lambda: hf.Gemma3TextConfig(**GQA, **LOCAL, head_dim=12),
+    "Phi": lambda: hf.PhiConfig(**GQA),
+    "Phi-3": lambda: hf.Phi3Config(**GQA),
+    "GPT-2": lambda: hf.GPT2Config(**GPT2, vocab_size=96),
+    "GPT-J": lambda: hf.GPTJConfig(**GPT2, vocab_size=96, rotary_dim=4),
+    "OPT": lambda: hf.OPTConfig(**{**MHA, "intermediate_size": None}, ffn_dim=40, word_embed_proj_dim=64),
+    "GPT-NeoX": lambda: hf.GPTNeoXConfig(**MHA),
+    "OLMo 2": lambda: hf.Olmo2Config(**GQA),
+    "OLMo 3": lambda: hf.Olmo3Config(**GQA, **LOCAL),
+    "Granite": lambda: hf.GraniteConfig(**GQA),
+    "StarCoder2": lambda: hf.Starcoder2Config(**GQA, sliding_window=None),
+    "SmolLM3": lambda: hf.SmolLM3Config(**GQA, no_rope_layers=[1, 1, 0]),
+    "Cohere": lambda: hf.CohereConfig(**GQA, use_qk_norm=True),
+    "Cohere 2": lambda: hf.Cohere2Config(**GQA, **LOCAL),
+    "GLM": lambda: hf.GlmConfig(**GQA, head_dim=12),
+    "GLM-4": lambda: hf.Glm4Config(**GQA, head_dim=12),
+    "Nemotron": lambda: hf.NemotronConfig(**GQA, head_dim=12),
+    "StableLM": lambda: hf.StableLmConfig(**GQA),
+    "Falcon (MQA)": lambda: hf.FalconConfig(**FALCON, multi_query=True),
+    "Falcon (GQA)": lambda: hf.FalconConfig(**FALCON, num_kv_heads=4, new_decoder_architecture=True),
+    "BLOOM": lambda: hf.BloomConfig(**TOKENS, hidden_size=64, n_layer=3, n_head=8),
+    "MPT": lambda: hf.MptConfig(d_model=64, n_layers=3, n_heads=8, vocab_size=96, max_seq_len=64),
+    "Mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "Qwen3-MoE": lambda: hf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=12, moe_intermediate_size=16),
+    "OLMoE": lambda: hf.OlmoeConfig(**GQA, **EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What has been seen of a family, before its checkpoint is reloaded."""
+
+    widths: Mapping[str, Widths]
+    no_depth: str
+    """Why layers cannot be removed; empty if they can."""
+    no_free: str
+    """Why layers cannot have widths of their own; empty if they can."""
+    changed: float
+    """Largest difference of logits that masking makes."""
+    difference: float
+    """Largest difference of logits between masked and cut."""
+    linears: int
+    """Linears of a layer that carry LoRA."""
+    logits: Tensor
+    """Of the cut and merged model."""
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process has seen of a checkpoint."""
+
+    model_class: str
+    generates: bool
+    regrow_imported: bool
+    difference: float
+    """Largest difference of logits to those of the model that was saved."""
+
+
+def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
+    """A random model of a family, biases and norms away from their trivial values."""
+    torch.manual_seed(seed)
+    model: hf.PreTrainedModel = hf.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.copy_(scale * torch.randn_like(parameter) + (parameter if parameter.ndim == 1 else 0))
+    return model
+
+
+def with_lora(model: hf.PreTrainedModel) -> Groups:
+    """Attach LoRA to all linears of the layers, both factors away from zero; the groups with the factors in them."""
+    path, _ = decoder_layers(model)
+    linears = [name for name, each in model.named_modules() if name.startswith(path) and is_linear(each)]
+    attach_lora(model, linears, rank=3, alpha=6, dropout=0.0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    return find_groups(model)
+
+
+def refused(check: Callable[[], object]) -> str:
+    """What a check complains of; nothing if it does not."""
+    try:
+        check()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def logits_of(model: hf.PreTrainedModel) -> Tensor:
+    """Of fixed tokens."""
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def some_units(groups: Groups, widths: Mapping[str, Widths], removed: Sequence[int]) -> dict[str, np.ndarray]:
+    """For `cut`: of each kind the largest but one possible number of units, at random; none in layers removed."""
+    chance = np.random.default_rng(0)
+    keep = {}
+    for group in groups:
+        counts = widths[group.kind].counts
+        count = counts[-2] if len(counts) > 1 else group.units
+        keep[group.name] = np.sort(chance.choice(group.units, 0 if group.layer in removed else count, replace=False))
+    return keep
+
+
+def check(family: str, folder: Path) -> Found:
+    """Prune a tiny model of a family as far as its stock class allows, and save it."""
+    model = build(family)
+    groups = with_lora(model)
+    widths = stock_widths(model.config, groups)
+    no_depth, no_free = refused(lambda: check_depth(model.config)), refused(lambda: check_free(model.config, groups))
+    removed = [] if no_depth else [1]
+    keep = some_units(groups, widths, removed)
+    whole = logits_of(model)
+    with Gates(model, groups.groups, [groups.layers[number] for number in removed]) as gates:
+        for number in removed:
+            gates.set(groups.layers[number].unit, torch.zeros(1))
+        for group in groups:
+            gates.keep(group.name, keep[group.name] if group.layer not in removed else range(group.units))
+        masked = logits_of(model)
+    left = cut(model, groups, keep)
+    difference = float((masked - logits_of(model)).abs().max())
+    merge_lora(model)
+    describe(model, groups, left)
+    model.save_pretrained(folder)
+    linears = len(groups.linears) // len(groups.layers)
+    changed = float((masked - whole).abs().max())
+    return Found(widths, no_depth, no_free, changed, difference, linears, logits_of(model))
+
+
+def reload(folders: Sequence[Path], expected: Sequence[Tensor]) -> list[Reloaded]:
+    """Let one fresh process with stock transformers load all checkpoints."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ids = Path(scratch, "ids.safetensors")
+        save_file({"ids": IDS}, ids)
+        command = [sys.executable, "-P", str(PROBE), str(ids), *map(str, folders)]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    reports = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    return [
+        Reloaded(
+            report["class"],
+            report["generates"],
+            report["regrow_imported"],
+            float((load_file(folder / "probe.safetensors")["logits"] - logits).abs().max()),
+        )
+        for report, folder, logits in zip(reports, folders, expected, strict=True)
+    ]
+
+
+def row(family: str, found: Found, reloaded: Reloaded) -> str:
+    """A line of the table."""
+
+    def tick(holds: bool) -> str:
+        return "✓" if holds else "✗"
+
+    def width(kind: str) -> str:
+        if kind not in found.widths or len(found.widths[kind].counts) == 1:
+            return "–"
+        one = found.widths[kind]
+        return "any" if not one.refusal else f"some: {ranges(one.counts)} of {one.counts[-1]}"
+
+    cells = [
+        family,
+        width("attention"),
+        width("ffn"),
+        "✓" if not found.no_depth else "–",
+        "✓" if not found.no_free else "–",
+        tick(found.difference < CLOSE < found.changed),
+        f"{tick(reloaded.difference < CLOSE and not reloaded.regrow_imported)} {reloaded.model_class}",
+        tick(reloaded.generates),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEADER = """| family | KV heads | FFN channels | layers | free shape | masked ≡ cut | saved ≡ reloaded, as | writes |
+|---|---|---|---|---|---|---|---|"""
+
+
+def table(families: Sequence[str], scratch: Path) -> str:
+    """The table, one row for each family."""
+    folders = [scratch / str(number) for number in range(len(families))]
+    found = [check(family, folder) for family, folder in zip(families, folders, strict=True)]
+    reloaded = reload(folders, [each.logits for each in found])
+    rows = [row(*each) for each in zip(families, found, reloaded, strict=True)]
+    return "\n".join([HEADER, *rows])
+
+
+def main(*arguments: str) -> None:
+    """Print the table, or write it into docs/models.md."""
+    hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
+    families = [argument for argument in arguments if argument != "--write"] or list(FAMILIES)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = table(families, Path(scratch))
+    print(text)
+    if "--write" in arguments:
+        before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
+        PAGE.write_text(f"{before}{MARK}\n{text}\n{MARK}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,231 @@
+"""Which widths a family's stock class can have: asked of the class itself, before any work is done.
+
+No family is named here. A config with fewer units is written as a cut model's would be, the model is built from it on
+the meta device, and the shapes of its tensors are compared with those that the cut would leave. Some classes refuse a
+number of heads that does not divide the hidden size, some compute the size of a head from the number of heads, some
+have no key for a width; all of them show here.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from regrow.checkpoint.save import UNEVEN_MODEL
+from regrow.checkpoint.shape import build_empty, pruned_config
+from regrow.errors import InputError
+from regrow.planning.demand import UNIT_NAMES
+from regrow.settings import Pruning
+from regrow.structure.depth import check_depth, shorten
+from regrow.structure.groups import Groups, find_groups
+
+Shapes = dict[str, tuple[int, ...]]
+
+NO_LINEAR = "they are in no linear of their own, as those of experts"
+ALONE = "there is but one, or none can go without the others"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The numbers of units of one kind that every layer may keep, ascending, the whole number among them."""
+
+    counts: Sequence[int]
+    refusal: str = ""
+    """Why others are not possible; empty if all are."""
+
+
+def prunable_groups(model: PreTrainedModel) -> Groups:
+    """As `find_groups`, of a whole model, with the widths that a stock class can have (`Group.widths`).
+
+    Raises:
+        InputError: as `find_groups`.
+    """
+    groups = find_groups(model)
+    return with_widths(groups, {kind: widths.counts for kind, widths in stock_widths(model.config, groups).items()})
+
+
+def with_widths(groups: Groups, widths: Mapping[str, Sequence[int]]) -> Groups:
+    """The groups with the numbers of units, by kind, that may stay in the uniform shape."""
+    return replace(groups, groups=tuple(replace(group, widths=widths[group.kind]) for group in groups))
+
+
+def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
+    """By kind of group: how many units each layer may keep, for the whole to be a checkpoint of a stock class.
+
+    Args:
+        config: of the whole model, as the groups are.
+    """
+    config, groups = _few_layers(config, groups)
+    try:
+        whole = _shapes(build_empty(config))
+    except Exception as error:
+        return {group.kind: Widths((group.units,), _first_line(error)) for group in groups}
+    found = {}
+    for kind in sorted({group.kind for group in groups}):
+        units = {group.units for group in groups if group.kind == kind}
+        if len(units) > 1:
+            found[kind] = Widths((max(units),), "layers differ in width")
+        else:
+            found[kind] = _possible(config, groups, whole, kind, units.pop())
+    return found
+
+
+def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> Widths:
+    if kind.startswith("ffn"):  # if a class takes one width it takes every width
+        refusal = _refusal(config, groups, whole, kind, units - 1) if units > 1 else ALONE
+        return Widths((units,), refusal) if refusal else Widths(range(1, units + 1))
+    refusals = {count: _refusal(config, groups, whole, kind, count) for count in range(1, units)}
+    counts = (*(count for count, refusal in refusals.items() if not refusal), units)
+    reason = next((refusal for refusal in refusals.values() if refusal), "")
+    return Widths(counts, reason or (ALONE if units == 1 else ""))
+
+
+def _refusal(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> str:
+    """Why the stock class cannot have so many units of a kind in every layer; empty if it can."""
+    narrow = tuple(replace(group, units=units) if group.kind == kind else group for group in groups)
+    try:
+        described = pruned_config(config, groups, replace(groups, groups=narrow))
+        built = _shapes(build_empty(described))
+    except Exception as error:
+        return _first_line(error)
+    return _mismatch(built, _cut_shapes(whole, groups, {group.name: group.units for group in narrow}))
+
+
+def check_free(config: PretrainedConfig, groups: Groups) -> None:
+    """Refuse a family whose layers cannot each have widths of their own, before any work is done.
+
+    Raises:
+        InputError: the message says why.
+    """
+    config, groups = _few_layers(config, groups)
+    left = {group.name: group.units - (group.units > 1 and group.layer == groups[0].layer) for group in groups}
+    narrow = tuple(replace(group, units=left[group.name]) for group in groups)
+    try:
+        whole = _shapes(build_empty(config))
+        described = pruned_config(config, groups, replace(groups, groups=narrow))
+        built = _shapes(_build_uneven(described))
+        refusal = _mismatch(built, _cut_shapes(whole, groups, left))
+    except Exception as error:
+        refusal = _first_line(error)
+    if refusal:
+        raise InputError(
+            f"the layers of a {config.model_type!r} model cannot have widths of their own ({refusal}); "
+            "use pruning.shape=uniform"
+        )
+
+
+def _build_uneven(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that the modeling file of an uneven checkpoint builds, on the meta device."""
+    scope: dict[str, type[PreTrainedModel]] = {}
+    exec(UNEVEN_MODEL.format(stock=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]), scope)
+    with torch.device("meta"):
+        return scope["UnevenForCausalLM"](config)
+
+
+def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> list[str]:
+    """Refuse what cannot be saved in the end, before any work is done.
+
+    Args:
+        groups: with widths, see `prunable_groups`.
+
+    Returns:
+        What the recipe wants to cut and will have to leave whole, one sentence each.
+
+    Raises:
+        InputError: if nothing of what the recipe wants to cut can be; the message says why.
+    """
+    if pruning.shape == "free":
+        check_free(config, groups)
+        return []
+    offered = {group.kind.rstrip("0123456789") for group in groups if group.widths and len(group.widths) > 1}
+    wanted = [kind for kind in pruning.kinds if kind != "layer" and kind not in offered]
+    refusals = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items()} if wanted else {}
+    told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NO_LINEAR)}" for kind in wanted]
+    if len(told) == len(pruning.kinds):
+        raise InputError(
+            f"a {config.model_type!r} model cannot be saved with less of what pruning.kinds names "
+            f"({'; '.join(told)}); try pruning.kinds=[layer]"
+        )
+    return told
+
+
+def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
+    """What can be cut from a model and which numbers may be left, in words: what `regrow inspect` shows."""
+    told: dict[str, str] = {}
+    if config.is_heterogeneous:
+        return {"anything": "no: its layers have widths of their own already"}
+    for kind, widths in stock_widths(config, groups).items():
+        of = f"{ranges(widths.counts)} of {widths.counts[-1]} in every layer"
+        told[f"{UNIT_NAMES.get(kind, kind)}"] = of if not widths.refusal else f"{of} (others: {widths.refusal})"
+    total = len(groups.layers)
+    told["layers"] = _told(lambda: check_depth(config), f"{ranges(range(1, total + 1))} of {total}")
+    told["widths of its own for each layer"] = _told(lambda: check_free(config, groups), "yes (pruning.shape=free)")
+    return told
+
+
+def _told(check: Callable[[], None], fine: str) -> str:
+    try:
+        check()
+    except InputError as error:
+        return f"no: {error}"
+    return fine
+
+
+def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedConfig, Groups]:
+    """The first layers of a model, as many as hold one of each kind, and two if there are two."""
+    seen: set[tuple[tuple[str, int, int], ...]] = set()
+    last = min(1, len(groups.layers) - 1)
+    for layer in groups.layers:
+        alike = tuple((group.kind, group.units, group.cost) for group in groups if group.layer == layer.number)
+        if alike not in seen:
+            seen.add(alike)
+            last = max(last, layer.number)
+    config = copy.deepcopy(config)
+    shorten(config.get_text_config(), range(last + 1))
+    kept = tuple(group for group in groups if group.layer <= last)
+    return config, replace(groups, groups=kept, layers=groups.layers[: last + 1])
+
+
+def _shapes(model: PreTrainedModel) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _cut_shapes(whole: Shapes, groups: Groups, left: Mapping[str, int]) -> Shapes:
+    shapes = dict(whole)
+    for group in groups:
+        for piece in group.slices:
+            if not piece.is_adapter:
+                name = f"{piece.module}.{piece.parameter.rpartition('.')[2]}"
+                sizes = list(shapes[name])
+                sizes[piece.axis] -= (group.units - left[group.name]) * piece.index.shape[1]
+                shapes[name] = tuple(sizes)
+    return shapes
+
+
+def _mismatch(built: Shapes, wanted: Shapes) -> str:
+    """The first tensor that differs, in words; a bias that is only in `built` can be zero."""
+    for name, shape in wanted.items():
+        if built.get(name) != shape:
+            has = f"has {list(built[name])}" if name in built else "has none"
+            return f"{name} would be {list(shape)}, the stock class {has}"
+    extra = [name for name in built if name not in wanted and not name.endswith(".bias")]
+    return f"the stock class also has {extra[0]}" if extra else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
+
+
+def ranges(counts: Iterable[int]) -> str:
+    """Numbers for a reader: `1, 2, 4`, `1–40`."""
+    runs: list[list[int]] = []
+    for count in counts:
+        if runs and count == runs[-1][-1] + 1:
+            runs[-1][1:] = [count]
+        else:
+            runs.append([count])
+    return ", ".join("–".join(map(str, run)) for run in runs)

@@ -1,0 +1,241 @@
+"""Families: each is pruned as far as its stock class allows; what a class cannot have is known before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from conftest import QUICK, CommandLine, make_tokenizer
+from transformers import AutoConfig, Qwen2Config
+from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
+
+from regrow.checkpoint.shape import added_parameters, describe, pruned_config
+from regrow.checkpoint.stock import check_free, check_offer, prunable_groups, ranges, stock_widths
+from regrow.errors import InputError
+from regrow.planning.allocation import choose
+from regrow.planning.plan import Plan
+from regrow.run import prune
+from regrow.settings import Pruning
+from regrow.structure.adapters import adapter_parameters
+from regrow.structure.cut import cut
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups, find_groups
+
+NO_HEADS = {"GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT"}
+ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE"}
+"""Families in which one norm goes over all heads."""
+NO_FFN = {"BLOOM", "MPT", "Mixtral", "Qwen3-MoE", "OLMoE"}
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict[str, Found]:
+    """What has been seen so far, by family; the checkpoints lie in `scratch`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("zoo")
+
+
+def folder_of(scratch: Path, family: str) -> Path:
+    return scratch / str(list(FAMILIES).index(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_is_cut(family: str, checked: dict[str, Found], scratch: Path) -> None:
+    found = checked[family] = zoo.check(family, folder_of(scratch, family))
+    assert found.difference < CLOSE
+    assert found.changed > 1e-2, "a mask that changes nothing proves nothing"
+    assert found.linears >= 4
+    offered = {kind for kind, widths in found.widths.items() if len(widths.counts) > 1}
+    assert ("attention" in offered) == (family not in NO_HEADS | ONE_NORM)
+    assert ("ffn" in offered) == (family not in NO_FFN)
+    assert all(widths.refusal for widths in found.widths.values() if len(widths.counts) == 1)
+
+
+def test_a_fresh_process_computes_and_writes_the_same(checked: dict[str, Found], scratch: Path) -> None:
+    """One process for all of them; those that another worker has been given are pruned here too."""
+    for family in set(FAMILIES) - set(checked):
+        checked[family] = zoo.check(family, folder_of(scratch, family))
+    folders = [folder_of(scratch, family) for family in checked]
+    seen = zoo.reload(folders, [found.logits for found in checked.values()])
+    wrong = {
+        family: reloaded
+        for family, reloaded in zip(checked, seen, strict=True)
+        if reloaded.difference > CLOSE or reloaded.regrow_imported or not reloaded.generates
+    }
+    assert not wrong
+
+
+def widths_of(family: str) -> dict[str, str]:
+    with torch.device("meta"):
+        model = zoo.hf.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    return {kind: ranges(widths.counts) for kind, widths in stock_widths(model.config, find_groups(model)).items()}
+
+
+def test_some_classes_want_heads_that_divide_the_hidden_size() -> None:
+    assert widths_of("Gemma 2")["attention"] == "1–2, 4"
+    assert widths_of("Llama")["attention"] == "1–4", "what Llama's class refuses, Mistral's takes"
+
+
+def test_ranges_are_short() -> None:
+    assert ranges([1, 2, 4, 6, 7, 8]) == "1–2, 4, 6–8"
+    assert ranges(range(1, 6)) == "1–5"
+    assert ranges([3]) == "3"
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def flat_scores(groups: Groups) -> dict[str, torch.Tensor]:
+    return {group.name: torch.arange(group.units, dtype=torch.float32) for group in groups}
+
+
+def planned(family: str, pruning: Pruning) -> dict[str, int]:
+    groups = prunable_groups(build(family))
+    plan = choose(groups, Plan.whole(groups), flat_scores(groups), pruning)
+    assert plan.sparsity.block >= pruning.sparsity
+    return {name.partition(".")[2]: len(group.keep) for name, group in plan.groups.items()}
+
+
+def test_what_cannot_be_cut_is_made_up_for_by_what_can() -> None:
+    kept = planned("GPT-NeoX", Pruning(sparsity=0.2))
+    assert {kept[f"{layer}.attention"] for layer in range(3)} == {8}
+    assert len({kept[f"{layer}.ffn"] for layer in range(3)}) == 1
+    assert kept["0.ffn"] < 30
+
+
+@pytest.mark.parametrize("sparsity", [0.15, 0.3, 0.45, 0.6])
+def test_only_possible_numbers_of_heads_are_planned(sparsity: float) -> None:
+    kept = planned("Gemma 2", Pruning(sparsity=sparsity))
+    assert {kept[f"{layer}.attention"] for layer in range(3)} <= {1, 2, 4}
+    assert planned("Gemma 2", Pruning(sparsity=0.25, kinds=("attention",)))["0.attention"] == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "pruning", "reason"),
+    [
+        ("BLOOM", Pruning(), "no key for the width"),
+        ("GPT-2", Pruning(kinds=("attention",)), "the stock class has"),
+        ("GPT-2", Pruning(shape="free"), "cannot have widths of their own"),
+        ("OLMo 2", Pruning(kinds=("attention",)), "without the others"),
+        ("OLMoE", Pruning(), "of experts"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_run(family: str, pruning: Pruning, reason: str) -> None:
+    model = build(family)
+    with pytest.raises(InputError, match=reason):
+        check_offer(model.config, prunable_groups(model), pruning)
+
+
+def test_a_part_that_stays_whole_is_told() -> None:
+    model = build("GPT-2")
+    groups = prunable_groups(model)
+    (told,) = check_offer(model.config, groups, Pruning())
+    assert told.startswith("KV heads stay as they are")
+    assert check_offer(model.config, groups, Pruning(kinds=("ffn", "layer"))) == []
+    check_free(FAMILIES["Llama"](), find_groups(build("Llama")))
+
+
+# --- saving under another name -------------------------------------------------------------------
+
+
+def test_a_qwen2_with_fewer_heads_is_saved_as_a_llama(scratch: Path) -> None:
+    model = build("Qwen2")
+    groups = find_groups(model)
+    left = cut(model, groups, {g.name: np.arange(2) for g in groups if g.kind == "attention"})
+    describe(model, groups, left)
+    assert (model.config.model_type, model.config.head_dim) == ("llama", 8)
+    model.save_pretrained(scratch / "qwen2")
+    (reloaded,) = zoo.reload([scratch / "qwen2"], [zoo.logits_of(model)])
+    assert reloaded == Reloaded("LlamaForCausalLM", True, False, 0.0)
+
+
+def test_what_the_llama_has_more_is_known_beforehand() -> None:
+    model = build("Qwen2")
+    groups = find_groups(model)
+    left = cut(model, groups, {g.name: np.arange(2) for g in groups if g.kind == "attention"})
+    describe(model, groups, left)
+    extra = sum(parameter.numel() for parameter in model.parameters()) - left.total_parameters
+    assert extra == added_parameters(FAMILIES["Qwen2"]()) == 3 * 64
+    assert added_parameters(FAMILIES["Llama"]()) == 0
+
+
+@pytest.mark.parametrize("what", ["ffn only", "heads do not divide", "sliding window"])
+def test_a_qwen2_stays_one_where_llama_cannot_say_it(what: str) -> None:
+    config = FAMILIES["Qwen2"]()
+    if what == "sliding window":
+        config = Qwen2Config(**zoo.GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    with torch.device("meta"):
+        model = zoo.hf.AutoModelForCausalLM.from_config(config)
+    groups = find_groups(model)
+    kind, count = ("ffn", 20) if what == "ffn only" else ("attention", 3 if what == "heads do not divide" else 2)
+    left = cut(model, groups, {g.name: np.arange(count) for g in groups if g.kind == kind})
+    assert pruned_config(config, groups, left).model_type == "qwen2"
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Phi-3"])
+def test_turned_and_fused_weights_train_after_a_cut(family: str) -> None:
+    """The gradient of each gate is that of the consumer's columns, and LoRA's factors have the cut shapes."""
+    model = build(family).double()
+    groups = with_lora(model)
+    keep = zoo.some_units(groups, stock_widths(model.config, groups), [])
+    left = cut(model, groups, keep)
+    model.double().eval()
+    got: dict[str, torch.Tensor] = {}
+    with Gates(model, left.groups) as gates, gates.recording(1.0, lambda name, c: got.update({name: c.sum(0)})):
+        model(input_ids=zoo.IDS, use_cache=False).logits.square().mean().backward()
+        before = {name: value.clone() for name, value in got.items()}
+    assert all(parameter.grad is not None for parameter in adapter_parameters(model))
+    step = 1e-4
+    for group in (left[0], left[1]):
+        losses = []
+        for sign in (1, -1):
+            value = torch.ones(group.units, dtype=torch.float64)
+            value[1] += sign * step
+            with Gates(model, left.groups) as gates, torch.no_grad():
+                gates.set(group.name, value)
+                losses.append(float(model(input_ids=zoo.IDS, use_cache=False).logits.square().mean()))
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert float(before[group.name][1]) == pytest.approx(slope, rel=2e-2, abs=1e-6)
+
+
+def test_a_gpt2_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: None) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**FAMILIES["GPT-2"]().to_dict(), "vocab_size": 300})
+    zoo.hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer(tmp_path / "gpt2")
+    few = {"training.steps": 2, "compensation.windows": 4, "search.evaluations": 0, "pruning.sparsity": 0.2}
+    result = prune(str(tmp_path / "gpt2"), tmp_path / "out", "regrow", data=str(text), overrides={**QUICK, **few})
+    assert result.plan.sparsity.block >= 0.2
+    assert {len(g.keep) for name, g in result.plan.groups.items() if name.endswith("attention")} == {8}
+
+
+def test_inspect_says_what_is_possible(command: CommandLine, tmp_path: Path) -> None:
+    FAMILIES["Gemma 2"]().save_pretrained(tmp_path)
+    done = command("inspect", tmp_path)
+    assert (done.code, done.stderr) == (0, "")
+    assert "KV heads: 1–2, 4 of 4 in every layer (others: " in done.stdout
+    assert "FFN channels: 1–40 of 40 in every layer" in done.stdout
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_family() -> None:
+    page = zoo.PAGE.read_text(encoding="utf-8").split(zoo.MARK)[1]
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    assert rows[2:] == list(FAMILIES)
+    assert "✗" not in page
+
+
+def test_the_script_runs_by_itself() -> None:
+    done = subprocess.run([sys.executable, zoo.__file__, "MPT"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[2].startswith("| MPT | – | – | ✓ |")
