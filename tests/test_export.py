@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import regrow
 from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.checkpoint.save import needs_remote_code, save_checkpoint
-from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.shape import describe
 from regrow.checkpoint.verify import verify_checkpoint
 from regrow.errors import InputError
 from regrow.structure.cut import cut
@@ -48,7 +48,7 @@ def random_model(family: str, **changes: object) -> PreTrainedModel:
 def shrink(model: PreTrainedModel, even: bool) -> None:
     whole = find_groups(model)
     left = cut(model, whole, uniform_keep(whole, heads=2, channels=30) if even else random_keep(whole, 4))
-    model.config = pruned_config(model.config, whole, left)
+    describe(model, whole, left)
 
 
 def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

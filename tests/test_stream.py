@@ -17,7 +17,7 @@ import regrow
 from regrow.checkpoint.load import load_config, load_model
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.save import save_checkpoint
-from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.shape import describe
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
@@ -68,7 +68,7 @@ def in_memory(source: Path, folder: Path, keep_of, dtype: torch.dtype = torch.fl
             parameter.data += 0.1 * torch.randn_like(parameter)
             kept[f"{module}.{name}"] = parameter.detach().clone()
     merge_lora(model)
-    model.config = pruned_config(model.config, whole, left)
+    describe(model, whole, left)
     tokenizer, extras = AutoTokenizer.from_pretrained(source), texts(str(source), None, plan)
     save_checkpoint(model, tokenizer, folder / "memory", dtype=dtype, shard_size=SHARD, extras=extras)
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))

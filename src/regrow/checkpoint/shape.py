@@ -84,7 +84,8 @@ def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
         InputError: if no class takes these widths.
     """
     config = pruned_config(model.config, original, now)
-    if config.model_type != model.config.model_type:
+    even = is_even(layer_widths(model.config, original, now))  # uneven layers have no stock model to compare with
+    if even and config.model_type != model.config.model_type:
         named = dict(model.named_parameters())
         for name, like in build_empty(config).named_parameters():
             if name not in named:
