@@ -301,12 +301,14 @@ def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
 
     refused("not of a model pruned by this plan", {("model.layers.0.self_attn.q_proj", "B"): torch.zeros(7, 3)})
     refused("factors for model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
-    refused("is no LoRA factor", {("model.layers.0.self_attn.q_proj.lora_magnitude", "A"): b, ("x.lora_A.y", "A"): b})
     refused(
         "layers change their numbers",
         {("model.layers.0.self_attn.o_proj", "B"): torch.zeros(48, 3)},
         rank_pattern={"layers.1.up_proj": 2},
     )
+    save_file({"base_model.model.x.lora_magnitude_vector": b}, tmp_path / "small" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="lora_magnitude_vector is no LoRA factor"):
+        Adapter.read(tmp_path / "small")
     with pytest.raises(InputError, match="PEFT's folder"):
         regrow.scatter(tmp_path, tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
 
