@@ -221,7 +221,7 @@ def test_no_full_copy_of_the_base_is_kept(folder: Path, kind: str) -> None:
     before = of_full_size()
     model = load_model(str(folder), quantization=kind)
     pruner, _, _ = train_on(model, "lora", cut_early=kind == "int8")
-    assert of_full_size() == before
+    assert of_full_size() <= before
     del pruner
     release(model)
     assert all(p.device.type == "meta" for p in model.parameters())

@@ -111,6 +111,11 @@ class Compensator:
         treated = [group for group in groups if self.treats(group)]
         return any(self.settings.carrier == "base" or self._bias(group) is not None for group in treated)
 
+    @property
+    def written(self) -> frozenset[str]:
+        """Which parameters of a consumer a refit may write to."""
+        return frozenset({"bias"} if self.settings.carrier == "adapter" else {"weight", "bias"})
+
     def treats(self, group: Group) -> bool:
         """Whether the recipe wants a refit, and there is one consumer that can be given it."""
         return self.settings.method != "none" and len(group.consumers) == 1

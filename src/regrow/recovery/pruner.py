@@ -28,7 +28,6 @@ from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
-from regrow.structure.quantised import kept_as
 
 
 @dataclass(frozen=True)
@@ -208,14 +207,20 @@ class Pruner:
 
     def refitted(self) -> dict[str, torch.Tensor]:
         """Copies of the base parameters that compensation has written to, by their present names, on the CPU."""
-        written = self.preparation.refitted if self.preparation else set()
-        found: dict[str, torch.Tensor] = {}
-        for group in self.groups:
-            if group.name in written:
-                module = group.consumers[0].parameter.rpartition(".")[0]
-                parameters = self.model.get_submodule(module).named_parameters(recurse=False)
-                found |= {f"{module}.{name}": p.detach().cpu().clone() for name, p in parameters if not kept_as(p)}
-        return found
+        if self.preparation is None:
+            return {}
+        names = self.preparation.compensator.written
+        modules = {
+            group.consumers[0].parameter.rpartition(".")[0]
+            for group in self.groups
+            if group.name in self.preparation.refitted
+        }
+        return {
+            f"{module}.{name}": parameter.detach().cpu().clone()
+            for module in sorted(modules)
+            for name, parameter in self.model.get_submodule(module).named_parameters(recurse=False)
+            if name in names
+        }
 
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors

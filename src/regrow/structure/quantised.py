@@ -13,7 +13,7 @@ error, and no gradient passes through it.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,6 +57,7 @@ def settle(model: nn.Module) -> None:
             linear.init_8bit_state()  # else the first forward pass moves weight and scales there
         else:
             linear.support_avx512bf16_for_cpu = False
+            linear.weight.module = None  # a cycle: the model would outlive its last use
 
 
 @torch.no_grad()
@@ -89,8 +90,16 @@ def cut_weight(linear: Any, axis: int, positions: Tensor) -> None:
         return
     shape = list(weight_shape(weight))
     shape[axis] = len(positions)
+    _let_go(linear, shape)
+
+
+def _let_go(linear: Any, shape: Sequence[int]) -> None:
+    """Leave nothing of a quantised weight but a shape."""
+    if kept_as(linear.weight) == "int8":
+        linear.state.CB = linear.state.SCB = None
+    else:
+        linear.quant_state = None
     linear.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-    linear.quant_state = None
 
 
 def stand_in(linear: Any, dtype: torch.dtype) -> nn.Linear:
@@ -102,8 +111,7 @@ def stand_in(linear: Any, dtype: torch.dtype) -> nn.Linear:
 def copy_into(memo: dict[int, Any], linear: Any) -> None:
     """Let `copy.deepcopy` with this memo copy a quantised linear's weight once, and find it where it is referred to.
 
-    Left to themselves an 8-bit linear would be copied with two weights, and a 4-bit weight with a reference to the
-    linear it was copied from.
+    Left to themselves an 8-bit linear would be copied with two weights, a 4-bit one with two sets of scales.
     """
     weight = linear.weight
     if kept_as(weight) == "int8":
@@ -111,8 +119,8 @@ def copy_into(memo: dict[int, Any], linear: Any) -> None:
         memo[id(linear.state.CB)] = fresh.data
     else:
         fresh = copy.copy(weight)
-        fresh.data, fresh.quant_state, fresh.module = weight.data.clone(), copy.deepcopy(weight.quant_state), None
-        memo[id(linear.quant_state)] = fresh.quant_state
+        fresh.data, fresh.quant_state = weight.data.clone(), copy.deepcopy(weight.quant_state)
+        memo[id(weight.quant_state)] = fresh.quant_state
     memo[id(weight)] = fresh
 
 
@@ -130,6 +138,6 @@ def held_bytes(model: nn.Module) -> int:
 
 def release(model: nn.Module) -> None:
     """Give a model's memory back; its shapes are left."""
-    for linear in quantised_linears(model):
-        linear.to("meta")  # scales are no parameters: the model as a whole would not take them along
+    for linear in list(quantised_linears(model)):
+        _let_go(linear, weight_shape(linear.weight))
     model.to("meta")
