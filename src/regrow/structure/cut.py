@@ -15,6 +15,10 @@ from regrow.structure.depth import remove_layers
 from regrow.structure.groups import Group, Groups, Slice
 
 
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+"""Under which names an attention, or its config, keeps how many heads it has."""
+
+
 @torch.no_grad()
 def cut(
     model: PreTrainedModel,
@@ -98,9 +102,6 @@ def _follow(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
-
-
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 
 
 def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
