@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from regrow.structure.depth import remove_layers
 from regrow.structure.groups import Group, Groups, Slice
 
-
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
 
