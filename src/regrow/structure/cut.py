@@ -15,6 +15,9 @@ from regrow.structure.depth import remove_layers
 from regrow.structure.groups import Group, Groups, Slice
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
 
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+"""Under which names an attention, or its config, keeps how many heads it has."""
+
 
 @torch.no_grad()
 def cut(
@@ -104,9 +107,6 @@ def _follow(module: nn.Module) -> None:
         module.out_features, module.in_features = weight_shape(module.weight)
     elif isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
-
-
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 
 
 def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
