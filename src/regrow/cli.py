@@ -331,10 +331,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging as standard_logging
     import warnings
-
-    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
 
     warnings.simplefilter("ignore")
     from transformers.utils import logging
