@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no remote code."""
 
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,7 @@ def _quantised(bones: PreTrainedModel, quantization: str, dtype: torch.dtype, de
         raise InputError(
             f"training.quantization={quantization} needs bitsandbytes: pip install 'regrow[quant]', or set none"
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns at every product of an 8-bit linear
     inside, by_blocks = decoder_layers(bones)[0], quantization == "nf4" and device.type == "cpu"
     linears = {name: module for name, module in bones.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     left_alone = [
