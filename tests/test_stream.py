@@ -309,7 +309,7 @@ def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
     save_file({"base_model.model.x.lora_magnitude_vector": b}, tmp_path / "small" / "adapter_model.safetensors")
     with pytest.raises(InputError, match="lora_magnitude_vector is no LoRA factor"):
         Adapter.read(tmp_path / "small")
-    with pytest.raises(InputError, match="PEFT's folder"):
+    with pytest.raises(InputError, match="give a PEFT adapter's folder"):
         regrow.scatter(tmp_path, tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
 
 
