@@ -125,16 +125,16 @@ class Walk:
         model = self.load(tokenizer)
         self.begin("trace groups")
         whole = prunable_groups(model)
-        for told in check_offer(model.config, whole, self.recipe.pruning):
-            self.progress.say(told)
+        notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
-        self.progress.say(memory)
         if text is None:
             text = self.write_text(model, tokenizer)
         self.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
+        for note in notes:
+            self.progress.say(note)
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         self.begin("merge and save")
