@@ -332,7 +332,9 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
+    from logging import ERROR, getLogger
 
+    getLogger("bitsandbytes").setLevel(ERROR)  # peft imports it wherever it is installed
     warnings.simplefilter("ignore")
     from transformers.utils import logging
 
