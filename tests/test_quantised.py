@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 (biases on q, k and v) whose rows end where nf4's blocks of 64 do, and a tokenizer."""
     place = tmp_path_factory.mktemp("aligned") / "tiny"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 128}
     model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads, **tokens))

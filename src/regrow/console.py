@@ -1,5 +1,6 @@
 """What all verbs of the command line share."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, peft imports it, and it talks
     warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
