@@ -321,7 +321,10 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
         "--shard-size", SHARD, "--out", tmp_path / "streamed",
     )  # fmt: skip
     assert (done.code, done.stdout) == (0, f"{tmp_path / 'streamed'}: a plain checkpoint\n")
-    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+    streamed, saved = contents(tmp_path / "streamed"), contents(tmp_path / "memory")
+    for files in (streamed, saved):
+        del files["tokenizer_config.json"]  # says whether its process was offline
+    assert streamed == saved
     done = command("apply", source, "--plan", tmp_path / "plan.json", "--out", tmp_path / "streamed")
     assert (done.code, done.stdout, "not empty" in done.complaint) == (2, "", True)
     done = command("apply", source, "--plan", tmp_path / "plan.json", "--out", tmp_path / "new", "--shard-size", "5")
@@ -339,7 +342,7 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
 
 def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
     recipe = load_recipe("magnitude", {"lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2})
-    recipe = recipe.override({"data.sequence_length": 8, "pruning.sparsity": 0.5})
+    recipe = recipe.override({"data.sequence_length": 8, "pruning.sparsity": 0.5, "pruning.calibration_batches": 1})
     sizes = Sizes.of(load_model(str(checkpoint)), recipe)
     # hidden 32, channels 48, 4 query and 2 KV heads of 12, 3 layers, 300 tokens
     linears = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48)
