@@ -98,29 +98,13 @@ class Walk:
 
     def walk(self) -> Result:
         """Everything, start to end."""
-        recipe = self.recipe = settle_quantization(self.recipe, self.progress)
-        check_settings(recipe)
-        if Path(self.name).resolve() == (self.folder / "model").resolve():
-            raise InputError(f"{self.name} is where the result would go; choose another --out")
-        if check_folder(self.folder):
-            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
-        config = load_config(self.name)
-        if "layer" in recipe.pruning.kinds:
-            check_depth(config)
-        for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
-            check_length(config, length)
-        tokenizer = load_tokenizer(self.name)
-
+        tokenizer = self.check()
         text = None
-        if writes_own_text(recipe.data):
-            check_length(config, recipe.generate.length)
-            start_token(tokenizer)
-            tokens_to_write(recipe, training_tokens(recipe))
-        else:
+        if not writes_own_text(self.recipe.data):
             self.begin("read text")
-            text = read_text(recipe, tokenizer)
-        check_files(self.name, recipe)
-        memory = check_memory(self.name, config, recipe)
+            text = read_text(self.recipe, tokenizer)
+        check_files(self.name, self.recipe)
+        memory = check_memory(self.name, load_config(self.name), self.recipe)
         self.begin("load model")
         model = self.load(tokenizer)
         self.begin("trace groups")
@@ -148,11 +132,35 @@ class Walk:
         self.begin("verify in a fresh process")
         verification = self.verify(model, text)
         del model
-        if recipe.output.keep_adapter:
+        if self.recipe.output.keep_adapter:
             self.begin("keep the adapter")
             keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
         results = self.evaluate(trained, tokenizer, text, verification)
         return self.report(trained, results)
+
+    def check(self) -> PreTrainedTokenizerBase:
+        """Fail early by whatever recipe, folder, config and tokenizer can tell; the tokenizer.
+
+        Raises:
+            InputError: if the run cannot work.
+        """
+        recipe = self.recipe = settle_quantization(self.recipe, self.progress)
+        check_settings(recipe)
+        if Path(self.name).resolve() == (self.folder / "model").resolve():
+            raise InputError(f"{self.name} is where the result would go; choose another --out")
+        if check_folder(self.folder):
+            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
+        config = load_config(self.name)
+        if "layer" in recipe.pruning.kinds:
+            check_depth(config)
+        for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
+            check_length(config, length)
+        tokenizer = load_tokenizer(self.name)
+        if writes_own_text(recipe.data):
+            check_length(config, recipe.generate.length)
+            start_token(tokenizer)
+            tokens_to_write(recipe, training_tokens(recipe))
+        return tokenizer
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """Close the books of the stage before, open the next."""
