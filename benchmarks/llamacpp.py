@@ -23,14 +23,14 @@ from regrow.data.source import load_documents
 from regrow.data.tokens import Windows, make_windows
 from regrow.evaluation.perplexity import perplexity
 from regrow.formats.llamacpp import TYPES, write_gguf
-from regrow.formats.source import Source
+from regrow.formats.source import Checkpoint
 
 
 def main() -> None:
     """Measure, print the table, write the file."""
     options = arguments()
     torch.set_num_threads(1)
-    source = Source(options.checkpoint)
+    source = Checkpoint(options.checkpoint)
     windows = make_windows(
         load_documents(options.data, "text"),
         load_tokenizer(str(source.folder)),

@@ -23,6 +23,7 @@ from transformers import (
 
 from regrow.checkpoint.verify import Verification
 from regrow.planning.plan import Plan
+from regrow.recovery.pruner import Pruner
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
 
@@ -96,6 +97,17 @@ def logits(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = 
 def plan_of(groups: Groups, keep: dict[str, np.ndarray]) -> Plan:
     """A plan that keeps `keep`."""
     return Plan.whole(groups).keeping({name: units.tolist() for name, units in keep.items()})
+
+
+def go_through(pruner: Pruner, steps: int) -> list[float]:
+    """Calibrate and take every step of a schedule, its last event included; the losses."""
+    losses = []
+    pruner.calibrate()
+    for step in range(steps):
+        pruner.before_step(step)
+        losses.append(pruner.train_step())
+    pruner.before_step(steps)
+    return losses
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, build, make_tokenizer, random_keep, with_lora
+from conftest import QUICK, build, go_through, make_tokenizer, random_keep, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -131,13 +131,9 @@ def train_on(model: PreTrainedModel, name: str, cut_early: bool) -> tuple[Pruner
     settings |= {"training.learning_rate": 3e-3, "lora.dropout": 0.0, "pruning.protect_last": 0}
     recipe = load_recipe("loraprune", settings | {"pruning.criterion": name})
     groups = with_lora(model, fill=False)
-    learner, losses = Learner(model, recipe.training, data()), []
+    learner = Learner(model, recipe.training, data())
     with Pruner(model, groups, recipe, learner, data(1), cut_early=cut_early) as pruner:
-        pruner.calibrate()
-        for step in range(STEPS):
-            pruner.before_step(step)
-            losses.append(pruner.train_step())
-        pruner.before_step(STEPS)
+        losses = go_through(pruner, STEPS)
         pruner.settle()
     return pruner, losses, groups
 

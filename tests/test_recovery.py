@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import build, logits, with_lora
+from conftest import build, go_through, logits, with_lora
 
 from regrow.data.tokens import Batch
 from regrow.planning.plan import Plan
@@ -44,12 +44,7 @@ def run(recipe: Recipe, cut_early: bool = True, family: str = "llama-gqa"):
     groups = with_lora(model, fill=False)
     learner = Learner(model, recipe.training, data())
     with Pruner(model, groups, recipe, learner, data(1), cut_early=cut_early) as pruner:
-        pruner.calibrate()
-        losses = []
-        for step in range(STEPS):
-            pruner.before_step(step)
-            losses.append(pruner.train_step())
-        pruner.before_step(STEPS)
+        losses = go_through(pruner, STEPS)
         pruner.finish()
     return model, pruner, losses
 

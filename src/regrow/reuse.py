@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from regrow.checkpoint.files import storage_errors
+from regrow.checkpoint.files import check_new, storage_errors
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
@@ -62,7 +62,7 @@ def apply(
     given = {"output.dtype": dtype, "output.shard_size": shard_size}
     output = (recipe or Recipe()).override({key: value for key, value in given.items() if value is not None}).output
     folder = Path(out)
-    _check_new(folder)
+    check_new(folder)
     assert plan is not None
     chosen = read_plan(Path(plan))
     load_config(model)
@@ -96,7 +96,7 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
         InputError: if what is given does not fit together.
     """
     folder = Path(out)
-    _check_new(folder)
+    check_new(folder)
     chosen, small, skeleton = read_plan(Path(plan)), Adapter.read(Path(adapter)), load_skeleton(model)
     whole = find_groups(skeleton)
     check_plan(chosen, whole, model)
@@ -142,8 +142,3 @@ def read_plan(file: Path) -> Plan:
         return Plan.parse(file.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise InputError(f"plan {file}: {error.strerror}; give a run's plan.json") from error
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and not empty; give a new folder")

@@ -71,6 +71,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """See that a folder can be written anew, before any work is done for it.
+
+    Raises:
+        InputError: if something is there already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and not empty; give a new folder")
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when it is whole, and vanishes on an error."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from regrow.data.source import looks_like_path
 from regrow.errors import InputError
+from regrow.structure.adapters import is_linear, linear_shape
 from regrow.structure.quantised import settle
 from regrow.structure.trace import decoder_layers
 
@@ -110,11 +109,11 @@ def _quantised(bones: PreTrainedModel, quantization: str, dtype: torch.dtype, de
         )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns at every product of an 8-bit linear
     inside, by_blocks = decoder_layers(bones)[0], quantization == "nf4" and device.type == "cpu"
-    linears = {name: module for name, module in bones.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {name: module for name, module in bones.named_modules() if is_linear(module)}
     left_alone = [
         re.escape(name)
         for name, module in linears.items()
-        if not name.startswith(f"{inside}.") or (by_blocks and _columns(module) % NF4_BLOCK)
+        if not name.startswith(f"{inside}.") or (by_blocks and linear_shape(module)[1] % NF4_BLOCK)
     ]
     config = BitsAndBytesConfig(
         load_in_8bit=quantization == "int8",
@@ -125,11 +124,6 @@ def _quantised(bones: PreTrainedModel, quantization: str, dtype: torch.dtype, de
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _columns(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

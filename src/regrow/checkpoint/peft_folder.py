@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.files import new_folder, write_bytes, write_json
 from regrow.errors import InputError
 from regrow.settings import Lora
-from regrow.structure.adapters import ADAPTER
+from regrow.structure.adapters import ADAPTER, linear_shape
 from regrow.structure.positions import IndexMap
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -130,10 +129,8 @@ class Adapter:
 def _shape(model: PreTrainedModel, linear: str) -> tuple[int, int]:
     """`(outputs, inputs)` of a linear."""
     try:
-        module = model.get_submodule(linear)
-        out, into = module.get_parameter("weight").shape
+        return linear_shape(model.get_submodule(linear))
     except (AttributeError, ValueError) as error:
         raise InputError(
             f"the adapter has factors for {linear}, which is no linear of {type(model).__name__}"
         ) from error
-    return (into, out) if isinstance(module, Conv1D) else (out, into)

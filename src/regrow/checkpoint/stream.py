@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.files import new_folder, write_json
 from regrow.checkpoint.save import write_description
@@ -26,7 +25,7 @@ from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
-from regrow.structure.adapters import ADAPTER
+from regrow.structure.adapters import ADAPTER, linear_shape, merged_weight
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 from regrow.structure.positions import IndexMap, index_map
@@ -94,8 +93,8 @@ class _Change:
         linear = name.removesuffix(".weight")
         if self.adapters is not None and self.merge and (key := _factor(linear, "A")) in self.adapters.entries:
             a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
-            delta = (b @ a).mul_(float(self.adapters.metadata[SCALING]))  # float32, as the sum is
-            tensor = (delta.T if isinstance(self.model.get_submodule(linear), Conv1D) else delta).add_(tensor)
+            scaling = float(self.adapters.metadata[SCALING])
+            tensor = merged_weight(self.model.get_submodule(linear), tensor, a, b, scaling)
         return tensor.to(self.model.get_parameter_or_buffer(name).dtype)
 
     def _stored_name(self, parameter: str) -> str:
@@ -116,8 +115,7 @@ class _Change:
             linear, _, factor = key.partition(".lora_")
             shape = wanted.get(f"{linear}.base_layer.weight" if factor else key)
             if shape is not None and factor:
-                module = self.model.get_submodule(linear)
-                out, into = reversed(shape) if isinstance(module, Conv1D) else shape
+                out, into = linear_shape(self.model.get_submodule(linear))
                 shape = (entry.shape[0], into) if factor.startswith("A.") else (out, entry.shape[1])
             if shape != entry.shape:
                 raise InputError(

@@ -11,7 +11,7 @@ from regrow.checkpoint.files import storage_errors
 from regrow.checkpoint.load import load_model
 from regrow.errors import InputError
 from regrow.formats.pad import pad_checkpoint
-from regrow.formats.source import Source, model_name
+from regrow.formats.source import Checkpoint, model_name
 
 Format = Literal["gguf", "onnx"]
 
@@ -45,7 +45,7 @@ def export(
     Raises:
         InputError: if something given cannot work, or an extra is not installed.
     """
-    place, source = Path(out), Source(Path(folder))
+    place, source = Path(out), Checkpoint(Path(folder))
     if to is None and not pad:
         raise InputError("export: say what to write: --to gguf, --to onnx, or --pad")
     if (kind != "auto" or converter) and to != "gguf":
@@ -66,7 +66,7 @@ def export(
         return _gguf(source, place, kind, Path(converter) if converter is not None else None)
 
 
-def _pad(source: Source, out: Path, multiple: int) -> dict[str, Any]:
+def _pad(source: Checkpoint, out: Path, multiple: int) -> dict[str, Any]:
     wide = pad_checkpoint(source, out, multiple)
     return {
         "out": str(out),
@@ -79,7 +79,7 @@ def _pad(source: Source, out: Path, multiple: int) -> dict[str, Any]:
     }
 
 
-def _gguf(source: Source, out: Path, kind: str, converter: Path | None) -> dict[str, Any]:
+def _gguf(source: Checkpoint, out: Path, kind: str, converter: Path | None) -> dict[str, Any]:
     if out.is_dir():
         raise InputError(f"{out} is a folder; give a file for GGUF, such as {out / 'model.gguf'}")
     if converter is not None:
@@ -107,7 +107,7 @@ def run_converter(converter: Path, folder: Path, out: Path, kind: str) -> None:
         raise InputError(f"{converter.name} did not convert {folder}: {last[0]}")
 
 
-def _onnx(source: Source, out: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _onnx(source: Checkpoint, out: Path, trust_remote_code: bool) -> dict[str, Any]:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         _require(module, "onnx")
     from regrow.formats.onnx_graph import write_onnx

@@ -24,7 +24,7 @@ from regrow.checkpoint.files import new_file
 from regrow.errors import InputError
 from regrow.formats.llamacpp_vocabulary import add_vocabulary
 from regrow.formats.pad import check_even, widen, widest
-from regrow.formats.source import LayerWidths, Source, layer_of, model_name
+from regrow.formats.source import Checkpoint, LayerWidths, layer_of, model_name
 
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3"}
 """`model_type` -> llama.cpp's architecture for equal layers. Its own `qwen2` guesses the head size; `llama` is told."""
@@ -82,7 +82,7 @@ class Piece:
         return gguf.quants.quantize(self.read().float().contiguous().numpy(), self.type)
 
 
-def write_gguf(source: Source, out: Path, kind: str = "auto") -> Written:
+def write_gguf(source: Checkpoint, out: Path, kind: str = "auto") -> Written:
     """Write a checkpoint as one GGUF file, a tensor in memory at a time.
 
     Args:
@@ -120,7 +120,7 @@ def write_gguf(source: Source, out: Path, kind: str = "auto") -> Written:
     return Written(architecture, kind, len(pieces), not source.even and not uneven, wider)
 
 
-def check_family(source: Source) -> str:
+def check_family(source: Checkpoint) -> str:
     """The architecture that computes what the checkpoint does, where all layers are equal.
 
     Raises:
@@ -141,7 +141,7 @@ def check_family(source: Source) -> str:
     return family
 
 
-def add_metadata(writer: gguf.GGUFWriter, source: Source, widths: Sequence[LayerWidths], kind: str) -> None:
+def add_metadata(writer: gguf.GGUFWriter, source: Checkpoint, widths: Sequence[LayerWidths], kind: str) -> None:
     """Everything about the model but its tensors and its vocabulary; lists where layers differ."""
     config = source.config.to_dict()
     window = [config[key] for key in ("max_position_embeddings", "sliding_window") if config.get(key)]
@@ -166,7 +166,7 @@ def add_metadata(writer: gguf.GGUFWriter, source: Source, widths: Sequence[Layer
         add(values if writer.arch == "deci" else values[0])
 
 
-def plan_pieces(source: Source, architecture: str, widths: Sequence[LayerWidths], kind: str) -> Iterator[Piece]:
+def plan_pieces(source: Checkpoint, architecture: str, widths: Sequence[LayerWidths], kind: str) -> Iterator[Piece]:
     """The file's tensors, in the checkpoint's order.
 
     Raises:
@@ -193,7 +193,7 @@ def plan_pieces(source: Source, architecture: str, widths: Sequence[LayerWidths]
         yield Piece("rope_freqs.weight", factors.shape, gguf.GGMLQuantizationType.F32, lambda: factors)
 
 
-def _read(source: Source, name: str, widths: Sequence[LayerWidths], permuted: bool) -> Tensor:
+def _read(source: Checkpoint, name: str, widths: Sequence[LayerWidths], permuted: bool) -> Tensor:
     layer, tensor = layer_of(name), source.tensor(name)
     if layer is None:
         return tensor
@@ -213,7 +213,7 @@ def pair_dimensions(rows: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def rope_factors(source: Source) -> Tensor:
+def rope_factors(source: Checkpoint) -> Tensor:
     """[D/2] What the plain RoPE frequencies are divided by, such as Llama 3.1's."""
     rope = source.config.rope_parameters
     scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](source.config, torch.device("cpu"))

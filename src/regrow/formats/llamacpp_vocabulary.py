@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from regrow.checkpoint.load import load_tokenizer
 from regrow.errors import InputError
-from regrow.formats.source import Source
+from regrow.formats.source import Checkpoint
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -28,7 +28,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 NEVER_MERGED = -1e9
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, source: Source) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     """Tokens, scores or merges, special tokens and chat template.
 
     Raises:
@@ -122,7 +122,7 @@ def _adds_space(described: Mapping[str, Any]) -> bool:
     return any(step.get("type") == "Prepend" for step in steps) or before.get("prepend_scheme") in ("always", "first")
 
 
-def _add_special(writer: gguf.GGUFWriter, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_special(writer: gguf.GGUFWriter, source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
     """Special tokens and whether they are added, as the tokenizer does with a text; the chat template."""
     logging.getLogger("gguf").setLevel(logging.ERROR)
     special = gguf.SpecialVocab(source.folder, n_vocab=source.config.vocab_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regrow.checkpoint.files import new_folder
+from regrow.checkpoint.files import check_new, new_folder
 from regrow.errors import InputError
 
 TOLERANCE = 1e-3
@@ -55,8 +55,7 @@ def write_onnx(model: PreTrainedModel, source: Path, out: Path) -> Graph:
     Raises:
         InputError: if the folder is taken, or what onnxruntime computes is not what the model does.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; give a new folder")
+    check_new(out)
     rows = model.config.get_text_config().vocab_size
     chance = torch.Generator().manual_seed(0)
     with new_folder(out) as partial, torch.inference_mode():

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from regrow.checkpoint.files import new_folder, write_json
+from regrow.checkpoint.files import check_new, new_folder, write_json
 from regrow.errors import InputError
-from regrow.formats.source import LAYER, WIDTH_KEYS, LayerWidths, Source, layer_of
+from regrow.formats.source import LAYER, WIDTH_KEYS, Checkpoint, LayerWidths, layer_of
 
 OUTPUT_AXES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "keys", "gate_proj": "channels", "up_proj": "channels"}
 """Linears whose output axis is as wide as the layer, and which of its widths that is."""
@@ -31,7 +31,7 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "mer
 SHARD_SIZE = "5GB"
 
 
-def pad_checkpoint(source: Source, out: Path, multiple: int = 1) -> LayerWidths:
+def pad_checkpoint(source: Checkpoint, out: Path, multiple: int = 1) -> LayerWidths:
     """Write a checkpoint whose layers are all as wide as the widest, of a stock class, one shard in memory at a time.
 
     Args:
@@ -44,8 +44,7 @@ def pad_checkpoint(source: Source, out: Path, multiple: int = 1) -> LayerWidths:
     Raises:
         InputError: if the folder is taken, or padding does not make the layers equal.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; give a new folder")
+    check_new(out)
     wide = widest(source.widths, multiple)
     outlines = {name: widen(name, source.outline(name), source, wide) for name in source.names}
     check_even(source.folder, outlines)
@@ -77,7 +76,7 @@ def widest(widths: Sequence[LayerWidths], multiple: int = 1) -> LayerWidths:
     return LayerWidths(kv_heads * queries, kv_heads, -(-channels // multiple) * multiple)
 
 
-def widen(name: str, tensor: Tensor, source: Source, wide: LayerWidths) -> Tensor:
+def widen(name: str, tensor: Tensor, source: Checkpoint, wide: LayerWidths) -> Tensor:
     """A tensor of a layer with zeros added up to the widths `wide`; other tensors as they are.
 
     Args:
@@ -129,7 +128,7 @@ def check_even(folder: Path, outlines: Mapping[str, Tensor]) -> None:
             raise InputError(f"{part} of {folder} differs from layer to layer and cannot be padded with zeros")
 
 
-def even_config(source: Source, wide: LayerWidths) -> dict[str, object]:
+def even_config(source: Checkpoint, wide: LayerWidths) -> dict[str, object]:
     """`config.json` of the padded checkpoint: a stock class, `head_dim` written out, the same widths everywhere.
 
     Raises:

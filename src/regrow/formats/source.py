@@ -33,7 +33,7 @@ class LayerWidths:
         return self.heads // self.kv_heads if self.kv_heads else 0
 
 
-class Source:
+class Checkpoint:
     """Weights, config and widths of a checkpoint, one tensor in memory at a time.
 
     Raises:

@@ -147,22 +147,24 @@ class _TokenLoss(torch.autograd.Function):
             chunk_BPV = logits_BTV[:, positions].float()
             log_q = chunk_BPV.log_softmax(-1)
             ce -= log_q.gather(-1, next_BP1)[..., 0][counts_BP].sum()
-            if target is None:
-                gradient = log_q.exp_()
-            else:
+            log_q_soft, p = log_q, None
+            if target is not None:
                 log_q_soft = log_q if temperature == 1 else (chunk_BPV / temperature).log_softmax(-1)
                 log_p = target.log_probs(positions, log_q_soft).clamp_(min=RULED_OUT)
                 p = log_p.exp()
                 kl += torch.linalg.vecdot(p, log_p.sub_(log_q_soft))[counts_BP].sum()
-                if temperature == 1:
-                    gradient = log_q.exp_().sub_(p, alpha=weight)
-                else:
-                    soft = log_q_soft.exp_().sub_(p)
-                    gradient = log_q.exp_().mul_(1 - weight).add_(soft, alpha=weight * temperature)
-            if grad_BTV is not None:
-                gradient.scatter_add_(-1, next_BP1, torch.full_like(next_BP1, weight - 1, dtype=gradient.dtype))
-                gradient.masked_fill_(~counts_BP[..., None], 0.0)
-                grad_BTV[:, positions] = gradient.div_(count).to(grad_BTV.dtype)
+            if grad_BTV is None:
+                continue
+            if p is None:
+                gradient = log_q.exp_()
+            elif temperature == 1:
+                gradient = log_q.exp_().sub_(p, alpha=weight)
+            else:
+                soft = log_q_soft.exp_().sub_(p)
+                gradient = log_q.exp_().mul_(1 - weight).add_(soft, alpha=weight * temperature)
+            gradient.scatter_add_(-1, next_BP1, torch.full_like(next_BP1, weight - 1, dtype=gradient.dtype))
+            gradient.masked_fill_(~counts_BP[..., None], 0.0)
+            grad_BTV[:, positions] = gradient.div_(count).to(grad_BTV.dtype)
         ctx.grad_BTV = grad_BTV
         ce, kl = ce / count, kl / count
         ctx.mark_non_differentiable(ce, kl)

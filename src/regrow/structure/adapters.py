@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +19,23 @@ ADAPTER = "default"
 def is_linear(module: nn.Module) -> bool:
     """Whether LoRA can be wrapped around a module, or is."""
     return isinstance(module, nn.Linear | Conv1D | LoraLayer)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """`(outputs, inputs)` of a linear without LoRA; Conv1D keeps its weight as `[in, out]`."""
+    first, second = module.get_parameter("weight").shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def merged_weight(module: nn.Module, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`W + s B A` in float32, in the shape in which the linear keeps W.
+
+    Args:
+        a: `[rank, in]`.
+        b: `[out, rank]`.
+    """
+    delta = (b @ a).mul_(scaling)
+    return (delta.T if isinstance(module, Conv1D) else delta).add_(weight)
 
 
 def attach_lora(
@@ -93,10 +110,8 @@ def merge_lora(model: PreTrainedModel) -> None:
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         a, b = lora_factors(model, name)
-        delta = layer.scaling[ADAPTER] * (b @ a)
-        if isinstance(base, Conv1D):
-            delta = delta.T
-        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
+        weight = base.get_parameter("weight")
+        weight.data = merged_weight(base, weight.data, a, b, layer.scaling[ADAPTER]).to(weight.dtype)
         model.set_submodule(name, base)
     model.requires_grad_(True)
     del model.peft_config
