@@ -1,6 +1,7 @@
 """What a run leaves, used again on checkpoints on disk: the verbs `apply` and `scatter` (floor 4)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.report.markdown import model_card
+from regrow.settings import Output
 from regrow.structure.groups import find_groups
 from regrow.structure.positions import index_map
 
@@ -122,6 +124,26 @@ def keep_adapter(
     )  # fmt: skip
     factors = load_file(folder / "adapters.safetensors")
     Adapter.of_run(factors, recipe.lora, str(folder / "base")).write(folder / "adapter")
+
+
+def save_streamed(
+    model: str,
+    folder: Path,
+    output: Output,
+    tokenizer: PreTrainedTokenizerBase,
+    extras: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Write a run's result into `model/` from the original files, its plan and its adapters; as `save_checkpoint`.
+
+    Args:
+        folder: the run's, with its plan and adapters.
+    """
+    stream_checkpoint(
+        Source(model, weights_folder(model)), folder / "model", read_plan(folder / "plan.json"),
+        open_adapters(folder / "adapters.safetensors"), tokenizer, dtype=output_dtype(model, output.dtype),
+        shard_size=output.shard_size, extras=extras, progress=progress,
+    )  # fmt: skip
 
 
 def texts(model: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> dict[str, str]:

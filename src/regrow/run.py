@@ -24,6 +24,7 @@ def prune(
     seed: int | None = None,
     criterion: str | None = None,
     quantize: str | None = None,
+    offload: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -38,6 +39,7 @@ def prune(
         eval_data: text to evaluate on; by default documents held out of `data`.
         target: instead of `sparsity`, what the result shall be: see `regrow.planning.target.parse_target`.
         quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
+        offload: cpu or disk: where the frozen weights lie when they are not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
 
     Raises:
@@ -53,6 +55,7 @@ def prune(
         "seed": seed,
         "pruning.criterion": criterion,
         "training.quantization": quantize,
+        "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
