@@ -12,7 +12,7 @@ Every file appears whole or not at all.
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.data.corpus import writes_own_text
+from regrow.data.overlap import overlap
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, local_folder
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
 from regrow.evaluation.machine import machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
@@ -340,6 +341,9 @@ class Walk:
             self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
             self.recipe, device, self.progress,
         )  # fmt: skip
+        seen = overlap(
+            text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
+        )
         self.begin("")
         results: dict[str, Any] = {
             "regrow": version("regrow"),
@@ -350,6 +354,7 @@ class Walk:
             | plan.sparsity.model_dump(),
             "widths": {name: len(group.keep) for name, group in plan.groups.items()},
             **measured,
+            "overlap": asdict(seen),
             "training": trained.summary,
             "verification": verification.to_json(),
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},

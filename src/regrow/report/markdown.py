@@ -155,6 +155,10 @@ def _before_after(results: dict[str, Any]) -> str:
     if "memory" in results:
         peak = {name: _bytes(item["peak_bytes"]) for name, item in results["memory"].items()}
         rows.append(["peak memory of a forward pass", peak["dense"], "", peak["pruned"]])
+    for task, dense in results.get("tasks", {}).get("dense", {}).items():
+        pruned = results["tasks"]["pruned"][task]
+        label = f"{task}, {dense['metric']} of {dense['items']} items"
+        rows.append([label, f"{dense['value']:.1%}", "", f"{pruned['value']:.1%}"])
     for dense, pruned in zip(*(results.get("speed", {}).get(k, []) for k in ("dense", "pruned")), strict=True):
         for phase in ("prefill", "decode"):
             label = f"{phase} tokens/s, batch {dense['batch']}"
@@ -273,8 +277,9 @@ def _of_source(one: dict[str, Any], name: str) -> str:
 
 
 def _checked(results: dict[str, Any]) -> str:
-    verification = results["verification"]
+    verification, seen = results["verification"], results["overlap"]
     return (
+        f"Of the evaluated text's {seen['ngram']}-grams {seen['share']:.2%} stand in the training text too. "
         f"A fresh process with stock transformers {verification['transformers']} loaded the checkpoint as "
         f"`{verification['model_class']}`; its logits differ from those in memory by at most "
         f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g})."
