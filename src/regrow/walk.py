@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -181,7 +181,7 @@ class Walk:
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
         return read_text(self.recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
         kept = quantization or self.recipe.training.quantization
