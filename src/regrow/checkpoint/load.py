@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from regrow.checkpoint.tensors import weight_files
 from regrow.data.source import looks_like_path
 from regrow.errors import InputError
 from regrow.structure.adapters import is_linear
@@ -67,6 +68,8 @@ def load_model(
             f"{name} holds no weights as safetensors; convert its pytorch_model.bin (never read here, for a pickle can "
             "run code), or give another checkpoint"
         )
+    if Path(name).is_dir():
+        weight_files(Path(name))
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
     ways: dict[str, Any] = {}
