@@ -20,7 +20,11 @@ def prune(checkpoint: Path, text: Path, out: Path, recipe: str = "loraprune", st
 
 
 @pytest.mark.parametrize("recipe", sorted(shipped_recipes()))
-def test_every_shipped_recipe_runs(recipe: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_every_shipped_recipe_runs(
+    recipe: str, checkpoint: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if recipe in ("mini-llm", "olica", "slimgpt", "tyr", "wanda-sp"):  # saved as the others are
+        request.getfixturevalue("lean")
     quick = {"search__evaluations": 8} if recipe == "tyr" else {}
     result = prune(checkpoint, text, tmp_path / "out", recipe, **quick)
     out = result.folder
