@@ -31,9 +31,26 @@ def check_settings(recipe: Recipe) -> None:
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
     check_one_shot(recipe)
+    check_prefix(recipe)
     check_distillation(recipe)
     list_sources(recipe.data)
     check_tasks(recipe.evaluation.tasks)
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """Refuse selection on the pruned prefix by what is not measured there.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    if recipe.compensation.selection == "prefix":
+        criterion = find_criterion(recipe.pruning.criterion)
+        if criterion.needs != {"channels"}:
+            raise InputError(
+                f"compensation.selection=prefix needs a criterion of inputs alone (wanda, flap), not {criterion.name}"
+            )
+        if recipe.search.evaluations:
+            raise InputError("compensation.selection=prefix goes without a search: set search.evaluations=0 or obs")
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:

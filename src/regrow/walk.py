@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
+from regrow.checkpoint.biases import check_biases
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
 from regrow.checkpoint.load import (
     check_length,
@@ -111,6 +112,8 @@ class Walk:
         self.begin("trace groups")
         whole = prunable_groups(model)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
+        if self.recipe.compensation.method == "bias":
+            check_biases(model, whole)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
         if text is None:

@@ -92,6 +92,7 @@ def estimate_memory(
     if recipe.pruning.calibration_batches and needs:
         found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
+        found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4"
