@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from regrow.planning.demand import UNIT_NAMES
 from regrow.planning.sensitivity import Sensitivity
 from regrow.report.cautions import cautions, error_factor
 from regrow.report.facts import Facts
@@ -140,6 +141,7 @@ def _widths(facts: Facts) -> dict[str, Any]:
     gone = facts.plan.removed_layers
     return {
         "kinds": kinds,
+        "names": {kind: UNIT_NAMES.get(kind, "units") for kind in kinds},
         "rows": [
             {"layer": f"{layer} (removed)" if layer in gone else layer, "cells": [cells.get(kind) for kind in kinds]}
             for layer, cells in sorted(layers.items())
