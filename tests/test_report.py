@@ -200,6 +200,10 @@ def test_a_run_with_little_to_show_has_a_page_too(facts: Facts) -> None:
     assert sum(1 for _ in page.named("svg")) == 1
     assert "not measured" in "".join(page.words)
     assert "Side by side" not in write_report(bare)
+    results["perplexity"]["cut"]["window-32"]["value"] = math.inf  # so bad that the exponential overflows
+    results["sparsity"]["block"] = history["cuts"][0]["block"] = 0.0
+    assert "inf" not in str(next(quality_charts(results)).svg)
+    assert write_page(bare)
 
 
 # --- charts ---------------------------------------------------------------------------------------

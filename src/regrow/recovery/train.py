@@ -151,7 +151,7 @@ class Loop:
         self.learner = Learner(model, recipe.training, self.mix)
         self.history = History(mixture=self.mix.history)
         self.best = Best()
-        self._last_steps = deque([time.perf_counter()], maxlen=RECENT + 1)
+        self._last_steps = deque[float](maxlen=RECENT + 1)
         self._tracked_rounds = 0
         self.mix.remember_dense()
 

@@ -61,7 +61,7 @@ def read_facts(folder: Path) -> Facts:
 
 
 def _command(run: dict[str, Any]) -> str:
-    if run["argv"]:
+    if run.get("argv"):
         return shlex.join(["regrow", *run["argv"]])
     return f"regrow.prune({run['model']!r}, 'out', 'recipe.yaml')"
 

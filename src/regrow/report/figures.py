@@ -31,6 +31,7 @@ MOST_POINTS = 300
 BINS = 36
 COLOURS = 6
 NAMES = {"dense": "original", "cut": "only cut", "pruned": "recovered"}
+COLOUR_OF = {"dense": "c0", "cut": "c1", "pruned": "c2"}
 KINDS = {"attention": "KV heads, each with its query heads", "ffn": "FFN channels", "layer": "whole layers"}
 
 
@@ -71,7 +72,7 @@ def _loss(points: Sequence[Point], cuts: Sequence[Mapping[str, float]], steps: i
     end = max(steps, 1)
     x = across([0, end])
     y = upward((p[1] for p in points), bottom=floor)
-    most = max(cut["block"] for cut in cuts)
+    most = max(0.01, *(cut["block"] for cut in cuts))
     share = upward([0, most], floor + gap, height - BOTTOM, percent=True, pad=0)
     removed = [(0.0, 0.0), *((cut["step"], cut["block"]) for cut in cuts)]
     parts = [
@@ -128,7 +129,8 @@ def mixture_charts(mixture: dict[str, Any]) -> Iterator[Chart]:
     finite = [v for one in rounds for v in one["degradation"].values() if math.isfinite(v)]
     if len(rounds) > 1 and finite:
         y = upward([0.0, *finite])
-        lines = [curve(x, y, [(one["step"], one["degradation"][name]) for one in rounds], css) for css, name in keys]
+        lost = {name: [(one["step"], one["degradation"][name]) for one in rounds] for name in sources}
+        lines = [curve(x, y, [p for p in lost[name] if math.isfinite(p[1])], css) for css, name in keys]
         told = "; ".join(f"{name} {rounds[-1]['degradation'][name]:+.3f}" for name in sources)
         told = f"Held-out loss above the original model's on every source; at the end: {told}."
         parts = [*frame(x, y, "step", "nats per token"), *lines]
@@ -139,6 +141,7 @@ def quality_charts(results: dict[str, Any]) -> Iterator[Chart]:
     """Perplexity against parameters and measured speeds, and the trials that a target needed."""
     protocol = next(iter(results["perplexity"]["dense"]))
     quality = {kind: one[protocol]["value"] for kind, one in results["perplexity"].items()}
+    quality = {kind: value for kind, value in quality.items() if math.isfinite(value)}
     size = {kind: float(results["size"]["dense" if kind == "dense" else "pruned"]["total"]) for kind in quality}
     yield _against("Quality against size", "parameters", size, quality)
     if "speed" in results:
@@ -156,8 +159,8 @@ def _against(name: str, x_name: str, at: Mapping[str, float], quality: Mapping[s
     points = {kind: (at[kind], quality[kind]) for kind in quality}
     parts = [
         *frame(x, y, x_name, "perplexity, lower is better" + (" (log scale)" if steep else "")),
-        curve(x, y, [points["dense"], points["cut"], points["pruned"]], "way"),
-        *(dot(x, y, points[kind], f"c{number}", NAMES[kind]) for number, kind in enumerate(points)),
+        curve(x, y, list(points.values()), "way"),
+        *(dot(x, y, points[kind], COLOUR_OF[kind], NAMES[kind]) for kind in points),
     ]
     told = "; ".join(f"{NAMES[kind]}: perplexity {quality[kind]:.2f} at {_figure(at[kind])}" for kind in quality)
     return Chart(name, picture(name, told, parts), f"{told}.")
