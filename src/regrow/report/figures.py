@@ -25,6 +25,7 @@ from regrow.report.svg import (
     upright,
     upward,
 )
+from regrow.report.words import place
 
 MOST_POINTS = 300
 """Of a curve; longer ones are averaged over equal spans."""
@@ -189,20 +190,16 @@ def _trials(trials: Sequence[Mapping[str, Any]], limit: float) -> Chart:
 def score_charts(scores: Mapping[str, NDArray[np.float64]], plan: Plan) -> Iterator[Chart]:
     """By kind of unit: how many had which score, those removed apart from those kept, and the threshold."""
     by_kind: dict[str, dict[str, Scored]] = {}
-    for name, values in scores.items():
-        kept = np.zeros(len(values), dtype=bool)
-        if name in plan.groups:
-            if int(name.split(".")[1]) in plan.removed_layers:
-                continue
-            kept[list(plan.groups[name].keep)] = True
-            kind = name.split(".")[2]
-        else:
-            kept[:] = int(name.split(".")[1]) not in plan.removed_layers
-            kind = "layer"
-        by_kind.setdefault(kind, {})[name] = (values, kept)
+    for name, group in plan.groups.items():
+        layer, kind = place(name)
+        if name in scores and layer not in plan.removed_layers:
+            kept = np.isin(np.arange(group.units), group.keep)
+            by_kind.setdefault(kind, {})[name] = (scores[name], kept)
+    layers = [number for number in range(len(plan.layers)) if f"layers.{number}" in scores]
+    if layers:
+        values = np.concatenate([scores[f"layers.{number}"] for number in layers])
+        by_kind["layer"] = {"layer": (values, ~np.isin(layers, plan.removed_layers))}  # chosen among each other
     for kind, groups in by_kind.items():
-        if kind == "layer":  # chosen among each other
-            groups = {kind: _together(groups)}
         values, _ = _together(groups)
         if np.isfinite(values).all() and values.min() < values.max():
             yield _scores(kind, groups)
@@ -244,7 +241,7 @@ def thresholds(groups: Mapping[str, Scored]) -> tuple[list[float], int]:
     """
     found, mixed = [], 0
     for values, kept in groups.values():
-        if kept.all():
+        if kept.all() or not kept.any():
             continue
         last, first = values[~kept].max(), values[kept].min()
         if last <= first:

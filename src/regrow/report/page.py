@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,7 +20,7 @@ from regrow.report.markdown import (
     ratios_line,
     training_line,
 )
-from regrow.report.words import plain, short_bytes, short_count, short_name, short_source
+from regrow.report.words import place, plain, short_bytes, short_count, short_name, short_source
 
 SECTIONS = (
     ("summary", "Summary"),
@@ -135,8 +136,10 @@ def _sentences(results: dict[str, Any]) -> list[str]:
 def _widths(facts: Facts) -> dict[str, Any]:
     layers: dict[int, dict[str, dict[str, int]]] = {}
     for name, group in facts.plan.groups.items():
-        _, layer, kind = name.split(".")
-        layers.setdefault(int(layer), {})[kind] = {"kept": len(group.keep), "units": group.units}
+        layer, kind = place(name)
+        cell = layers.setdefault(layer, {}).setdefault(kind, {"kept": 0, "units": 0})
+        cell["kept"] += len(group.keep)
+        cell["units"] += group.units
     kinds = sorted({kind for cells in layers.values() for kind in cells})
     gone = facts.plan.removed_layers
     return {
@@ -151,13 +154,16 @@ def _widths(facts: Facts) -> dict[str, Any]:
 
 def _heat(sensitivity: Sensitivity, protect: float) -> dict[str, Any]:
     protected = sensitivity.protected(protect)
-    most = max(*(group.mean for group in sensitivity.groups.values()), 1e-9)
+    parts: dict[tuple[int, str], list[str]] = {}
+    for name in sensitivity.groups:
+        parts.setdefault(place(name), []).append(name)
+    means = {at: fmean(sensitivity.groups[name].mean for name in names) for at, names in parts.items()}
+    most = max(*means.values(), 1e-9)
     layers: dict[int, dict[str, dict[str, Any]]] = {}
-    for name, group in sensitivity.groups.items():
-        _, layer, kind = name.split(".")
-        mark = " ●" if name in protected else ""
-        shade = math.sqrt(max(group.mean, 0.0) / most)
-        layers.setdefault(int(layer), {})[kind] = {"text": f"{group.mean:.4f}{mark}", "shade": shade}
+    for (layer, kind), mean in means.items():
+        mark = " ●" if set(parts[layer, kind]) & set(protected) else ""
+        shade = math.sqrt(max(mean, 0.0) / most)
+        layers.setdefault(layer, {})[kind] = {"text": f"{mean:.4f}{mark}", "shade": shade}
     kinds = sorted({kind for cells in layers.values() for kind in cells})
     wanted = sensitivity.conditions
     shares = ", ".join(f"{share:.0%}" for share in wanted.shares)

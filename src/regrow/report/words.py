@@ -9,6 +9,12 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() or Path(model).is_dir() else model
 
 
+def place(group: str) -> tuple[int, str]:
+    """A group's layer and kind, from `layers.<number>.<kind>`; what lies deeper in the layer shares a kind."""
+    _, layer, *parts = group.split(".")
+    return int(layer), parts[0] if len(parts) == 1 else f"{parts[-1]} (inner)"
+
+
 def short_source(source: str) -> str:
     """Where text came from, several sources parted by commas, without the folders."""
     return ", ".join(short_name(part) for part in source.split(", "))
