@@ -180,11 +180,11 @@ def _trials(trials: Sequence[Mapping[str, Any]], limit: float) -> Chart:
         level(x, y, limit, "event"),
         letters(x.end, y.at(limit) - 5, "to hold", "label end"),
         dot(x, y, (0.0, trials[0]["dense"]), "c0", "original"),
-        *(dot(x, y, point, "c2" if one["holds"] else "c1", "holds" if one["holds"] else "too much")
-          for point, one in zip(points, trials, strict=True)),
-    ]  # fmt: skip
+        *(dot(x, y, point, "c2" if one["holds"] else "c1") for point, one in zip(points, trials, strict=True)),
+    ]
     told = f"{len(trials)} trainings, of which the smallest model at or below {limit:.3f} was taken."
-    return Chart("Trials for the target", picture("Trials for the target", told, parts), told)
+    keys = (("c2", "holds"), ("c1", "too much"))
+    return Chart("Trials for the target", picture("Trials for the target", told, parts), told, keys)
 
 
 def score_charts(scores: Mapping[str, NDArray[np.float64]], plan: Plan) -> Iterator[Chart]:
