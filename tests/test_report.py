@@ -290,7 +290,10 @@ def test_cautions_say_what_holds_and_nothing_else(facts: Facts) -> None:
     results["training"] |= {"best_step": 12, "steps": 12, "skipped_updates": 3}
     assert "still falling" in tell()
     assert "3 updates were skipped" in tell()
+    results["overlap"]["share"] = 0.3
+    assert "30% of the evaluated text's" in tell()
     fine = copy.deepcopy(results)
+    fine["overlap"]["share"] = 0.0
     del fine["own_text"]
     fine["size"]["dense"]["total"] = 10**9
     fine["training"] |= {"best_step": 8, "skipped_updates": 0}
@@ -303,6 +306,8 @@ def test_cautions_say_what_holds_and_nothing_else(facts: Facts) -> None:
     fine["speed"]["pruned"][0] |= {"prefill": twice, "decode": twice, "device": "cuda:0"}
     assert len(cautions(fine)) == 1  # only that perplexity alone was measured
     fine["speed"]["pruned"][0]["decode"] = rates
+    fine["tasks"] = {"dense": {}}
+    assert "Only perplexity and the tasks above were measured" in " ".join(cautions(fine))
     assert "about as fast: decode at batch 1" in " ".join(cautions(fine))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
 from regrow.console import AsJson, Trust, quiet, shown_progress
 from regrow.errors import InputError
@@ -299,6 +300,7 @@ def recipes(
             print(f"{known:12} {load_recipe(known).description}")
 
 
+app.command()(compare)
 app.command()(apply)
 app.command()(scatter)
 app.command()(report)

@@ -11,6 +11,7 @@ from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import list_sources
 from regrow.errors import InputError
+from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
@@ -34,6 +35,7 @@ def check_settings(recipe: Recipe) -> None:
     check_distillation(recipe)
     check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
+    check_tasks(recipe.evaluation.tasks)
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:

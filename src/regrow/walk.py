@@ -14,10 +14,10 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -42,8 +42,9 @@ from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.data.corpus import writes_own_text
+from regrow.data.overlap import overlap
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, local_folder
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
 from regrow.evaluation.machine import environment, machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
@@ -186,7 +187,7 @@ class Walk:
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
         return read_text(self.recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
         kept = quantization or self.recipe.training.quantization
@@ -345,6 +346,9 @@ class Walk:
             self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
             self.recipe, device, self.progress,
         )  # fmt: skip
+        seen = overlap(
+            text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
+        )
         self.begin("")
         results: dict[str, Any] = {
             "regrow": version("regrow"),
@@ -355,6 +359,7 @@ class Walk:
             | plan.sparsity.model_dump(),
             "widths": {name: len(group.keep) for name, group in plan.groups.items()},
             **measured,
+            "overlap": asdict(seen),
             "training": trained.summary,
             "verification": verification.to_json(),
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},

@@ -10,6 +10,8 @@ MUCH_WORSE = 1.5
 """From this ratio of perplexities on, the result is called much worse."""
 FEW_TOKENS = 50_000
 """Scored tokens, below which a perplexity is called uncertain (WikiText-2's test text has some 280,000)."""
+MUCH_SEEN = 0.05
+"""Share of the evaluated text that stands in the training text too, from which on it is spoken of."""
 TINY = 200_000_000
 """Parameters, below which fixed costs weigh on the speed."""
 
@@ -66,6 +68,12 @@ def _text(results: dict[str, Any]) -> Iterator[str]:
             "It was evaluated on documents held out of the text that it was trained on: other kinds of text may have "
             "suffered more."
         )
+    if results["overlap"]["share"] > MUCH_SEEN:
+        seen = results["overlap"]
+        yield (
+            f"{seen['share']:.0%} of the evaluated text's {seen['ngram']}-grams stand in the training text too: "
+            "perplexities of the recovered model flatter it."
+        )
     if measured["tokens"] < FEW_TOKENS:
         factor = error_factor(measured)
         known = "" if factor is None else f"; each may be off by some {factor - 1:.0%} (two standard errors)"
@@ -99,7 +107,8 @@ def _speed(results: dict[str, Any]) -> Iterator[str]:
 def _use(results: dict[str, Any]) -> Iterator[str]:
     if results["verification"]["model_class"].startswith("Uneven"):
         yield "Layers differ in width: the checkpoint brings a modeling file and loads with trust_remote_code=True."
+    measured = "perplexity and the tasks above were" if results.get("tasks") else "perplexity was"
     yield (
-        "Only perplexity was measured. Following instructions, knowledge, reasoning, other languages and safety "
+        f"Only {measured} measured. Following instructions, knowledge, reasoning, other languages and safety "
         "may have suffered otherwise: try what you need."
     )

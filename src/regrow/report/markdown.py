@@ -129,6 +129,10 @@ def before_after_rows(results: dict[str, Any]) -> list[list[str]]:
     if "memory" in results:
         peak = {name: short_bytes(item["peak_bytes"]) for name, item in results["memory"].items()}
         rows.append(["peak memory of a forward pass", peak["dense"], "", peak["pruned"]])
+    for task, dense in results.get("tasks", {}).get("dense", {}).items():
+        pruned = results["tasks"]["pruned"][task]
+        label = f"{task}, {dense['metric']} of {dense['items']} items"
+        rows.append([label, f"{dense['value']:.1%}", "", f"{pruned['value']:.1%}"])
     for dense, pruned in zip(*(results.get("speed", {}).get(k, []) for k in ("dense", "pruned")), strict=True):
         for phase in ("prefill", "decode"):
             label = f"{phase} tokens/s, batch {dense['batch']}"
@@ -262,9 +266,10 @@ def _of_source(one: dict[str, Any], name: str) -> str:
 
 
 def checked_line(results: dict[str, Any]) -> str:
-    """What loading the checkpoint in a fresh process has shown."""
-    verification = results["verification"]
+    """How much of the text evaluated was trained on, and what loading the checkpoint in a fresh process has shown."""
+    verification, seen = results["verification"], results["overlap"]
     return (
+        f"Of the evaluated text's {seen['ngram']}-grams {seen['share']:.2%} stand in the training text too. "
         f"A fresh process with stock transformers {verification['transformers']} loaded the checkpoint as "
         f"`{verification['model_class']}`; its logits differ from those in memory by at most "
         f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g})."

@@ -24,6 +24,8 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
         "",
         f"{size['pruned']['macs_per_token']:,}",
     )
+    for task, score in results.get("tasks", {}).get("dense", {}).items():
+        table.add_row(task, f"{score['value']:.1%}", "", f"{results['tasks']['pruned'][task]['value']:.1%}")
     if "memory" in results:
         peak = {name: f"{item['peak_bytes'] / 2**20:,.0f} MiB" for name, item in results["memory"].items()}
         table.add_row("peak memory of a forward pass", peak["dense"], "", peak["pruned"])

@@ -22,6 +22,13 @@ class Evaluation(Section):
     speed: bool = Field(default=True, description="Measure prefill and decode speed.")
     speed_batches: tuple[Count, ...] = Field(default=(1, 4), min_length=1, description="Batch sizes for the speed.")
     memory: bool = Field(default=True, description="Measure peak memory, each checkpoint in a process of its own.")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Zero-shot tasks, by lm-evaluation-harness (pip install 'regrow[eval]'): its names (boolq, piqa, "
+        "hellaswag, winogrande, arc-e, arc-c, openbookqa, …), a task's .yaml file, or a .jsonl file of records with "
+        "query, choices and gold (or context_options, continuation and gold; context and continuation).",
+    )
+    task_limit: Count | None = Field(default=None, description="Use the first so many items of each task; null: all.")
     prompts: tuple[str, ...] = Field(
         default=(), description="Prompts that all models complete, side by side in the report; see `completions`."
     )
