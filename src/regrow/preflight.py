@@ -16,6 +16,7 @@ from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
+from regrow.recovery.tracking import check_tracker
 from regrow.structure.groups import find_groups
 
 
@@ -33,6 +34,7 @@ def check_settings(recipe: Recipe) -> None:
     check_one_shot(recipe)
     check_prefix(recipe)
     check_distillation(recipe)
+    check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
     check_tasks(recipe.evaluation.tasks)
 

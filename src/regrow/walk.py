@@ -3,15 +3,17 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
-`plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
+`plan.json`, `model/`, `results.json`, `report.md`, `report.html`. While a cached teacher teaches, it lies in
+`teacher/`.
 `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
-`latency.json` and `trials/` if the recipe's target needs them.
+`latency.json` and `trials/` if the recipe's target needs them, `tracker/` if figures go to TensorBoard.
 Every file appears whole or not at all.
 """
 
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +27,7 @@ from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
 from regrow.checkpoint.biases import check_biases
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
     check_length,
     check_vocabulary,
@@ -43,7 +46,7 @@ from regrow.data.corpus import writes_own_text
 from regrow.data.overlap import overlap
 from regrow.errors import InputError
 from regrow.evaluation.compare import compare, local_folder, protocol_windows
-from regrow.evaluation.machine import machine
+from regrow.evaluation.machine import environment, machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
@@ -55,11 +58,13 @@ from regrow.recovery.pruner import CutEvent
 from regrow.recovery.quantised_base import rebuild, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
+from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
+from regrow.recovery.tracking import tracking
 from regrow.recovery.train import Trained, train
-from regrow.report.markdown import model_card, write_report
+from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
-from regrow.reuse import keep_adapter, texts
+from regrow.reuse import keep_adapter, report, texts
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups
@@ -86,8 +91,9 @@ class Result:
 class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
-    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress) -> None:
+    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress, argv: Sequence[str] = ()) -> None:
         self.name = model
+        self.argv = list(argv)
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
@@ -216,12 +222,9 @@ class Walk:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
-        for left_over in ("base", "adapter"):  # of an earlier run that kept its adapter
+        for left_over in ("base", "adapter", TRACKER_FOLDER):  # of an earlier run that asked for them
             shutil.rmtree(self.folder / left_over, ignore_errors=True)
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        self.mark("running")
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
         if self.own_text is not None:
@@ -291,18 +294,20 @@ class Walk:
             write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
             write_json(folder / "plan.json", event.plan.to_json())
 
-        trained = train(
-            model,
-            prunable_groups(model),
-            recipe,
-            text.corpus,
-            self.progress,
-            teacher_folder=folder / "teacher",
-            on_cut=record_cut,
-            on_validation=lambda history: write_json(folder / "history.json", vars(history)),
-            scores=scores,
-            prior=prior,
-        )
+        with tracking(recipe, folder) as track:
+            trained = train(
+                model,
+                prunable_groups(model),
+                recipe,
+                text.corpus,
+                self.progress,
+                teacher_folder=folder / "teacher",
+                on_cut=record_cut,
+                on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+                scores=scores,
+                prior=prior,
+                track=track,
+            )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
         return trained
@@ -361,7 +366,7 @@ class Walk:
             "training": trained.summary,
             "verification": verification.to_json(),
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
-            "machine": machine(device),
+            "machine": environment(device),
         }
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
@@ -373,10 +378,13 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        write_text(self.folder / "report.md", write_report(results, trained.history.cuts, trained.history.validations))
-        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        report(self.folder)
+        card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
+        write_text(self.folder / "model" / "README.md", card)
+        self.mark("finished")
         return Result(self.folder, trained.plan, results)
+
+    def mark(self, state: str) -> None:
+        """Write down what is being done, or has been."""
+        run = {"state": state, "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")}
+        write_json(self.folder / RUN_FILE, run | {"argv": self.argv})

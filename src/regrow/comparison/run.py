@@ -18,7 +18,7 @@ from regrow.comparison.table import Row, rows_of, to_csv, to_json
 from regrow.errors import InputError
 from regrow.evaluation.machine import machine
 from regrow.progress import Progress, Silent
-from regrow.report.markdown import short_name
+from regrow.report.words import short_name
 
 
 @dataclass(frozen=True)

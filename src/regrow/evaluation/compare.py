@@ -95,7 +95,7 @@ def compare(
     protocols = protocol_windows(documents, tokenizer, source, recipe)
     own_code = needs_remote_code(Path(pruned_name))
     dense, pruned = load_model(dense_name, device), load_model(pruned_name, device, trust_remote_code=own_code)
-    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
+    prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]
     quality: dict[str, Any] = {}
     completions: dict[str, list[str]] = {}
     contenders = (
