@@ -23,7 +23,9 @@ from transformers import (
 
 from regrow.checkpoint.verify import Verification
 from regrow.planning.plan import Plan
+from regrow.recipe import load_recipe
 from regrow.recovery.pruner import Pruner
+from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
 
@@ -299,6 +301,7 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> None:
 QUICK = {
     "training.batch_size": 4,
     "training.eval_interval": 4,
+    "evaluation.completions": 1,
     "data.sequence_length": 32,
     "pruning.interval": 1,
     "pruning.calibration_batches": 2,
@@ -308,3 +311,30 @@ QUICK = {
     "lora.dropout": 0.0,
 }
 """Settings that make a whole run take a second or two."""
+
+ARGV = ["prune", "tiny", "--recipe", "lorashear", "--out", "my run"]
+LONG_NAME = "<b>a-source-with-a-name-that-has-no-place-to-break-" + "and-goes-on-" * 8
+
+
+@pytest.fixture(scope="session")
+def reported_run(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that a report can show: analysis, several sources, speed, completions, and TensorBoard."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    (checkpoint / "README.md").write_text("---\nlicense: mit\nlicense_link: LICENSE\n---\n\n# Tiny\n")
+    extra = {
+        "data.sources": [{"name": name, "source": str(text)} for name in ("tales", LONG_NAME)],
+        "recovery.interval": 4,
+        "analysis.windows": 2,
+        "pruning.shape": "free",
+        "evaluation.prompts": ["Once upon a time", "W" * 120],
+        "evaluation.speed": True,
+        "evaluation.speed_batches": [1],
+        "output.tracker": "tensorboard",
+    }
+    torch.set_num_threads(1)
+    recipe = load_recipe("lorashear", {**QUICK, **extra, "training.steps": 12, "pruning.sparsity": 0.3})
+    with pytest.MonkeyPatch.context() as patch:
+        passed = Verification("UnevenForCausalLM", "", 0.0, 1.0, False)
+        patch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
+        prune(str(checkpoint), out, recipe, argv=ARGV)
+    return out

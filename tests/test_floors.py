@@ -11,7 +11,8 @@ FLOORS = {
     "planning": 2,
     "analysis": 3, "recovery": 3, "evaluation": 3, "report": 3, "checkpoint": 3, "formats": 3,
     "aim": 4, "trials": 4, "walk": 4, "run": 4, "measure": 4, "reuse": 4, "preflight": 4, "text": 4, "demo": 4,
-    "cli": 5, "cli_reuse": 5, "console": 5, "terminal": 5, "__init__": 5, "__main__": 5,
+    "comparison": 4,
+    "cli": 5, "cli_compare": 5, "cli_reuse": 5, "console": 5, "terminal": 5, "__init__": 5, "__main__": 5,
 }  # fmt: skip
 PACKAGE = Path(regrow.__file__).parent
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.biases import added_count
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.checkpoint.shape import added_parameters
 from regrow.checkpoint.stock import prunable_groups
@@ -78,7 +79,10 @@ class Aim:
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
-                saved = replace(groups, total_parameters=groups.total_parameters + added_parameters(model.config))
+                added = added_parameters(model.config)
+                if recipe.compensation.method == "bias":
+                    added += added_count(model.config, groups)
+                saved = replace(groups, total_parameters=groups.total_parameters + added)
                 share = sparsity_for(
                     self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regrow.cli_reuse import apply, export, scatter
+from regrow.cli_compare import compare
+from regrow.cli_reuse import apply, export, report, scatter
 from regrow.console import AsJson, Trust, quiet, shown_progress
 from regrow.errors import InputError
 
@@ -93,7 +94,7 @@ def prune(
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
     ] = None,
 ) -> None:
-    """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.md in --out."""
+    """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.html in --out."""
     from regrow.recipe import load_recipe, parse_assignments
 
     given = {
@@ -116,7 +117,7 @@ def prune(
     with shown_progress() as progress:
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, progress=progress)
+        result = run(model, out, chosen, progress=progress, argv=sys.argv[1:])
     _summary(result.results, result.folder)
 
 
@@ -304,8 +305,10 @@ def recipes(
             print(f"{known:12} {load_recipe(known).description}")
 
 
+app.command()(compare)
 app.command()(apply)
 app.command()(scatter)
+app.command()(report)
 app.command()(export)
 
 
@@ -325,7 +328,7 @@ def demo(
     with shown_progress() as progress:
         from regrow.demo.show import run_demo
 
-        result = run_demo(out, recipe, share, count, progress)
+        result = run_demo(out, recipe, share, count, progress, sys.argv[1:])
     _summary(result.results, result.folder)
 
 

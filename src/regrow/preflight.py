@@ -11,10 +11,12 @@ from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import list_sources
 from regrow.errors import InputError
+from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
+from regrow.recovery.tracking import check_tracker
 from regrow.structure.groups import find_groups
 
 
@@ -30,8 +32,27 @@ def check_settings(recipe: Recipe) -> None:
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
     check_one_shot(recipe)
+    check_prefix(recipe)
     check_distillation(recipe)
+    check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
+    check_tasks(recipe.evaluation.tasks)
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """Refuse selection on the pruned prefix by what is not measured there.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    if recipe.compensation.selection == "prefix":
+        criterion = find_criterion(recipe.pruning.criterion)
+        if criterion.needs != {"channels"}:
+            raise InputError(
+                f"compensation.selection=prefix needs a criterion of inputs alone (wanda, flap), not {criterion.name}"
+            )
+        if recipe.search.evaluations:
+            raise InputError("compensation.selection=prefix goes without a search: set search.evaluations=0 or obs")
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:

@@ -1,6 +1,6 @@
 """`regrow.prune`: settle the recipe, then walk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def prune(
     offload: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    argv: Sequence[str] = (),
 ) -> Result:
     """Prune a causal LM, regrow its skill, and leave a plain checkpoint and an honest report in `out`.
 
@@ -41,6 +42,8 @@ def prune(
         quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
         offload: cpu or disk: where the frozen weights lie when they are not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
+        argv: the command line that asked for the run, without the program's name, for the report; by default it tells
+            how to call this function with the run's recipe.
 
     Raises:
         InputError: if something given cannot work; nothing half-written is left.
@@ -60,4 +63,4 @@ def prune(
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     with storage_errors():
-        return Walk(model, Path(out), chosen, progress or Silent()).walk()
+        return Walk(model, Path(out), chosen, progress or Silent(), argv).walk()

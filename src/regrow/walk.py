@@ -3,19 +3,21 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
-`plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
+`plan.json`, `model/`, `results.json`, `report.md`, `report.html`. While a cached teacher teaches, it lies in
+`teacher/`.
 `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
-`latency.json` and `trials/` if the recipe's target needs them.
+`latency.json` and `trials/` if the recipe's target needs them, `tracker/` if figures go to TensorBoard.
 Every file appears whole or not at all.
 """
 
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -23,7 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
+from regrow.checkpoint.biases import check_biases
 from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
     check_length,
     check_vocabulary,
@@ -39,9 +43,10 @@ from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.data.corpus import writes_own_text
+from regrow.data.overlap import overlap
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, local_folder
-from regrow.evaluation.machine import machine
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
+from regrow.evaluation.machine import environment, machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
@@ -53,11 +58,13 @@ from regrow.recovery.pruner import CutEvent
 from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
+from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
+from regrow.recovery.tracking import tracking
 from regrow.recovery.train import Trained, train
-from regrow.report.markdown import model_card, write_report
+from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
-from regrow.reuse import keep_adapter, save_streamed, texts
+from regrow.reuse import keep_adapter, report, save_streamed, texts
 from regrow.structure.adapters import attach_lora, merge_lora
 from regrow.structure.depth import check_depth
 from regrow.structure.groups import Groups
@@ -85,8 +92,9 @@ class Result:
 class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
-    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress) -> None:
+    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress, argv: Sequence[str] = ()) -> None:
         self.name = model
+        self.argv = list(argv)
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
@@ -111,6 +119,8 @@ class Walk:
         self.begin("trace groups")
         whole = prunable_groups(model)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
+        if self.recipe.compensation.method == "bias":
+            check_biases(model, whole)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
         if text is None:
@@ -181,7 +191,7 @@ class Walk:
         self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
         return read_text(self.recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
         training, device = self.recipe.training, pick_device(self.recipe.device)
@@ -214,12 +224,9 @@ class Walk:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
-        for left_over in ("base", "adapter"):  # of an earlier run that kept its adapter
+        for left_over in ("base", "adapter", TRACKER_FOLDER):  # of an earlier run that asked for them
             shutil.rmtree(self.folder / left_over, ignore_errors=True)
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        self.mark("running")
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
         if self.own_text is not None:
@@ -289,18 +296,20 @@ class Walk:
             write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
             write_json(folder / "plan.json", event.plan.to_json())
 
-        trained = train(
-            model,
-            prunable_groups(model),
-            recipe,
-            text.corpus,
-            self.progress,
-            teacher_folder=folder / "teacher",
-            on_cut=record_cut,
-            on_validation=lambda history: write_json(folder / "history.json", vars(history)),
-            scores=scores,
-            prior=prior,
-        )
+        with tracking(recipe, folder) as track:
+            trained = train(
+                model,
+                prunable_groups(model),
+                recipe,
+                text.corpus,
+                self.progress,
+                teacher_folder=folder / "teacher",
+                on_cut=record_cut,
+                on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+                scores=scores,
+                prior=prior,
+                track=track,
+            )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
         return trained
@@ -342,6 +351,9 @@ class Walk:
             self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
             self.recipe, device, self.progress,
         )  # fmt: skip
+        seen = overlap(
+            text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
+        )
         self.begin("")
         results: dict[str, Any] = {
             "regrow": version("regrow"),
@@ -352,10 +364,11 @@ class Walk:
             | plan.sparsity.model_dump(),
             "widths": {name: len(group.keep) for name, group in plan.groups.items()},
             **measured,
+            "overlap": asdict(seen),
             "training": trained.summary,
             "verification": verification.to_json(),
             "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
-            "machine": machine(device),
+            "machine": environment(device),
         }
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
@@ -367,10 +380,13 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        write_text(self.folder / "report.md", write_report(results, trained.history.cuts, trained.history.validations))
-        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        report(self.folder)
+        card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
+        write_text(self.folder / "model" / "README.md", card)
+        self.mark("finished")
         return Result(self.folder, trained.plan, results)
+
+    def mark(self, state: str) -> None:
+        """Write down what is being done, or has been."""
+        run = {"state": state, "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")}
+        write_json(self.folder / RUN_FILE, run | {"argv": self.argv})

@@ -5,7 +5,7 @@ float32 one would be.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from regrow.checkpoint.load import compute_dtype, load_config, load_model, weights_folder
 from regrow.checkpoint.source import Source, first_names
 from regrow.structure.offload import InFile, InMemory, Offloaded, come_and_go
+from regrow.structure.quantised import Quantization
 from regrow.structure.trace import decoder_layers
 
 
@@ -23,7 +24,7 @@ def load(
     device: torch.device,
     *,
     offload: str = "none",
-    quantization: str = "none",
+    quantization: Quantization | Literal["none"] = "none",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A model, its frozen weights kept as `training.offload` and `training.quantization` say.

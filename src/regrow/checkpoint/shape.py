@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from regrow.checkpoint.biases import with_biases
+from regrow.checkpoint.empty import parameter_names
 from regrow.errors import InputError
+from regrow.structure.biases import add_missing_biases, bias_names
 from regrow.structure.groups import Groups
 
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
@@ -23,6 +24,7 @@ FFN_KEYS = (
 
 WITHOUT = {
     "mistral": ("attention_bias", "mlp_bias", "pretraining_tp"),
+    "granite": ("pretraining_tp",),
     "llama": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
 }
 """A model type under whose name another may be saved -> keys of the other that it does not know."""
@@ -35,7 +37,8 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     the config is of that class:
 
     * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
-      Mistral: LLaMA's config class refuses both.
+      Mistral: LLaMA's config class refuses both. One with biases, which Mistral has not, as a Granite whose multipliers
+      change nothing.
     * A Qwen2 with fewer heads is described as a LLaMA with biases on q, k and v, and a zero one on o
       (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
 
@@ -56,11 +59,10 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     divides = all(config.get_text_config().hidden_size % count == 0 for count in heads)
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
-            raise InputError(
-                f"a LLaMA with biases needs equal layers and a number of heads that divides "
-                f"{described['hidden_size']}, not {sorted(heads)}; choose another sparsity"
-            )
-        described = _as_type("mistral", described) | {"sliding_window": None}
+            scale = head_dimension(config, original) ** -0.5
+            described = _as_type("granite", described) | {"attention_multiplier": scale}
+        else:
+            described = _as_type("mistral", described) | {"sliding_window": None}
     elif config.model_type == "qwen2" and even and divides and heads_cut and _sees_everything(config):
         described = _as_type("llama", described) | {"attention_bias": True, "mlp_bias": False}
     described.pop("transformers_version", None)
@@ -80,21 +82,17 @@ def _sees_everything(config: PretrainedConfig) -> bool:
 def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
     """Give a cut and merged model the config that describes it, and biases of zero where that config's class has some.
 
+    Where compensation has added biases, the config says so, and they count among those that the class has.
+
     Raises:
         InputError: if no class takes these widths.
     """
-    config = pruned_config(model.config, original, now)
+    added = bias_names(model) - parameter_names(model.config)
+    whole = with_biases(model.config, [name.removesuffix(".bias") for name in added])
+    config = pruned_config(whole, original, now)
     even = is_even(layer_widths(model.config, original, now))  # uneven layers have no stock model to compare with
-    if even and config.model_type != model.config.model_type:
-        named = dict(model.named_parameters())
-        for name, like in build_empty(config).named_parameters():
-            if name not in named:
-                owner, _, last = name.rpartition(".")
-                assert last == "bias", f"{config.model_type} has {name}, the model has not"
-                weight = model.get_submodule(owner).weight
-                assert isinstance(weight, nn.Parameter)
-                zeros = torch.zeros(like.shape, dtype=weight.dtype, device=weight.device)
-                model.get_submodule(owner).bias = nn.Parameter(zeros)
+    if added or (even and config.model_type != model.config.model_type):
+        add_missing_biases(model, parameter_names(config if even else whole))
     model.config = config
 
 
@@ -103,13 +101,6 @@ def added_parameters(config: PretrainedConfig) -> int:
     if config.model_type != "qwen2" or not _sees_everything(config):
         return 0
     return int(config.hidden_size * config.num_hidden_layers)
-
-
-def build_empty(config: PretrainedConfig) -> PreTrainedModel:
-    """The stock model of a config, on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def is_even(widths: Sequence[dict[str, int]]) -> bool:

@@ -26,6 +26,7 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.structure.adapters import ADAPTER, linear_shape, merged_weight
+from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 from regrow.structure.positions import IndexMap, index_map
@@ -160,6 +161,8 @@ def stream_checkpoint(
     change = _Change(source, index_map(model, whole, keep), adapters, merge, model)
     left = cut(model, whole, keep)
     if adapters is not None:
+        biases = (key.replace(".base_layer.", ".") for key in adapters.entries if key.endswith(".bias"))
+        add_missing_biases(model, frozenset(biases))
         change.check()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

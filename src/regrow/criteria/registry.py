@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import depth, gate, lhspg, lora, repair, simple, taylor
+from regrow.criteria import activation, depth, gate, lhspg, lora, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 
-Need = Literal["lora", "gate", "weight", "similarity", "inputs"]
+Need = Literal["lora", "gate", "weight", "squares", "probes", "similarity", "channels", "inputs"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
-of the gate derivatives, gradients of the frozen weights (as large as the weights), how alike a layer's input and
-output are, or second moments of the consumers' inputs (as large as their squared width; one-shot schedules only)."""
+of the gate derivatives, gradients of the frozen weights (as large as the weights), their squares sequence by sequence
+(as large again), estimates of them by forward passes (one-shot schedules only), how alike a layer's input and
+output are, mean and mean square of every linear's input channels, or second moments of the consumers' inputs (as large
+as their squared width; one-shot schedules only)."""
 
 Scored = Literal["width", "depth"]
 """What a criterion scores: units of the groups, whole layers, or both (then in the same measure)."""
@@ -59,6 +61,12 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("lora-squared", lora.lora_squared, frozenset({"lora"})),
         Criterion("taylor", taylor.taylor, frozenset({"weight"})),
         Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
+        Criterion("taylor-second", taylor.taylor_second, frozenset({"weight", "squares"})),
+        Criterion("taylor-mix", taylor.taylor_mix, frozenset({"weight", "squares"})),
+        Criterion("mini-llm", activation.mini_llm, frozenset({"channels", "probes"})),
+        Criterion("wanda", activation.wanda, frozenset({"channels"})),
+        Criterion("wanda-norm", activation.wanda_norm, frozenset({"channels"})),
+        Criterion("flap", activation.flap, frozenset({"channels"})),
         Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"}), BOTH),
         Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"}), BOTH),
         Criterion("repairable-fisher", repair.repairable_fisher, frozenset({"gate", "inputs"})),
@@ -99,7 +107,7 @@ def find_criterion(name: str) -> Criterion:
     A user's function takes an `Evidence` and returns one score per unit, or a mapping of named terms with one
     value per unit each, which `combine` makes a score of. It is given LoRA gradients and gate
     moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
-    of `{"lora", "gate", "weight", "similarity", "inputs"}`). One for whole layers says `SCORES = {"depth"}` (default
+    of `Need`). One for whole layers says `SCORES = {"depth"}` (default
     `{"width"}`, or both).
 
     Raises:

@@ -18,6 +18,7 @@ from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
+from regrow.evaluation.tasks import run_tasks
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -96,7 +97,7 @@ def compare(
     offload = recipe.training.offload
     dense = load(dense_name, device, offload=offload)
     pruned = load(pruned_name, device, offload=offload, trust_remote_code=own_code)
-    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
+    prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]
     quality: dict[str, Any] = {}
     completions: dict[str, list[str]] = {}
     contenders = (
@@ -117,6 +118,15 @@ def compare(
         {"prompt": prompt, **{kind: texts[number] for kind, texts in completions.items()}}
         for number, prompt in enumerate(prompts)
     ]
+    if wanted.tasks:
+        progress.stage("tasks")
+        results["tasks"] = {
+            name: {
+                task: asdict(score)
+                for task, score in run_tasks(model, tokenizer, wanted.tasks, limit=wanted.task_limit).items()
+            }
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
     if wanted.speed:
         progress.stage("speed")
         speed = measure_speed({"dense": dense, "pruned": pruned}, batches=wanted.speed_batches)

@@ -25,6 +25,7 @@ from regrow.planning.depth import (
     layer_damage,
     least_damaging,
 )
+from regrow.planning.logarithmic import log_increasing
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
@@ -126,7 +127,11 @@ def final_counts(
             case "local":
                 return [_local(demand)]
             case "global":
-                return [_global(demand, scores)]
+                return [_lowest_first(demand, scores, demand.price)]
+            case "pooled":
+                return [_lowest_first(demand, scores, dict.fromkeys(demand.price, 1))]
+            case "log-increasing":
+                return [log_increasing(demand, pruning.first_share)]
             case "by-kind":
                 return [_by_kind(demand, scores)]
             case "curves":
@@ -261,11 +266,11 @@ def _local(demand: Demand) -> Counts:
     return settle_counts(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
-    """Lowest score per parameter first, wherever it is (the LP relaxation of the budgeted choice)."""
+def _lowest_first(demand: Demand, scores: Mapping[str, Tensor], per: Mapping[str, int]) -> Counts:
+    """Lowest score divided by `per` first, wherever it is: by the price, the budgeted choice's LP relaxation."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     ranked = [
-        (score / demand.price[group.name], index)
+        (score / per[group.name], index)
         for index, group in enumerate(demand.groups)
         for score in scores[group.name].tolist()
     ]

@@ -13,9 +13,10 @@ from regrow.recipe import Recipe
 from regrow.recovery.cached import CachedTeacher, write_cache
 from regrow.recovery.learner import Learner
 from regrow.recovery.objective import Objective
-from regrow.recovery.teacher import AutoTeacher, ModelTeacher, SelfTeacher, Teacher, Wish
+from regrow.recovery.teacher import AutoTeacher, Kept, ModelTeacher, SelfTeacher, Teacher, Wish
 from regrow.settings import Distillation
 from regrow.structure.gates import Gates
+from regrow.structure.quantise import check_bitsandbytes
 from regrow.structure.trace import decoder_layers
 
 
@@ -30,6 +31,8 @@ def check_distillation(recipe: Recipe) -> None:
         raise InputError(
             "distillation.hidden_weight: a cached teacher has no hidden states; choose another teacher, or 0"
         )
+    if settings.on and settings.teacher_dtype in ("int8", "nf4"):
+        check_bitsandbytes("distillation.teacher_dtype", settings.teacher_dtype)
     pruning = recipe.pruning
     unscored = pruning.schedule != "one-shot" and pruning.calibration_batches == 0
     if settings.weight == 1 and unscored and find_criterion(pruning.criterion).needs:
@@ -51,15 +54,22 @@ def distil(
     """
     layers = decoder_layers(learner.model)[0] if settings.hidden_weight > 0 else None
     wish = Wish(settings.temperature, layers)
-    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
+    kept: Kept | None
+    match settings.teacher_dtype:
+        case "auto":
+            kept = None
+        case "int8" | "nf4":
+            kept = settings.teacher_dtype
+        case _:
+            kept = getattr(torch, settings.teacher_dtype)
     teacher: Teacher
     match settings.teacher:
         case "self":
             teacher = SelfTeacher(learner.model, gates, wish)
         case "model":
-            teacher = ModelTeacher(learner.model, wish, dtype)
+            teacher = ModelTeacher(learner.model, wish, kept)
         case "auto":
-            teacher = AutoTeacher(learner.model, gates, wish, dtype)
+            teacher = AutoTeacher(learner.model, gates, wish, kept)
         case "cached":
             _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
             teacher = CachedTeacher(folder)

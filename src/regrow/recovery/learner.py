@@ -93,13 +93,18 @@ class Learner:
         return nullcontext()
 
     def backward(
-        self, data: Iterator[Batch], recording: Recording | None = None, labels: torch.Generator | None = None
+        self,
+        data: Iterator[Batch],
+        recording: Recording | None = None,
+        labels: torch.Generator | None = None,
+        look: Callable[[Batch], None] = lambda batch: None,
     ) -> float:
         """Gradients of one step: `accumulate` forward and backward passes.
 
         Args:
             labels: if given, the model's own predictions are sampled with it and take the place of the text as
                 what is to be predicted: squared gradients are then the true Fisher information.
+            look: sees every batch before its pass.
 
         Returns:
             The mean loss; not a number as soon as one is not finite.
@@ -108,6 +113,7 @@ class Learner:
         total, self.terms, accumulate = 0.0, {}, self.training.accumulate
         for _ in range(accumulate):
             batch = next(data).to(self.model.device)
+            look(batch)
             with self.autocast:
                 lesson = self.objective.lesson(batch)
             with recording(batch.tokens * accumulate) if recording else nullcontext():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.criteria.registry import find_criterion
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
 from regrow.planning.plan import Plan
@@ -40,7 +41,7 @@ def windows_wanted(recipe: Recipe) -> int:
     """
     search, compensation = recipe.search, recipe.compensation
     searching = search.windows + search.judge_windows if search.evaluations else 0
-    return max(searching, compensation.windows if compensation.method != "none" else 0)
+    return max(searching, compensation.windows if compensation.walks else 0)
 
 
 class Preparation:
@@ -68,7 +69,8 @@ class Preparation:
         self.batches = batches
         self.held_out = held_out
         self.progress = progress
-        self.compensator = Compensator(model, gates, recipe.compensation)
+        criterion = find_criterion(recipe.pruning.criterion)
+        self.compensator = Compensator(model, gates, recipe.compensation, criterion)
         self.done = Prepared()
         self.refitted: set[str] = set()
         """Names of the groups whose consumers have been written to."""
@@ -80,8 +82,8 @@ class Preparation:
 
     @property
     def compensates(self) -> bool:
-        """Whether the recipe wants compensation."""
-        return self.recipe.compensation.method != "none"
+        """Whether the recipe wants compensation, or a selection that goes from layer to layer as it does."""
+        return self.recipe.compensation.walks
 
     def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor], prior: Prior | None) -> Plan:
         """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
@@ -90,6 +92,7 @@ class Preparation:
             groups: of the whole model; nothing has been cut yet.
             plan: the whole one.
         """
+        self.compensator.make_room(groups)
         pruning, settings = self.recipe.pruning, self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
@@ -138,15 +141,18 @@ class Preparation:
             groups: as the tensors are now, cut to `cut_plan`.
 
         Returns:
-            The plan; with `selection: obs`, of the same widths but other units.
+            The plan; unless the criterion selects, of the same widths but other units.
         """
+        self.compensator.make_room(groups)
         for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
         done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
-        self.done.compensation = {"repaired": float(np.mean(list(done.repaired.values()))) if done.repaired else 0.0}
+        if self.recipe.compensation.method != "none":
+            repaired = list(done.repaired.values())
+            self.done.compensation = {"repaired": float(np.mean(repaired)) if repaired else 0.0}
         if done.changes:  # none where the adapters carry the refit
             self.done.compensation |= self._blend(done)
         chosen = {

@@ -54,7 +54,7 @@ def check_one_shot(recipe: Recipe) -> None:
         "compensation.carrier=adapter": recipe.compensation.carrier == "adapter"
         and recipe.compensation.method != "none",
         "pruning.interactions": pruning.interactions > 1,
-        f"pruning.criterion={pruning.criterion}": "inputs" in needs,
+        f"pruning.criterion={pruning.criterion}": bool(needs & {"inputs", "probes"}),
     }
     for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
         raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
@@ -110,7 +110,10 @@ class Pruner:
         self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
-        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth)
+        self.scorer = Scorer(
+            model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth,
+            perturbations=self.pruning.perturbations,
+        )  # fmt: skip
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
         self.preparation = prepare(self.gates) if prepare else None
@@ -147,7 +150,8 @@ class Pruner:
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
             count = min(count, 1)
-        at_once = "inputs" in self.scorer.criterion.needs  # moments of all batches before the one, costly, score
+        # What adds up over batches is scored when all are in: over more tokens, and once.
+        at_once = bool(self.scorer.criterion.needs & {"inputs", "channels", "probes"})
         self.scorer.keep_samples = self.pruning.interactions > 1
         for number in range(batches := max(count, 1 if 0 in self.events else 0)):
             fine = not self.scorer.criterion.needs or self._measure()
@@ -159,7 +163,7 @@ class Pruner:
 
     def _measure(self) -> bool:
         labels = self.scorer.generator if self.pruning.labels == "model" else None
-        loss = self.learner.backward(self.calibration, self.scorer.recording, labels)
+        loss = self.learner.backward(self.calibration, self.scorer.recording, labels, self.scorer.look)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters, self.learner.training.clip)
         return math.isfinite(loss) and bool(torch.isfinite(norm))
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
+from regrow.recovery.measured import Measured, base_pieces
+from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.offload import Offloaded
@@ -69,6 +71,7 @@ class Scorer:
         decay: float | None,
         seed: int,
         depth: bool = False,
+        perturbations: int = 1,
     ) -> None:
         self.model = model
         self.gates = gates
@@ -85,6 +88,7 @@ class Scorer:
         """If `keep_samples`: group name -> gate derivatives `[B, U]` of every sequence recorded."""
         self._cosines: dict[str, Cosines] = defaultdict(Cosines)
         self._layers: tuple[Layer, ...] = ()
+        self.measured = Measured(model, criterion.needs, seed, perturbations)
         self._consumers: dict[str, str] = {}
         self._inputs: dict[str, InputMoments] = {}
 
@@ -95,6 +99,7 @@ class Scorer:
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
         self._layers = groups.layers
+        self.measured.watch(groups.groups)
         if "inputs" in self.criterion.needs:
             for group in groups:
                 if len(group.consumers) == 1:
@@ -113,6 +118,7 @@ class Scorer:
     def recording(self, scale: float) -> Iterator[None]:
         """A context for one forward and backward pass; see `Gates.recording`. Moments add up until `update`."""
         with ExitStack() as stack:
+            stack.enter_context(self.measured.recording(scale))
             if "gate" in self.criterion.needs:
                 stack.enter_context(self.gates.recording(scale, self._count))
             if "inputs" in self.criterion.needs:
@@ -122,6 +128,11 @@ class Scorer:
                 look = watching_layers(self.model, self._layers, lambda unit, c_BT: self._cosines[unit].add(c_BT))
                 stack.enter_context(look)
             yield
+
+    def look(self, batch: Batch) -> None:
+        """Let a batch tell by forward passes what the criterion needs of that kind."""
+        if "probes" in self.criterion.needs:
+            self.measured.probes.take(batch)
 
     def _count(self, name: str, c_BU: Tensor) -> None:
         if name not in self._moments:
@@ -149,6 +160,7 @@ class Scorer:
         self._cosines.clear()
         self._moments = {}
         self._inputs = {}
+        self.measured.clear()
         for parameter in self._weights(groups):
             parameter.grad = None
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
@@ -190,7 +202,7 @@ class Scorer:
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
                 moments = moments and moments.only(torch.from_numpy(units))
-            evidence = gather_evidence(self.model, group, moments, self.generator, self._start)
+            evidence = gather_evidence(self.model, group, moments, self.generator, self._start, self.measured)
             yield replace(evidence, inputs=self._inputs.get(group.name))
 
     def _of_layers(self, groups: Groups, plan: Plan) -> Iterator[Evidence]:
@@ -234,28 +246,30 @@ def gather_evidence(
     gate: GateMoments | None,
     generator: torch.Generator,
     start: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    measured: Measured | None = None,
 ) -> Evidence:
     """What a criterion may look at, of one group.
 
     Args:
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
+        measured: of single linears.
     """
-    pieces = [
-        piece
-        for piece in group.slices
-        if not piece.is_adapter and piece.parameter.endswith(".weight") and is_linear(model.get_submodule(piece.module))
-    ]
-    return Evidence(group.name, group.kind, group.units, Linears(model, pieces, start), gate, generator=generator)
+    linears = Linears(model, base_pieces(model, group), start, measured)
+    return Evidence(group.name, group.kind, group.units, linears, gate, generator=generator)
 
 
 class Linears(Sequence[Linear]):
     """Looked up one at a time, as they are asked for: quantised and offloaded ones take memory while they are."""
 
     def __init__(
-        self, model: PreTrainedModel, pieces: Sequence[Slice], start: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        model: PreTrainedModel,
+        pieces: Sequence[Slice],
+        start: Mapping[str, tuple[Tensor, Tensor]],
+        measured: Measured | None,
     ) -> None:
         """Arguments as for `linear_evidence`, of every one."""
-        self._model, self._pieces, self._start = model, pieces, start
+        self._model, self._pieces, self._start, self._measured = model, pieces, start, measured
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -266,12 +280,17 @@ class Linears(Sequence[Linear]):
     def __getitem__(self, index: slice) -> "Linears": ...
     def __getitem__(self, index: int | slice) -> "Linear | Linears":
         if isinstance(index, slice):
-            return Linears(self._model, self._pieces[index], self._start)
+            return Linears(self._model, self._pieces[index], self._start, self._measured)
         piece = self._pieces[index]
-        return linear_evidence(self._model, piece, self._start.get(piece.module))
+        return linear_evidence(self._model, piece, self._start.get(piece.module), self._measured)
 
 
-def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, Tensor] | None = None) -> Linear:
+def linear_evidence(
+    model: PreTrainedModel,
+    piece: Slice,
+    start: tuple[Tensor, Tensor] | None = None,
+    measured: Measured | None = None,
+) -> Linear:
     """A base weight that a group has a share in, as a criterion sees it: oriented `[out, in]`, with its adapter."""
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
@@ -284,6 +303,13 @@ def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, T
         weight, gradient = weight.T, None if gradient is None else gradient.T
     positions = torch.from_numpy(piece.index).to(weight.device)
     linear = Linear(piece.module, weight, axis, positions, gradient)
+    if measured is not None:
+        linear = replace(
+            linear,
+            inputs=measured.channels(piece.module),
+            squared_grad=measured.squared_grad(piece.module),
+            estimated_grad=measured.estimated_grad(piece.module),
+        )
     module = model.get_submodule(piece.module)
     if not isinstance(module, LoraLayer):
         return linear

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
+from regrow.evaluation.machine import memory_in_use
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress, Silent
@@ -24,9 +26,13 @@ from regrow.recovery.mixing import DataMix, validation_loss
 from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
+from regrow.recovery.tracking import Track, ignore
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.quantised import held_bytes
+
+RECENT = 20
+"""Steps that the speed shown is the mean of."""
 
 
 @dataclass
@@ -82,6 +88,7 @@ def train(
     on_validation: Callable[[History], None],
     scores: Average | None = None,
     prior: Prior | None = None,
+    track: Track = ignore,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -92,11 +99,12 @@ def train(
         on_validation: sees the history whenever it is worth writing down.
         scores: as `measure_scores` found them before; by default they are measured here.
         prior: what an analysis has found, for the allocation.
+        track: gets the figures of every step, validation and round.
 
     Raises:
         InputError: if training diverges.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation)
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track)
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
     prepare = preparer(model, recipe, corpus, progress)
@@ -127,6 +135,7 @@ class Loop:
         progress: Progress,
         on_cut: Callable[[CutEvent], None],
         on_validation: Callable[[History], None],
+        track: Track,
     ) -> None:
         """Arguments as for `train`; the losses of the dense model are measured here."""
         self.model = model
@@ -135,12 +144,15 @@ class Loop:
         self.progress = progress
         self.on_cut = on_cut
         self.on_validation = on_validation
+        self.track = track
         self.bytes = held_bytes(model)
         """Of the whole model, adapters included."""
         self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
         self.learner = Learner(model, recipe.training, self.mix)
         self.history = History(mixture=self.mix.history)
         self.best = Best()
+        self._last_steps = deque[float](maxlen=RECENT + 1)
+        self._tracked_rounds = 0
         self.mix.remember_dense()
 
     def record_cut(self, event: CutEvent) -> None:
@@ -152,6 +164,7 @@ class Loop:
         """Measure the held-out loss, and keep the adapters if they are the best since the last cut."""
         loss = self.mix.validation_loss(step)
         self.history.validations.append({"step": step, "loss": loss})
+        self.track({"validation_loss": loss}, step)
         self.best.offer(loss, step, self.learner)
         self.on_validation(self.history)
 
@@ -159,10 +172,12 @@ class Loop:
         """Take the steps, until they are used up or nothing gets better."""
         self.progress.stage("train", self.training.steps)
         began = time.perf_counter()
+        self._last_steps.append(began)
         for step in self.mix.steps():
             if step:  # what comes before the first one has been done
                 pruner.before_step(step)
             self.mix.before_step(step, pruner.finished)
+            self._track_rounds()
             if self._has_ended(step, pruner.finished):
                 break
             if self.mix.has_ended(step):
@@ -172,7 +187,32 @@ class Loop:
             loss = pruner.train_step()
             seconds = round(time.perf_counter() - began, 3)
             self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
-            self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+            self._tell(step, loss, pruner.cut_plan.sparsity.block)
+
+    def _tell(self, step: int, loss: float, removed: float) -> None:
+        """How it goes, to whoever watches."""
+        self._last_steps.append(time.perf_counter())
+        seconds = self._last_steps[-1] - self._last_steps[0]
+        rate = (len(self._last_steps) - 1) * self.tokens_a_step / seconds
+        held = memory_in_use(self.model.device)
+        seen = f" · validation {self.history.validations[-1]['loss']:.3f}" if self.history.validations else ""
+        self.progress.advance(
+            1, f"loss {loss:.3f}{seen} · removed {removed:.1%} · {rate:,.0f} tokens/s · {held / 2**20:,.0f} MiB"
+        )
+        pace = {"learning_rate": self.learner.optimizer.param_groups[0]["lr"], "tokens_per_second": rate, "bytes": held}
+        self.track({"loss": loss, **self.learner.terms, "sparsity": removed, **pace}, step)
+
+    def _track_rounds(self) -> None:
+        """Pass on what rounds of data have been noted since."""
+        for one in self.mix.history[self._tracked_rounds :]:
+            named = {f"data_weight/{name}": weight for name, weight in one["weights"].items()}
+            self.track(named | {f"degradation/{name}": lost for name, lost in one["degradation"].items()}, one["step"])
+        self._tracked_rounds = len(self.mix.history)
+
+    @property
+    def tokens_a_step(self) -> int:
+        """What an optimizer step reads."""
+        return self.training.batch_size * self.training.accumulate * self.mix.corpus.train.length
 
     def _has_ended(self, step: int, finished: bool) -> bool:
         """Validate if it is time to; whether patience has run out then."""
@@ -195,6 +235,7 @@ class Loop:
         pruner.before_step(self.training.steps)
         pruner.settle()
         self.mix.record(self.learner.step_number)
+        self._track_rounds()
         self.validate(self.learner.step_number)
         if not self.best.adapters:
             raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
@@ -215,7 +256,7 @@ class Loop:
         training, text, learner, steps = self.training, self.mix.corpus.train, self.learner, len(self.history.steps)
         return {
             "steps": steps,
-            "tokens": steps * training.batch_size * training.accumulate * text.length,
+            "tokens": steps * self.tokens_a_step,
             "learning_rate": learner.learning_rate,
             "rank": self.recipe.lora.rank,
             "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),

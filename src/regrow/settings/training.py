@@ -91,8 +91,10 @@ class Distillation(Section):
         "model: a second copy from the start. cached: the most likely tokens at every position of the training text, "
         "written to disk before training.",
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of a second copy; auto: as the model that is pruned."
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = Field(
+        default="auto",
+        description="How a second copy is kept; auto: as the model that is pruned. int8, nf4: the linears of its "
+        "decoder layers by bitsandbytes (pip install 'regrow[quant]').",
     )
     top_k: Count = Field(
         default=64, description="cached: tokens kept at every position; the others' probability is one sum."

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
 from regrow.structure.offload import Offloaded
-from regrow.structure.quantised import is_quantised
+from regrow.structure.quantised import is_quantised, weight_shape
 
 ADAPTER = "default"
 
@@ -25,7 +25,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """`(outputs, inputs)` of a linear without LoRA; Conv1D keeps its weight as `[in, out]`."""
-    first, second = module.get_parameter("weight").shape
+    first, second = weight_shape(module.get_parameter("weight"))
     return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
