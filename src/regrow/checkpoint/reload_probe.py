@@ -24,17 +24,20 @@ def room(device: str) -> dict[int | str, int]:
     return {place: size for place, size in accelerate.utils.get_max_memory().items() if place in places}
 
 
-def main(checkpoint: str, ids_file: str, logits_file: str, device: str, *flags: str) -> None:
-    """Load, run once, write the logits and one line of JSON."""
-    trust = "--trust-remote-code" in flags
-    folder = next((flag.partition("=")[2] for flag in flags if flag.startswith("--offload=")), None)
+def load(checkpoint: str, device: str, trust: bool, folder: str | None) -> Any:
+    """The model, on the device; given a folder, as much of it as there is room for."""
     ways: dict[str, Any] = (
         {} if folder is None else {"device_map": "auto", "max_memory": room(device), "offload_folder": folder}
     )
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model: Any = load(checkpoint, dtype="auto", trust_remote_code=trust, **ways).eval()
-    if folder is None:
-        model.to(device)
+    stock = transformers.AutoModelForCausalLM
+    model: Any = stock.from_pretrained(checkpoint, dtype="auto", trust_remote_code=trust, **ways).eval()
+    return model.to(device) if folder is None else model
+
+
+def main(checkpoint: str, ids_file: str, logits_file: str, device: str, *flags: str) -> None:
+    """Load, run once, write the logits and one line of JSON."""
+    folder = next((flag.partition("=")[2] for flag in flags if flag.startswith("--offload=")), None)
+    model = load(checkpoint, device, "--trust-remote-code" in flags, folder)
     with torch.inference_mode():
         logits = model(input_ids=load_file(ids_file)["ids"].to(device), use_cache=False).logits
     save_file({"logits": logits.float().cpu().contiguous()}, logits_file)
