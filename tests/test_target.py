@@ -164,13 +164,16 @@ def test_a_share_stands_for_a_whole_number_of_parameters(block: int, way: float)
     assert math.ceil(share_of(removed, Any) * block - 1e-6) == removed  # type: ignore[arg-type]  # as `demands` rounds
 
 
-def run(checkpoint: Path, text: Path, out: Path, recipe: str = "magnitude", steps: int = 2, **given: object):
+def run(
+    checkpoint: Path, text: Path, out: Path, recipe: str = "magnitude", steps: int = 2, fresh: bool = False,
+    **given: object,
+):  # fmt: skip
     overrides = {
         **QUICK,
         "evaluation.max_windows": 4,
         **{key.replace("__", "."): value for key, value in given.items()},
     }
-    return regrow.prune(str(checkpoint), out, recipe, data=str(text), steps=steps, overrides=overrides)
+    return regrow.prune(str(checkpoint), out, recipe, data=str(text), steps=steps, overrides=overrides, fresh=fresh)
 
 
 @pytest.mark.usefixtures("lean")
@@ -308,7 +311,7 @@ def test_a_run_for_speed(checkpoint: Path, text: Path, tmp_path: Path, monkeypat
         (result.folder / "report.md").read_text()
     )
     assert load_recipe(str(result.folder / "recipe.yaml")).pruning.sparsity == told["sparsity"]
-    again = run(checkpoint, text, tmp_path / "out", "regrow", steps=1, pruning__allocation="global", **fast)
+    again = run(checkpoint, text, tmp_path / "out", "regrow", 1, fresh=True, pruning__allocation="global", **fast)
     assert len(tables) == 1  # the second run, whose widths hang on scores, found the table
     assert again.results["target"]["predicted"] >= 1.25
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.state import State
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
+from regrow.interrupt import Stopped, stop_requests
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress, Silent
@@ -24,6 +27,7 @@ from regrow.recovery.mixing import DataMix, validation_loss
 from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
+from regrow.structure.adapters import adapter_names
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.quantised import held_bytes
@@ -56,6 +60,16 @@ class Best:
         if loss < self.loss:
             self.loss, self.step, self.adapters, self.waited = loss, step, learner.snapshot(), 0
 
+    def state(self) -> State:
+        """All of it."""
+        values = {"loss": self.loss, "step": self.step, "waited": self.waited}
+        return State(values, {str(number): factor for number, factor in enumerate(self.adapters)})
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        vars(self).update(state.values)
+        self.adapters = [state.tensors[str(number)] for number in range(len(state.tensors))]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -82,6 +96,7 @@ def train(
     on_validation: Callable[[History], None],
     scores: Average | None = None,
     prior: Prior | None = None,
+    journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -92,26 +107,25 @@ def train(
         on_validation: sees the history whenever it is worth writing down.
         scores: as `measure_scores` found them before; by default they are measured here.
         prior: what an analysis has found, for the allocation.
+        journal: knows what of it an interrupted run has done; the model is then as that run got it, too.
 
     Raises:
         InputError: if training diverges.
+        Stopped: if a signal asks for it: after the step under way, its state noted.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation)
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, journal)
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
-    prepare = preparer(model, recipe, corpus, progress)
+    prepare = preparer(model, recipe, corpus, progress, journal)
     with Pruner(
         model, groups, recipe, loop.learner, loop.mix.calibration(), loop.record_cut, early, prepare, scores, prior
     ) as pruner:
-        if recipe.pruning.calibration_batches and scores is None:
-            progress.stage("score", recipe.pruning.calibration_batches)
-        pruner.calibrate(progress.advance)
+        loop.score(pruner, known=scores is not None)
         if recipe.distillation.on:
             loop.learner.objective = distil(
-                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress
+                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress, journal
             )
-        pruner.before_step(0)
-        loop.run(pruner)
+        loop.run(pruner, loop.begin(pruner))
         loop.end(pruner)
     return loop.trained(pruner)
 
@@ -127,21 +141,71 @@ class Loop:
         progress: Progress,
         on_cut: Callable[[CutEvent], None],
         on_validation: Callable[[History], None],
+        journal: Forgetful,
     ) -> None:
-        """Arguments as for `train`; the losses of the dense model are measured here."""
+        """Arguments as for `train`."""
         self.model = model
         self.recipe = recipe
         self.training = recipe.training
         self.progress = progress
         self.on_cut = on_cut
         self.on_validation = on_validation
+        self.journal = journal
         self.bytes = held_bytes(model)
         """Of the whole model, adapters included."""
         self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
         self.learner = Learner(model, recipe.training, self.mix)
         self.history = History(mixture=self.mix.history)
         self.best = Best()
+        self.seconds = 0.0
+        """Of training, before this process began with it."""
+
+    def score(self, pruner: Pruner, known: bool) -> None:
+        """Measure, while the model is whole, its losses and its units' worth; or take it from the journal."""
+        done = self.journal.read("score")
+        if done is not None:
+            self.mix.go_on(done.part("mix"), 0)
+            self.learner.go_on(done.part("learner"))
+            pruner.scorer.go_on(done.part("scorer"))
+            return
         self.mix.remember_dense()
+        if self.recipe.pruning.calibration_batches and not known:
+            self.progress.stage("score", self.recipe.pruning.calibration_batches)
+        pruner.calibrate(self.progress.advance)
+        parts = {"mix": self.mix.state(), "learner": self.learner.state(), "scorer": pruner.scorer.state()}
+        self.journal.write("score", State.of(**parts))
+
+    def begin(self, pruner: Pruner) -> int | None:
+        """Do what comes before the first step, or take it from the journal.
+
+        Returns:
+            The step that is ready to be taken, if an interrupted run has come to one.
+        """
+        done = self.journal.read("train")
+        if done is None:
+            pruner.before_step(0)
+            return None
+        own = done.part("own").values
+        self.learner.objective.go_on(done.part("objective"))
+        pruner.go_on(done.part("pruner"))
+        self.learner.go_on(done.part("learner"))
+        self.mix.go_on(done.part("mix"), own["ready"])
+        self.best.go_on(done.part("best"))
+        self.history.steps, self.history.validations, self.history.cuts = own["history"]
+        self.seconds = own["seconds"]
+        return int(own["ready"])
+
+    def state(self, pruner: Pruner, ready: int, seconds: float) -> State:
+        """All that `begin` needs, with everything done that comes before step `ready`."""
+        history = self.history.steps, self.history.validations, self.history.cuts
+        return State.of(
+            own=State({"ready": ready, "history": history, "seconds": seconds}),
+            objective=self.learner.objective.state(),
+            pruner=pruner.state(),
+            learner=self.learner.state(),
+            mix=self.mix.state(),
+            best=self.best.state(),
+        )
 
     def record_cut(self, event: CutEvent) -> None:
         """Write an event into the history."""
@@ -155,24 +219,46 @@ class Loop:
         self.best.offer(loss, step, self.learner)
         self.on_validation(self.history)
 
-    def run(self, pruner: Pruner) -> None:
-        """Take the steps, until they are used up or nothing gets better."""
+    def run(self, pruner: Pruner, ready: int | None) -> None:
+        """Take the steps, until they are used up or nothing gets better.
+
+        Args:
+            ready: as `begin` said.
+
+        Raises:
+            Stopped: if asked to.
+        """
         self.progress.stage("train", self.training.steps)
-        began = time.perf_counter()
-        for step in self.mix.steps():
-            if step:  # what comes before the first one has been done
-                pruner.before_step(step)
-            self.mix.before_step(step, pruner.finished)
-            if self._has_ended(step, pruner.finished):
-                break
-            if self.mix.has_ended(step):
-                self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
-                continue
-            self.learner.step_number = step  # after a stage that ended early the learning rate goes on with the next's
-            loss = pruner.train_step()
-            seconds = round(time.perf_counter() - began, 3)
-            self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
-            self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+        self.progress.advance(ready or 0)
+        began = time.perf_counter() - self.seconds
+        with stop_requests() as stop:
+            for step in self.mix.steps(ready or 0):
+                if step != ready and not self._prepare(step, pruner):
+                    break
+                if self.mix.has_ended(step):
+                    self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
+                    continue
+                if step != ready:
+                    self._note(step, pruner, time.perf_counter() - began, stop())
+                self.learner.step_number = step  # after a stage that ended early the rate goes on with the next's
+                loss = pruner.train_step()
+                seconds = round(time.perf_counter() - began, 3)
+                self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
+                self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+
+    def _prepare(self, step: int, pruner: Pruner) -> bool:
+        """Whatever comes before a step; whether training goes on."""
+        if step:  # before the first one it has been done
+            pruner.before_step(step)
+        self.mix.before_step(step, pruner.finished)
+        return not self._has_ended(step, pruner.finished)
+
+    def _note(self, step: int, pruner: Pruner, seconds: float, stop: bool) -> None:
+        """Leave a checkpoint, if it is time to or somebody wants to stop here."""
+        if stop or step % self.training.steps_between_checkpoints == 0:
+            self.journal.write("train", self.state(pruner, step, seconds), step)
+        if stop:
+            raise Stopped(f"stopped before step {step} of {self.training.steps}")
 
     def _has_ended(self, step: int, finished: bool) -> bool:
         """Validate if it is time to; whether patience has run out then."""
@@ -204,8 +290,7 @@ class Loop:
 
     def trained(self, pruner: Pruner) -> Trained:
         """What has come of it."""
-        names = [name for name, _ in self.model.named_parameters() if ".lora_" in name]
-        adapters = dict(zip(names, self.learner.snapshot(), strict=True)) | pruner.refitted()
+        adapters = dict(zip(adapter_names(self.model), self.learner.snapshot(), strict=True)) | pruner.refitted()
         summary = self._summary()
         if pruner.preparation:
             summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}
@@ -231,7 +316,7 @@ class Loop:
 
 
 def preparer(
-    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress
+    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress, journal: Forgetful
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
     if not (wanted := windows_wanted(recipe)):
@@ -240,5 +325,5 @@ def preparer(
     batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
-        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown
+        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown, journal
     )
