@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,8 @@ from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import Trained, train
+from regrow.structure.adapters import attach_lora
+from regrow.structure.groups import Groups
 
 STEPS = 8
 COMMON = {
@@ -81,6 +83,12 @@ class Calling(Silent):
         self.said.append(message)
 
 
+@cache
+def known_groups() -> Groups:
+    """Of the model of every session, traced once."""
+    return with_lora(build("qwen2"), fill=False)
+
+
 def windows(count: int, seed: int) -> Windows:
     ids_NT = torch.randint(0, 64, (count, 10), generator=torch.Generator().manual_seed(seed))
     return Windows(ids_NT, f"text {seed}", "none")
@@ -96,13 +104,13 @@ def session(name: str, folder: Path, on_step: Callable[[int], None] = lambda ste
     """Train from what the folder's journal knows."""
     recipe: Recipe = load_recipe(name, {**COMMON, **RECIPES[name]})
     model = build("qwen2")  # biases, tied embeddings
-    groups = with_lora(model, dropout=recipe.lora.dropout, fill=False)
+    attach_lora(model, known_groups().linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
     progress = Calling(on_step)
     events: list[CutEvent] = []
     with storage_errors():
         done = train(
-            model, groups, recipe, corpus(name), progress, teacher_folder=folder / "teacher", on_cut=events.append,
-            on_validation=lambda history: None, journal=Journal(folder, progress.say),
+            model, known_groups(), recipe, corpus(name), progress, teacher_folder=folder / "teacher",
+            on_cut=events.append, on_validation=lambda history: None, journal=Journal(folder, progress.say),
         )  # fmt: skip
     return done, progress
 
@@ -214,7 +222,7 @@ def test_a_full_disk(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("regrow.checkpoint.journal.save_file", full)
-        with pytest.raises(InputError, match="no space left to write .*; free some and run again"):
+        with pytest.raises(InputError, match=r"no space left to write .*; free some and run again"):
             session("regrow", tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert names == ["0001-score", "0002-search", "0003-train-000000"]
@@ -229,7 +237,7 @@ def test_asked_to_stop(number: int, whole: dict[str, Trained], tmp_path: Path) -
         session("llm-pruner", tmp_path, lambda step: os.kill(os.getpid(), number) if step == 4 else None)
     assert signal.getsignal(number) is former
     assert list((tmp_path / "checkpoint").glob("*-train-000005"))
-    done, progress = session("llm-pruner", tmp_path)
+    done, _ = session("llm-pruner", tmp_path)
     assert_same(done, whole["llm-pruner"])
 
 

@@ -141,8 +141,8 @@ class Walk:
         Raises:
             InputError: if the run cannot work.
         """
-        given, recipe = self.recipe, settle_quantization(self.recipe, self.progress)
-        self.recipe = recipe
+        given = self.recipe
+        recipe = self.recipe = settle_quantization(given, self.progress)
         check_settings(recipe)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
@@ -195,8 +195,7 @@ class Walk:
         Raises:
             InputError: if it is another.
         """
-        parts = [part for source in text.corpus.sources for part in (source.train, source.validation)]
-        present = [part.sha256 for part in parts]
+        present = [part.sha256 for source in text.corpus.sources for part in (source.train, source.validation)]
         if self.journal.once("read-text", lambda: present) != present:
             raise InputError(f"the text is not what it was when {self.folder} was begun; {WAY_OUT}")
 
