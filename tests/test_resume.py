@@ -103,13 +103,14 @@ def corpus(name: str) -> Corpus:
 def session(name: str, folder: Path, on_step: Callable[[int], None] = lambda step: None) -> tuple[Trained, Calling]:
     """Train from what the folder's journal knows."""
     recipe: Recipe = load_recipe(name, {**COMMON, **RECIPES[name]})
+    groups = known_groups()  # first, for it uses chance up
     model = build("qwen2")  # biases, tied embeddings
-    attach_lora(model, known_groups().linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
+    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
     progress = Calling(on_step)
     events: list[CutEvent] = []
     with storage_errors():
         done = train(
-            model, known_groups(), recipe, corpus(name), progress, teacher_folder=folder / "teacher",
+            model, groups, recipe, corpus(name), progress, teacher_folder=folder / "teacher",
             on_cut=events.append, on_validation=lambda history: None, journal=Journal(folder, progress.say),
         )  # fmt: skip
     return done, progress

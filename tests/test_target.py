@@ -416,11 +416,16 @@ def test_a_run_for_perplexity(checkpoint: Path, text: Path, tmp_path: Path, monk
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for file in ("plan.json", "history.json", "adapters.safetensors", "scores.safetensors"):
         assert (result.folder / file).read_bytes()[:50] == (plain.folder / file).read_bytes()[:50]
-    # Trials that are there are not made again, unless they are of another recipe.
-    monkeypatch.setattr("regrow.walk.train", None)
-    assert run(checkpoint, text, tmp_path / "out", **given, **asked).results["target"] == told
+    # Trials that are there are not made again when a run goes on, nor is anything measured for them.
+    for name in ("walk.train", "trials.validation_loss", "trials.cut_losses"):
+        monkeypatch.setattr(f"regrow.{name}", None)
+    (result.folder / "results.json").unlink()
+    (result.model / "model.safetensors").unlink()
+    again = run(checkpoint, text, tmp_path / "out", **given, **asked)
+    assert again.results["target"] == told
+    assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(again.model / "model.safetensors").items())
     with pytest.raises(TypeError):
-        run(checkpoint, text, tmp_path / "out", lora__rank=3, **given, **asked)
+        run(checkpoint, text, tmp_path / "out", fresh=True, lora__rank=3, **given, **asked)
 
 
 @pytest.mark.usefixtures("lean")

@@ -13,7 +13,7 @@ from typing import Any
 from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_json
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.checkpoint.journal import Journal
-from regrow.checkpoint.load import weights_folder
+from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.errors import InputError
 from regrow.recipe import Recipe
 
@@ -30,6 +30,7 @@ def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": checkpoint_sha256(weights_folder(model)),
         **dict(_flat(settings, "")),
+        "device": pick_device(recipe.device).type,
         "regrow": version("regrow"),
     }
 

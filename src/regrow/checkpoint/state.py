@@ -54,5 +54,5 @@ def set_chance(states: dict[str, Tensor]) -> None:
             torch.set_rng_state(state)
         elif device == "mps":
             torch.mps.set_rng_state(state)
-        else:
+        elif int(device.removeprefix("cuda:")) < torch.cuda.device_count():  # perhaps it is another machine
             torch.cuda.set_rng_state(state, device)
