@@ -178,11 +178,15 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # taking torch and transformers down in an orderly way would be most of the time
-    while job["when"] and not glob.glob(job["when"]):
+    done = 0
+    while job["when"] and not done and not glob.glob(job["when"]):
         time.sleep(0.002)
-    if job["when"]:
-        os.kill(child, job["signal"])
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        if job["when"]:
+            os.kill(child, job["signal"])
+        status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 """Forks a process for each command, when torch and transformers have long been imported."""
 
