@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.biases import added_count
+from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.checkpoint.shape import added_parameters
 from regrow.checkpoint.stock import prunable_groups
@@ -45,6 +46,7 @@ class Aim:
     folder: Path
     """The run's."""
     progress: Progress
+    journal: Forgetful = field(default_factory=Forgetful)
     latency: Latency | None = None
     """Target speedup: this machine's table."""
     trials: list[Trial] = field(default_factory=list)
@@ -118,7 +120,7 @@ class Aim:
         """
         scores = None
         if self.target.kind == "perplexity":
-            trials = Trials(self.name, self.folder, recipe, corpus, self.progress)
+            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal)
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
@@ -131,9 +133,10 @@ class Aim:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
         scores = None
         if recipe.pruning.allocation != SCORELESS:
-            scores = measure_scores(model, groups, recipe, text, self.progress)
+            scores = measure_scores(model, groups, recipe, text, self.progress, self.journal)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
-        share = sparsity_for_speedup(self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table
         self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
         return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None
 

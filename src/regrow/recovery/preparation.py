@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
 from regrow.criteria.registry import find_criterion
+from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
 from regrow.planning.plan import Plan
@@ -55,6 +57,7 @@ class Preparation:
         batches: Sequence[Tensor],
         held_out: Callable[[], float],
         progress: Progress,
+        journal: Forgetful,
     ) -> None:
         """Nothing is measured yet.
 
@@ -62,6 +65,7 @@ class Preparation:
             gates: on the model.
             batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
+            journal: knows whether the search is done.
         """
         self.model = model
         self.gates = gates
@@ -69,6 +73,7 @@ class Preparation:
         self.batches = batches
         self.held_out = held_out
         self.progress = progress
+        self.journal = journal
         criterion = find_criterion(recipe.pruning.criterion)
         self.compensator = Compensator(model, gates, recipe.compensation, criterion)
         self.done = Prepared()
@@ -93,6 +98,18 @@ class Preparation:
             plan: the whole one.
         """
         self.compensator.make_room(groups)
+
+        def work() -> dict[str, Any]:
+            with evaluation_mode(self.model):
+                counts = self._search(groups, scores, prior)
+            return {"counts": counts, "report": self.done.search}
+
+        found = self.journal.once("search", work)
+        self.done.search = found["report"]
+        return lose(groups, plan, found["counts"], scores, self.recipe.pruning)
+
+    def _search(self, groups: Groups, scores: Mapping[str, Tensor], prior: Prior | None) -> Counts:
+        """Units lost by each group of the best candidate."""
         pruning, settings = self.recipe.pruning, self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
@@ -129,7 +146,7 @@ class Preparation:
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value
-        return lose(groups, plan, counts, scores, pruning)
+        return counts
 
     def _batches_of(self, windows: int) -> int:
         return max(1, round(windows / len(self.batches[0])))
@@ -148,7 +165,8 @@ class Preparation:
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
-        done = self.compensator.run(groups, keep, batches, self.progress)
+        with evaluation_mode(self.model):
+            done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
         if self.recipe.compensation.method != "none":
             repaired = list(done.repaired.values())

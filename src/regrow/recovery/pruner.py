@@ -6,11 +6,13 @@ With the lhspg schedule a fade takes a period, and a unit may be gone before its
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
@@ -22,7 +24,7 @@ from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
-from regrow.recovery.preparation import Preparation
+from regrow.recovery.preparation import Preparation, Prepared
 from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
@@ -225,6 +227,45 @@ class Pruner:
             for name, parameter in self.model.get_submodule(module).named_parameters(recurse=False)
             if name in names
         }
+
+    def state(self) -> State:
+        """Plans, gates, scores, and the base weights that are not those of the checkpoint any more."""
+        plans = {"plan": self.plan, "cut": self.cut_plan, "settled": self.settled_plan}
+        values: dict[str, Any] = {name: plan.model_dump(mode="json") for name, plan in plans.items()}
+        values |= {"chosen_at": self._chosen_at, "reached": self._reached, "in_period": self._half_space is not None}
+        if self.preparation:
+            values |= {"done": asdict(self.preparation.done), "refitted": sorted(self.preparation.refitted)}
+        gates = {name: self.gates.value(name) for name in self._gated()}
+        tensors = named("gates", gates) | named("fading", self._fading) | named("refitted", self.refitted())
+        return State.of(own=State(values, tensors), scorer=self.scorer.state())
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken; the model is whole and untouched."""
+        own = state.part("own")
+        plan, cut_plan, settled_plan = (Plan.model_validate(own.values[name]) for name in ("plan", "cut", "settled"))
+        self._chosen_at, self._reached = own.values["chosen_at"], own.values["reached"]
+        if self.preparation:
+            self.preparation.done = Prepared(**own.values["done"])
+            self.preparation.refitted = set(own.values["refitted"])
+            if self.preparation.refitted:
+                self.preparation.compensator.make_room(self.groups)
+        if cut_plan != self.cut_plan:
+            self.plan = cut_plan
+            self._cut()
+        self.plan, self.settled_plan = plan, settled_plan
+        self._fading = own.under("fading")
+        for name, value in own.under("gates").items():
+            self.gates.set(name, value)
+        for name, weight in own.under("refitted").items():
+            self.model.get_parameter(name).data.copy_(weight)
+        if own.values["in_period"]:
+            self._half_space = HalfSpace(self.model, self.groups, self.pruning.epsilon)
+        self.scorer.go_on(state.part("scorer"))
+        if self._reached:
+            self.scorer.close()
+
+    def _gated(self) -> list[str]:
+        return [group.name for group in self.groups] + [layer.unit for layer in self.gates.layers]
 
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
@@ -51,6 +52,15 @@ class Average:
         for name, score in scores.items():
             kept = list(plan.groups[name].keep) if name in plan.groups else [0]
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
+
+    def state(self) -> State:
+        """The averages, uncorrected, and what they weigh."""
+        return State({"count": self.count, "weight": self._weight}, dict(self.values))
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.count, self._weight = state.values["count"], state.values["weight"]
+        self.values = dict(state.tensors)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -108,6 +118,39 @@ class Scorer:
                     channels = weight_shape(weight)[consumer.axis]
                     self._inputs[group.name] = InputMoments.zeros(channels, weight.device)
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
+
+    def state(self) -> State:
+        """The averages, chance, and what a step that was skipped has left behind."""
+        evidence = State(
+            {
+                "seen": {name: moments.samples for name, moments in self._moments.items()},
+                "cosines": {unit: [each.total, each.tokens] for unit, each in self._cosines.items()},
+            },
+            {f"{name}/first": moments.first for name, moments in self._moments.items()}
+            | {f"{name}/second": moments.second for name, moments in self._moments.items()}
+            | {"chance": self.generator.get_state()},
+        )
+        start = {
+            f"{name}/{factor}": t for name, pair in self._start.items() for factor, t in zip("AB", pair, strict=True)
+        }
+        samples = {name: torch.cat(each) for name, each in self.samples.items()}
+        kept = State(tensors=named("start", start) | named("samples", samples))
+        return State.of(average=self.average.state(), evidence=evidence, kept=kept)
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.average.go_on(state.part("average"))
+        evidence, kept = state.part("evidence"), state.part("kept")
+        self.generator.set_state(evidence.tensors["chance"])
+        self._moments = {
+            name: GateMoments(evidence.tensors[f"{name}/first"], evidence.tensors[f"{name}/second"], samples)
+            for name, samples in evidence.values["seen"].items()
+        }
+        self._cosines.update({unit: Cosines(*each) for unit, each in evidence.values["cosines"].items()})
+        start, device = kept.under("start"), self.model.device
+        names = {name.rpartition("/")[0] for name in start}
+        self._start = {name: (start[f"{name}/A"].to(device), start[f"{name}/B"].to(device)) for name in names}
+        self.samples.update({name: [c_NU] for name, c_NU in kept.under("samples").items()})
 
     def begin_period(self) -> None:
         """Remember the adapters: the displacement that a criterion sees counts from now on."""
