@@ -348,7 +348,7 @@ class Walk:
             "seed": self.recipe.seed,
             "sparsity": {"requested": self.recipe.pruning.sparsity, "basis": self.recipe.pruning.basis}
             | plan.sparsity.model_dump(),
-            "widths": {name: len(group.keep) for name, group in plan.groups.items()},
+            "widths": {name: len(group.keep) for name, group in (plan.parts if plan.narrows else plan.groups).items()},
             **measured,
             "training": trained.summary,
             "verification": verification.to_json(),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
+from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
@@ -20,7 +21,7 @@ from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass
@@ -90,7 +91,21 @@ class Preparation:
             groups: of the whole model; nothing has been cut yet.
             plan: the whole one.
         """
-        pruning, settings = self.recipe.pruning, self.recipe.search
+        pruning = self.recipe.pruning
+        if "hidden" not in pruning.kinds:
+            return lose(groups, plan, self._searched(groups, scores, pruning, prior), scores, pruning)
+        # The stream's width is not searched: the others are, behind a mask that makes it as narrow as it will be.
+        counts = final_counts(groups, {group.name: 0 for group in groups}, scores, pruning, prior)
+        narrow, rest = the_rest(groups, pruning, counts.get(RESIDUAL, 0))
+        if RESIDUAL in scores:
+            self.gates.keep(RESIDUAL, torch.argsort(scores[RESIDUAL], stable=True)[counts[RESIDUAL] :].tolist())
+        if rest.kinds:
+            counts |= self._searched(narrow, scores, rest, prior)
+        return lose(groups, plan, counts, scores, pruning)
+
+    def _searched(self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
+        """How many units each group had best lose."""
+        settings = self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
         if pruning.shape == "uniform":
@@ -126,7 +141,7 @@ class Preparation:
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value
-        return lose(groups, plan, counts, scores, pruning)
+        return counts
 
     def _batches_of(self, windows: int) -> int:
         return max(1, round(windows / len(self.batches[0])))
@@ -143,6 +158,8 @@ class Preparation:
         for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
+        if (hidden := keep.pop(RESIDUAL, None)) is not None:
+            self.gates.keep(RESIDUAL, hidden.tolist())
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
         done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()

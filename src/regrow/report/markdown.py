@@ -6,6 +6,7 @@ from typing import Any
 
 from regrow.planning.plan import Plan
 from regrow.recipe import Recipe
+from regrow.structure.groups import RESIDUAL
 
 CARRIED = "the adapters began at the best approximation of it that their rank allows"
 """How a refit is told of that left the base weights alone."""
@@ -65,8 +66,11 @@ def model_card(name: str, recipe: Recipe | None, plan: Plan, results: dict[str, 
 def _what_went(plan: Plan) -> str:
     layers = f"{len(plan.removed_layers)} of {len(plan.layers)} layers" if plan.removed_layers else ""
     narrower = any(0 < len(group.keep) < group.units for group in plan.groups.values())
-    widths = "whole attention heads and FFN channels" if narrower or not layers else ""
-    return " and ".join(part for part in (layers, widths) if part)
+    widths = "whole attention heads and FFN channels" if narrower or not (layers or plan.narrows) else ""
+    hidden = ""
+    if plan.narrows and plan.residual is not None:
+        hidden = f"{plan.residual.removed} of {plan.residual.units} hidden channels"
+    return " and ".join(part for part in (layers, widths, hidden) if part)
 
 
 def short_name(model: str) -> str:
@@ -99,7 +103,8 @@ def _asked(results: dict[str, Any]) -> list[str]:
 
 def target_line(target: dict[str, Any]) -> str:
     """The target, the sparsity it came to, and what was reached."""
-    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of the block parameters to remove"
+    of = "all parameters" if target.get("basis") == "total" else "the block parameters"
+    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of {of} to remove"
     reached, limit = target["reached"], target["limit"]
     match target["kind"]:
         case "params":
@@ -173,7 +178,10 @@ def _ratios(results: dict[str, Any]) -> str:
 
 def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
     layers: dict[str, dict[str, int]] = {}
+    hidden = results["widths"].get(RESIDUAL)
     for name, width in results["widths"].items():
+        if name == RESIDUAL:
+            continue
         _, layer, kind = name.split(".")
         layers.setdefault(layer, {})[kind] = width
     kinds = sorted({kind for widths in layers.values() for kind in widths})
@@ -188,7 +196,8 @@ def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
         ["before step", "of the target", "block parameters removed"],
         [[f"{cut['step']:.0f}", f"{cut['fraction']:.1%}", f"{cut['block']:.2%}"] for cut in cuts],
     )
-    return "\n\n".join([_ratios(results), "Units left in each layer:", widths, "Cuts:", events])
+    stream = [] if hidden is None else [f"Hidden channels left: {hidden}."]
+    return "\n\n".join([_ratios(results), *stream, "Units left in each layer:", widths, "Cuts:", events])
 
 
 def _completion(item: dict[str, str]) -> str:
