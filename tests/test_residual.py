@@ -97,6 +97,21 @@ def test_masked_zeroed_and_cut_are_one(family: str) -> None:
     assert (logits(model) - after).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("family", ["StarCoder2", "Mixtral"])
+def test_layer_norms_and_experts_are_masked_as_they_are_cut(family: str) -> None:
+    """StarCoder2's norms subtract a mean and add a bias; Mixtral's experts read the stream through no linear."""
+    model = zoo.build(family)
+    groups = find_groups(model)
+    kept = some_hidden(groups, 40)
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
+        whole = zoo.logits_of(model)
+        gates.keep(RESIDUAL, kept)
+        masked = zoo.logits_of(model)
+    cut(model, groups, {RESIDUAL: kept})
+    assert (masked - zoo.logits_of(model)).abs().max() < CLOSE
+    assert (masked - whole).abs().max() > 1e-2
+
+
 # --- scores --------------------------------------------------------------------------------------
 
 IDS = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(3))
@@ -249,6 +264,20 @@ def test_applied_on_disk_is_saved_from_memory(family: str, keep_of, saved_as: st
     config = json.loads((tmp_path / "streamed" / "config.json").read_text())
     assert (config["hidden_size"], config["model_type"]) == (30, saved_as)
     assert config["head_dim"] == {"llama-gqa": 10, "qwen2": 8, "qwen3-tied": 16}[family]
+    if family == "llama-gqa":  # exports know nothing of it: they read the config
+        regrow.export(tmp_path / "streamed", tmp_path / "padded", pad=True)
+        assert torch.equal(logits(load_model(str(tmp_path / "padded"))), logits(model))
+        pytest.importorskip("gguf")
+        from test_export import Read
+
+        regrow.export(tmp_path / "streamed", tmp_path / "model.gguf", "gguf")
+        read, ids = Read(tmp_path / "model.gguf"), IDS[0]
+        assert (read.logits(ids) - logits_of(model.double(), ids[None])[0]).abs().max() < CLOSE
+
+
+def logits_of(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids_BT, use_cache=False).logits
 
 
 def test_an_adapter_of_a_narrow_model_is_carried_to_the_full_one(tmp_path: Path) -> None:
