@@ -18,6 +18,9 @@ from regrow.structure.residual import follow, narrowed
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
 
+HIDDEN_SIZES = ("hidden_dim", "hidden_size")
+"""Under which names a module with weights along the residual stream keeps how wide it is."""
+
 
 @torch.no_grad()
 def cut(
@@ -93,6 +96,9 @@ def _cut_stream(
         return groups
     for piece in residual.slices:
         _cut_slice(model, piece, units, optimizer)
+    for name in dict.fromkeys(piece.module for piece in residual.slices):  # routers and experts reshape by their own
+        record = vars(model.get_submodule(name))
+        record |= {key: len(units) for key in HIDDEN_SIZES if record.get(key) == residual.units}
     return replace(narrowed(groups, residual.units - len(units)), residual=residual.keep(units))
 
 
