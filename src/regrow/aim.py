@@ -78,6 +78,11 @@ class Aim:
                 f"target {self.target.text!r}: forecasts are of widths, not of whole layers; take layer out of "
                 "pruning.kinds, or give --sparsity"
             )
+        if "hidden" in recipe.pruning.kinds and self.target.kind == "speedup":
+            raise InputError(
+                f"target {self.target.text!r}: the latency table knows no other hidden sizes; take hidden out of "
+                "pruning.kinds, or give --sparsity"
+            )
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
@@ -88,7 +93,9 @@ class Aim:
                 share = sparsity_for(
                     self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )
-                return recipe.with_sparsity(share)
+                if "hidden" not in recipe.pruning.kinds:
+                    return recipe.with_sparsity(share)
+                return recipe.with_sparsity(share * saved.total_parameters / groups.total_parameters, "total")
             case "speedup":
                 self.latency = self._table(model, groups, machine)
                 check_speedup(self.target, groups, recipe.pruning, self._seconds(recipe))
@@ -150,6 +157,7 @@ class Aim:
             "asked": self.target.text,
             "kind": self.target.kind,
             "sparsity": recipe.pruning.sparsity,
+            "basis": recipe.pruning.basis,
             "limit": self.target.value,
         }
         match self.target.kind:

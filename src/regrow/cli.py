@@ -149,14 +149,16 @@ def inspect(
     from rich.table import Table
 
     table = Table("layer", "kind", "units", "parameters a unit", "share of total", "slices")
-    for group in groups:
+    for group in (*groups, *([groups.residual] if groups.residual else [])):
         share = group.units * group.cost / groups.total_parameters
         names = ", ".join(
             f"{s.parameter.split('.')[-2]}{'[:, …]' if s.is_input else '[…]'}"
             for s in group.slices
-            if "bias" not in s.parameter
+            if "bias" not in s.parameter and group.layer >= 0
         )
-        table.add_row(str(group.layer), group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+        names = names or f"{len(group.slices)} parameters, from the embeddings to the head"
+        where = str(group.layer) if group.layer >= 0 else "all"
+        table.add_row(where, group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
     console = Console()
     console.print(table, markup=False)
     console.print(

@@ -41,6 +41,7 @@ def check_settings(recipe: Recipe) -> None:
         find_criterion(recipe.analysis.criterion)
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
+    check_hidden(recipe)
     check_one_shot(recipe)
     check_prefix(recipe)
     check_distillation(recipe)
@@ -85,6 +86,22 @@ def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
         start_token(tokenizer)
         tokens_to_write(recipe, training_tokens(recipe))
     return tokenizer
+
+
+def check_hidden(recipe: Recipe) -> None:
+    """Refuse what does not go with a narrower residual stream.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if "hidden" not in recipe.pruning.kinds:
+        return
+    asked = {
+        "pruning.shape=free": recipe.pruning.shape == "free",
+        "distillation.hidden_weight": recipe.distillation.hidden_weight > 0,
+    }
+    for setting in (name for name, wanted in asked.items() if wanted):
+        raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:

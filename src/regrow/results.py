@@ -56,7 +56,7 @@ def tell_results(
         "recipe": recipe.name,
         "seed": recipe.seed,
         "sparsity": {"requested": recipe.pruning.sparsity, "basis": recipe.pruning.basis} | plan.sparsity.model_dump(),
-        "widths": {name: len(group.keep) for name, group in plan.groups.items()},
+        "widths": {name: len(group.keep) for name, group in (plan.parts if plan.narrows else plan.groups).items()},
         **measured,
         "training": training,
         "verification": verification,

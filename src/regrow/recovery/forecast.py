@@ -68,10 +68,10 @@ def cut_losses(
     """
     progress.stage("forecast", len(shares))
     whole, found = Plan.whole(groups), []
-    with Gates(model, groups.groups) as gates:
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
         for share in shares:
             plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
-            for name, group in plan.groups.items():
+            for name, group in plan.parts.items():
                 gates.keep(name, group.keep)
             found.append((share, validation_loss(model, corpus, recipe)))
             progress.advance()

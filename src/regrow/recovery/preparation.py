@@ -14,6 +14,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
+from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
@@ -23,7 +24,7 @@ from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass
@@ -110,7 +111,21 @@ class Preparation:
 
     def _search(self, groups: Groups, scores: Mapping[str, Tensor], prior: Prior | None) -> Counts:
         """Units lost by each group of the best candidate."""
-        pruning, settings = self.recipe.pruning, self.recipe.search
+        pruning = self.recipe.pruning
+        if "hidden" not in pruning.kinds:
+            return self._searched(groups, scores, pruning, prior)
+        # The stream's width is not searched: the others are, behind a mask that makes it as narrow as it will be.
+        counts = final_counts(groups, {group.name: 0 for group in groups}, scores, pruning, prior)
+        narrow, rest = the_rest(groups, pruning, counts.get(RESIDUAL, 0))
+        if RESIDUAL in scores:
+            self.gates.keep(RESIDUAL, torch.argsort(scores[RESIDUAL], stable=True)[counts[RESIDUAL] :].tolist())
+        if rest.kinds:
+            counts |= self._searched(narrow, scores, rest, prior)
+        return counts
+
+    def _searched(self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
+        """How many units each group had best lose."""
+        settings = self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
         if pruning.shape == "uniform":
@@ -164,6 +179,8 @@ class Preparation:
         for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
+        if (hidden := keep.pop(RESIDUAL, None)) is not None:
+            self.gates.keep(RESIDUAL, hidden.tolist())
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
         with evaluation_mode(self.model):
             done = self.compensator.run(groups, keep, batches, self.progress)

@@ -29,7 +29,7 @@ from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,16 @@ class Pruner:
         self.settled_plan = self.plan
         """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
         self.depth = "layer" in self.pruning.kinds
-        self.gates = Gates(model, groups.groups, groups.layers if self.depth else ())
+        self.hidden = "hidden" in self.pruning.kinds
+        self.gates = Gates(
+            model, groups.groups, groups.layers if self.depth else (), groups.residual if self.hidden else None
+        )
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(
-            model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth,
+            model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth, self.hidden,
             perturbations=self.pruning.perturbations,
         )  # fmt: skip
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
@@ -274,8 +277,8 @@ class Pruner:
         scores = self.scorer.average.scores
         before, self.plan = self.plan, self._next_plan(scores, fraction)
         self._fading = {
-            name: self._is_one_of(name, set(group.keep) - set(self.plan.groups[name].keep))
-            for name, group in before.groups.items()
+            name: self._is_one_of(name, set(group.keep) - set(self.plan.parts[name].keep))
+            for name, group in before.parts.items()
         }
         self._chosen_at = step
         self._reached = step == self.last_event
@@ -321,7 +324,7 @@ class Pruner:
 
     def _is_one_of(self, name: str, units: Collection[int]) -> torch.Tensor:
         """For each unit of a group as it is now: whether it is among `units` (original numbers)."""
-        return torch.isin(torch.tensor(self.cut_plan.groups[name].keep), torch.tensor(sorted(units), dtype=torch.long))
+        return torch.isin(torch.tensor(self.cut_plan.parts[name].keep), torch.tensor(sorted(units), dtype=torch.long))
 
     def _fade(self, value: float) -> None:
         for number in set(self.plan.removed_layers) - set(self.cut_plan.removed_layers):
@@ -332,6 +335,9 @@ class Pruner:
                 continue
             gone = torch.where(self._fading[name], value, 0.0)
             self.gates.set(name, torch.where(self._is_one_of(name, group.keep), 1.0, gone))
+        if self.hidden and self.plan.residual is not None:  # hidden channels do not fade: they go when the others have
+            present = self._is_one_of(RESIDUAL, self.plan.residual.keep)
+            self.gates.set(RESIDUAL, (present | self._fading[RESIDUAL] if value > 0 else present).float())
 
     def _cut(self) -> None:
         self.learner.objective.before_change()
@@ -340,7 +346,12 @@ class Pruner:
         self.learner.objective.layer_numbers = [layer.number for layer in self.groups.layers]
         self.cut_plan = self.settled_plan = self.plan
         ones = {group.name: torch.ones(group.units) for group in self.groups}
-        self.gates.rebuild(self.groups.groups, ones, self.groups.layers if self.depth else ())
+        self.gates.rebuild(
+            self.groups.groups,
+            ones,
+            self.groups.layers if self.depth else (),
+            self.groups.residual if self.hidden else None,
+        )
         self._half_space = None
         if not self._reached:
             self.scorer.watch(self.groups)

@@ -21,7 +21,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.recovery.measured import Measured, base_pieces
-from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
+from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.prefix import watching_inputs
@@ -50,7 +50,7 @@ class Average:
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
         for name, score in scores.items():
-            kept = list(plan.groups[name].keep) if name in plan.groups else [0]
+            kept = list(plan.parts[name].keep) if name in plan.parts else [0]
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
 
     def state(self) -> State:
@@ -69,7 +69,7 @@ class Average:
 
 
 class Scorer:
-    """Scores the groups of a model as it trains, and whole layers if asked to and the criterion can."""
+    """Scores the groups of a model as it trains, and the residual stream and whole layers if asked to."""
 
     def __init__(
         self,
@@ -80,13 +80,15 @@ class Scorer:
         decay: float | None,
         seed: int,
         depth: bool = False,
+        hidden: bool = False,
         perturbations: int = 1,
     ) -> None:
         self.model = model
         self.gates = gates
         self.criterion = criterion
         self.depth = depth and "depth" in criterion.scores
-        units = {name: group.units for name, group in plan.groups.items()}
+        self.hidden = hidden
+        units = {name: group.units for name, group in (plan.parts if hidden else plan.groups).items()}
         layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
         self.average = Average(units | layers, decay)
         self.generator = torch.Generator().manual_seed(seed)
@@ -237,7 +239,8 @@ class Scorer:
         if "width" not in self.criterion.scores:
             return
         stays = plan.positions_within(cut_plan)
-        for group in groups:
+        stream = [groups.residual] if self.hidden and groups.residual is not None else []
+        for group in (*groups, *stream):
             moments = self._moments.get(group.name)
             if group.layer in plan.removed_layers:
                 continue
@@ -261,6 +264,9 @@ class Scorer:
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
+        if self.hidden and isinstance(groups, Groups) and groups.residual is not None:
+            stream = (s for s in groups.residual.slices if not s.is_adapter)
+            names |= {s.parameter for s in stream if is_linear(self.model.get_submodule(s.module))}
         return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim == 2]
 
     def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:
