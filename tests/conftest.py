@@ -151,7 +151,7 @@ class Done:
 STAGE = re.compile(r"\w[\w, -]* …")
 
 COMMAND_LINE = """
-import gc, json, os, resource, signal, sys, traceback
+import gc, glob, json, os, resource, signal, sys, time, traceback
 from regrow import cli
 cli.quiet()
 import datasets, torch, transformers
@@ -180,7 +180,15 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # taking torch and transformers down in an orderly way would be most of the time
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    done = 0
+    while job["when"] and not done and not glob.glob(job["when"]):
+        time.sleep(0.002)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        if job["when"]:
+            os.kill(child, job["signal"])
+        status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 """Forks a process for each command, when torch and transformers have long been imported."""
 
@@ -199,7 +207,11 @@ class CommandLine:
             env=environment | {"HF_HOME": str(scratch / "home")},
         )
 
-    def __call__(self, *argv: str | Path, cwd: Path | None = None, file_limit: int = 0, seconds: int = 100) -> Done:
+    def __call__(
+        self, *argv: str | Path, cwd: Path | None = None, file_limit: int = 0, seconds: int = 100,
+        when: str = "", signal: int = 9,
+    ) -> Done:  # fmt: skip
+        """With `when`: as soon as a file matches that pattern, the process gets the signal."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         stdout, stderr = self._scratch / "stdout", self._scratch / "stderr"
@@ -210,6 +222,8 @@ class CommandLine:
             "cwd": str(cwd or self._scratch),
             "file_limit": file_limit,
             "seconds": seconds,
+            "when": when,
+            "signal": signal,
             "stdout": str(stdout),
             "stderr": str(stderr),
         }

@@ -103,9 +103,13 @@ def test_early_stop(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert result.results["training"]["steps"] < 100
 
 
+@pytest.mark.usefixtures("lean")
 def test_an_earlier_run_is_done_afresh(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for sparsity in (0.2, 0.5):
-        result = prune(checkpoint, text, tmp_path / "out", "magnitude", steps=1, pruning__sparsity=sparsity)
+        settings = {**QUICK, "pruning.sparsity": sparsity}
+        result = regrow.prune(
+            str(checkpoint), tmp_path / "out", "magnitude", data=str(text), steps=1, overrides=settings, fresh=True
+        )
     assert result.results["sparsity"]["block"] >= 0.5
     assert AutoModelForCausalLM.from_pretrained(result.model).config.intermediate_size < 30
 

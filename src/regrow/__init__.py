@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from regrow.planning.plan import Plan
     from regrow.planning.sensitivity import Sensitivity
     from regrow.recipe import Recipe, load_recipe
+    from regrow.results import Result
     from regrow.reuse import apply, scatter
     from regrow.run import prune
     from regrow.structure.groups import Group, Groups, find_groups
-    from regrow.walk import Result
 
 _HOMES = {
     "Comparison": "regrow.comparison.run",
@@ -31,7 +31,7 @@ _HOMES = {
     "InputError": "regrow.errors",
     "Plan": "regrow.planning.plan",
     "Recipe": "regrow.recipe",
-    "Result": "regrow.walk",
+    "Result": "regrow.results",
     "Sensitivity": "regrow.planning.sensitivity",
     "analyze": "regrow.measure",
     "apply": "regrow.reuse",

@@ -11,7 +11,7 @@ import typer
 
 from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
-from regrow.console import AsJson, Trust, quiet, shown_progress
+from regrow.console import AsJson, Trust, going_on_later, quiet, shown_progress
 from regrow.errors import InputError
 
 app = typer.Typer(
@@ -93,6 +93,9 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do it from the start, whatever run --out holds; else that one goes on.")
+    ] = False,
 ) -> None:
     """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.html in --out."""
     from regrow.recipe import load_recipe, parse_assignments
@@ -114,10 +117,10 @@ def prune(
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)
     quiet()
-    with shown_progress() as progress:
+    with going_on_later(), shown_progress() as progress:
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, progress=progress, argv=sys.argv[1:])
+        result = run(model, out, chosen, fresh=fresh, progress=progress, argv=sys.argv[1:])
     _summary(result.results, result.folder)
 
 
@@ -151,14 +154,16 @@ def inspect(
     from rich.table import Table
 
     table = Table("layer", "kind", "units", "parameters a unit", "share of total", "slices")
-    for group in groups:
+    for group in (*groups, *([groups.residual] if groups.residual else [])):
         share = group.units * group.cost / groups.total_parameters
         names = ", ".join(
             f"{s.parameter.split('.')[-2]}{'[:, …]' if s.is_input else '[…]'}"
             for s in group.slices
-            if "bias" not in s.parameter
+            if "bias" not in s.parameter and group.layer >= 0
         )
-        table.add_row(str(group.layer), group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+        names = names or f"{len(group.slices)} parameters, from the embeddings to the head"
+        where = str(group.layer) if group.layer >= 0 else "all"
+        table.add_row(where, group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
     console = Console()
     console.print(table, markup=False)
     console.print(
@@ -325,7 +330,7 @@ def demo(
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
     load_recipe(recipe, {"pruning.sparsity": share, "training.steps": count})  # before the corpus is gathered
     quiet()
-    with shown_progress() as progress:
+    with going_on_later(), shown_progress() as progress:
         from regrow.demo.show import run_demo
 
         result = run_demo(out, recipe, share, count, progress, sys.argv[1:])

@@ -22,6 +22,9 @@ FFN_KEYS = (
 )
 """Under which names configs keep an FFN's width; which of them a group's is, its number of channels tells."""
 
+HIDDEN_KEYS = ("hidden_size", "word_embed_proj_dim")
+"""Under which names configs keep the hidden size."""
+
 WITHOUT = {
     "mistral": ("attention_bias", "mlp_bias", "pretraining_tp"),
     "granite": ("pretraining_tp",),
@@ -33,14 +36,14 @@ WITHOUT = {
 def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> PretrainedConfig:
     """The config of a cut model: of a stock class if all layers have the same widths, else with `per_layer_config`.
 
-    With heads removed `head_dim` is written out. Where another class computes the same and loads in more places,
-    the config is of that class:
+    With heads or hidden channels removed `head_dim` is written out. Where another class computes the same and loads in
+    more places, the config is of that class:
 
     * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
       Mistral: LLaMA's config class refuses both. One with biases, which Mistral has not, as a Granite whose multipliers
       change nothing.
-    * A Qwen2 with fewer heads is described as a LLaMA with biases on q, k and v, and a zero one on o
-      (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
+    * A Qwen2 with fewer heads, or of another hidden size, is described as a LLaMA with biases on q, k and v, and a zero
+      one on o (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
 
     Raises:
         InputError: if no class takes these widths.
@@ -48,7 +51,12 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     widths = layer_widths(config, original, now)
     described = config.to_dict()
     heads_cut = any(g.kind == "attention" and g.units < original.by_name(g.name).units for g in now)
-    if heads_cut and described.get("head_dim") is None and not isinstance(vars(type(config)).get("head_dim"), property):
+    hidden = _hidden_size(config, original, now)
+    narrower = hidden != config.get_text_config().hidden_size
+    if narrower:
+        described |= {key: hidden for key in _hidden_keys(config)}
+    computed = isinstance(vars(type(config)).get("head_dim"), property)
+    if (heads_cut or narrower) and described.get("head_dim") is None and not computed:
         described["head_dim"] = head_dimension(config, original)
     even = is_even(widths)
     if even:
@@ -56,14 +64,14 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     else:
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
     heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
-    divides = all(config.get_text_config().hidden_size % count == 0 for count in heads)
+    divides = all(hidden % count == 0 for count in heads)
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
             scale = head_dimension(config, original) ** -0.5
             described = _as_type("granite", described) | {"attention_multiplier": scale}
         else:
             described = _as_type("mistral", described) | {"sliding_window": None}
-    elif config.model_type == "qwen2" and even and divides and heads_cut and _sees_everything(config):
+    elif config.model_type == "qwen2" and even and divides and (heads_cut or narrower) and _sees_everything(config):
         described = _as_type("llama", described) | {"attention_bias": True, "mlp_bias": False}
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
@@ -138,6 +146,19 @@ def _ffn_key(described: Mapping[str, Any], units: int) -> str | None:
     named = [key for key in FFN_KEYS if described.get(key) == units]
     unset = [key for key in FFN_KEYS if key in described and described[key] is None]  # GPT-2's: a default
     return next(iter(named + unset), None)
+
+
+def _hidden_size(config: PretrainedConfig, original: Groups, now: Groups) -> int:
+    size: int = config.get_text_config().hidden_size
+    if original.residual is None or now.residual is None:
+        return size
+    return size * now.residual.units // original.residual.units
+
+
+def _hidden_keys(config: PretrainedConfig) -> list[str]:
+    """The config's own keys that say how wide the residual stream is."""
+    size, described = config.get_text_config().hidden_size, config.get_text_config().to_dict()
+    return [key for key in (_native(config, key) for key in HIDDEN_KEYS) if described.get(key) == size]
 
 
 def head_dimension(config: PretrainedConfig, groups: Groups) -> int:

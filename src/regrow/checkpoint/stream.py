@@ -56,8 +56,9 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
         InputError: naming the first group that differs, or the number of parameters.
     """
     own = Plan.whole(groups)
-    for group in sorted(own.groups.keys() | plan.groups.keys()):
-        here, there = (each.groups.get(group) for each in (own, plan))
+    parts = own.parts if plan.residual is not None else own.groups
+    for group in sorted(parts.keys() | plan.parts.keys()):
+        here, there = (each.get(group) for each in (parts, plan.parts))
         if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
             raise InputError(
                 f"the plan is of another model than {name}: {group} has "

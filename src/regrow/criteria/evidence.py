@@ -48,7 +48,7 @@ class Linear:
             yield slice(start, start + ROWS_AT_ONCE)
 
     def effective_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
-        """`W + s B A` of some rows, float32, the caller's own: what the layer computes with."""
+        """`W + s B A` of some rows, float32: what the layer computes with. A copy: criteria work on it in place."""
         weight = self.weight[rows].to(torch.float32, copy=True)
         if self.lora_a is None or self.lora_b is None:
             return weight
@@ -95,7 +95,7 @@ class Evidence:
 
     name: str
     kind: str
-    """`attention` or `ffn`; `layer` for a whole layer."""
+    """`attention` or `ffn`; `hidden` for the residual stream; `layer` for a whole layer."""
     units: int
     linears: Sequence[Linear]
     gate: GateMoments | None = None

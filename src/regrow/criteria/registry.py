@@ -41,7 +41,7 @@ class Criterion:
     scores: frozenset[Scored] = frozenset({"width"})
 
     def check_kinds(self, kinds: Collection[str]) -> None:
-        """Refuse to prune widths by a criterion that scores none (layers do without: their units' scores add up).
+        """Refuse to prune what a criterion does not score (layers do without: their units' scores add up).
 
         Raises:
             InputError: if it is asked to.
@@ -49,6 +49,11 @@ class Criterion:
         if "width" not in self.scores and set(kinds) != {"layer"}:
             raise InputError(
                 f"criterion {self.name} scores whole layers only: set pruning.kinds=[layer], or take another criterion"
+            )
+        if "hidden" in kinds and "inputs" in self.needs and "gate" not in self.needs:
+            raise InputError(
+                f"criterion {self.name} looks at the input of one linear, and hidden channels have many: take hidden "
+                "out of pruning.kinds, or another criterion"
             )
 
 

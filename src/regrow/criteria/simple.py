@@ -8,7 +8,10 @@ from regrow.criteria.evidence import Evidence
 
 
 def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
-    """2-norm of the unit's columns in its consumers (o_proj, down_proj), as in FLAP's magnitude baseline."""
+    """2-norm of the unit's columns in its consumers (o_proj, down_proj), as in FLAP's magnitude baseline.
+
+    A hidden channel's consumers are all linears that read the residual stream.
+    """
     total = torch.zeros(evidence.units)
     for linear in evidence.consumers:
         per_column = torch.zeros(linear.weight.shape[1], device=linear.weight.device)

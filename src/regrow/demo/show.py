@@ -7,8 +7,8 @@ from pathlib import Path
 
 from regrow.demo.corpus import write_corpus
 from regrow.progress import Progress
+from regrow.results import Result
 from regrow.run import prune
-from regrow.walk import Result
 
 PROMPTS = ("Return a list of", "Raised when")
 

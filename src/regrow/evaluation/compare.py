@@ -23,7 +23,7 @@ from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.structure.gates import Gates
-from regrow.structure.groups import find_groups
+from regrow.structure.groups import RESIDUAL, find_groups
 
 PROMPT_TOKENS = 16
 EVAL_BATCH = 8
@@ -65,13 +65,15 @@ def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     """The gates that make a whole model compute what it would after the plan's cut."""
     groups = find_groups(model)
     gone = [layer for layer in groups.layers if layer.number in plan.removed_layers]
-    gates = Gates(model, groups.groups, gone)
+    gates = Gates(model, groups.groups, gone, groups.residual if plan.narrows else None)
     for layer in gone:
         gates.set(layer.unit, torch.zeros(1))
     for group in groups:
         if group.layer in plan.removed_layers:
             continue
         gates.keep(group.name, plan.groups[group.name].keep)
+    if plan.narrows and plan.residual is not None:
+        gates.keep(RESIDUAL, plan.residual.keep)
     return gates
 
 

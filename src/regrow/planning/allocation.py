@@ -25,11 +25,12 @@ from regrow.planning.depth import (
     layer_damage,
     least_damaging,
 )
+from regrow.planning.hidden import with_hidden
 from regrow.planning.logarithmic import log_increasing
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,19 @@ def lose(
     now_removed = least_damaging(groups, newly, gone, present, pruning)[: max(layers, 0)]
     keep = {}
     for name, count in counts.items():
-        if layer_of(name) in newly:
+        if name != RESIDUAL and layer_of(name) in newly:
             continue
         now = max(gone[name], math.floor(count * fraction + 0.5))
         order = torch.argsort(present[name], stable=True)[now - gone[name] :]
-        keep[name] = [plan.groups[name].keep[position] for position in order.tolist()]
+        keep[name] = [plan.parts[name].keep[position] for position in order.tolist()]
     return plan.keeping(keep, now_removed)
 
 
 def present_units(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
     """For `final_counts`: units gone, and the scores of those still there, those of layers as they are."""
-    gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
-    present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
+    known = {name: group for name, group in plan.parts.items() if name in scores or name != RESIDUAL}
+    gone = {name: group.removed for name, group in known.items()}
+    present = {name: scores[name][list(group.keep)].double() for name, group in known.items()}
     return gone, {**scores, **present}
 
 
@@ -118,6 +120,10 @@ def final_counts(
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
+    if "hidden" in pruning.kinds:
+        return with_hidden(
+            groups, gone, pruning, lambda less, rest: final_counts(less, dict(gone), scores, rest, prior)
+        )
     scores = _ascending(scores)
 
     def best(demand: Demand) -> list[Counts]:

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.state import State
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -43,7 +45,13 @@ def check_distillation(recipe: Recipe) -> None:
 
 
 def distil(
-    settings: Distillation, learner: Learner, gates: Gates, text: Windows, folder: Path, progress: Progress
+    settings: Distillation,
+    learner: Learner,
+    gates: Gates,
+    text: Windows,
+    folder: Path,
+    progress: Progress,
+    journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
 ) -> Objective:
     """The objective of a learner whose model is still whole (scored, perhaps, but neither cut nor trained).
 
@@ -51,6 +59,7 @@ def distil(
         gates: of the model.
         text: what is trained on.
         folder: where a cached teacher writes.
+        journal: knows whether it has written.
     """
     layers = decoder_layers(learner.model)[0] if settings.hidden_weight > 0 else None
     wish = Wish(settings.temperature, layers)
@@ -71,7 +80,9 @@ def distil(
         case "auto":
             teacher = AutoTeacher(learner.model, gates, wish, kept)
         case "cached":
-            _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+            if journal.read("teach") is None:
+                _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+                journal.write("teach", State(), files=sorted(folder.iterdir()))
             teacher = CachedTeacher(folder)
     return Objective(settings, teacher, layers)
 

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
 from regrow.criteria.registry import find_criterion
+from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
+from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
@@ -21,7 +24,7 @@ from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Preparation:
         batches: Sequence[Tensor],
         held_out: Callable[[], float],
         progress: Progress,
+        journal: Forgetful,
     ) -> None:
         """Nothing is measured yet.
 
@@ -62,6 +66,7 @@ class Preparation:
             gates: on the model.
             batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
+            journal: knows whether the search is done.
         """
         self.model = model
         self.gates = gates
@@ -69,6 +74,7 @@ class Preparation:
         self.batches = batches
         self.held_out = held_out
         self.progress = progress
+        self.journal = journal
         criterion = find_criterion(recipe.pruning.criterion)
         self.compensator = Compensator(model, gates, recipe.compensation, criterion)
         self.done = Prepared()
@@ -93,7 +99,33 @@ class Preparation:
             plan: the whole one.
         """
         self.compensator.make_room(groups)
-        pruning, settings = self.recipe.pruning, self.recipe.search
+
+        def work() -> dict[str, Any]:
+            with evaluation_mode(self.model):
+                counts = self._search(groups, scores, prior)
+            return {"counts": counts, "report": self.done.search}
+
+        found = self.journal.once("search", work)
+        self.done.search = found["report"]
+        return lose(groups, plan, found["counts"], scores, self.recipe.pruning)
+
+    def _search(self, groups: Groups, scores: Mapping[str, Tensor], prior: Prior | None) -> Counts:
+        """Units lost by each group of the best candidate."""
+        pruning = self.recipe.pruning
+        if "hidden" not in pruning.kinds:
+            return self._searched(groups, scores, pruning, prior)
+        # The stream's width is not searched: the others are, behind a mask that makes it as narrow as it will be.
+        counts = final_counts(groups, {group.name: 0 for group in groups}, scores, pruning, prior)
+        narrow, rest = the_rest(groups, pruning, counts.get(RESIDUAL, 0))
+        if RESIDUAL in scores:
+            self.gates.keep(RESIDUAL, torch.argsort(scores[RESIDUAL], stable=True)[counts[RESIDUAL] :].tolist())
+        if rest.kinds:
+            counts |= self._searched(narrow, scores, rest, prior)
+        return counts
+
+    def _searched(self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
+        """How many units each group had best lose."""
+        settings = self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
         if pruning.shape == "uniform":
@@ -129,7 +161,7 @@ class Preparation:
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value
-        return lose(groups, plan, counts, scores, pruning)
+        return counts
 
     def _batches_of(self, windows: int) -> int:
         return max(1, round(windows / len(self.batches[0])))
@@ -147,8 +179,11 @@ class Preparation:
         for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
+        if (hidden := keep.pop(RESIDUAL, None)) is not None:
+            self.gates.keep(RESIDUAL, hidden.tolist())
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
-        done = self.compensator.run(groups, keep, batches, self.progress)
+        with evaluation_mode(self.model):
+            done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
         if self.recipe.compensation.method != "none":
             repaired = list(done.repaired.values())

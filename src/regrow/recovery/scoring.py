@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
@@ -20,7 +21,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.recovery.measured import Measured, base_pieces
-from regrow.structure.adapters import ADAPTER, lora_factors, lora_layers
+from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.offload import Offloaded
@@ -50,8 +51,17 @@ class Average:
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
         for name, score in scores.items():
-            kept = list(plan.groups[name].keep) if name in plan.groups else [0]
+            kept = list(plan.parts[name].keep) if name in plan.parts else [0]
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
+
+    def state(self) -> State:
+        """The averages, uncorrected, and what they weigh."""
+        return State({"count": self.count, "weight": self._weight}, dict(self.values))
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.count, self._weight = state.values["count"], state.values["weight"]
+        self.values = dict(state.tensors)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -60,7 +70,7 @@ class Average:
 
 
 class Scorer:
-    """Scores the groups of a model as it trains, and whole layers if asked to and the criterion can."""
+    """Scores the groups of a model as it trains, and the residual stream and whole layers if asked to."""
 
     def __init__(
         self,
@@ -71,13 +81,15 @@ class Scorer:
         decay: float | None,
         seed: int,
         depth: bool = False,
+        hidden: bool = False,
         perturbations: int = 1,
     ) -> None:
         self.model = model
         self.gates = gates
         self.criterion = criterion
         self.depth = depth and "depth" in criterion.scores
-        units = {name: group.units for name, group in plan.groups.items()}
+        self.hidden = hidden
+        units = {name: group.units for name, group in (plan.parts if hidden else plan.groups).items()}
         layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
         self.average = Average(units | layers, decay)
         self.generator = torch.Generator().manual_seed(seed)
@@ -109,6 +121,39 @@ class Scorer:
                     channels = weight_shape(weight)[consumer.axis]
                     self._inputs[group.name] = InputMoments.zeros(channels, weight.device)
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
+
+    def state(self) -> State:
+        """The averages, chance, and what a step that was skipped has left behind."""
+        evidence = State(
+            {
+                "seen": {name: moments.samples for name, moments in self._moments.items()},
+                "cosines": {unit: [each.total, each.tokens] for unit, each in self._cosines.items()},
+            },
+            {f"{name}/first": moments.first for name, moments in self._moments.items()}
+            | {f"{name}/second": moments.second for name, moments in self._moments.items()}
+            | {"chance": self.generator.get_state()},
+        )
+        start = {
+            f"{name}/{factor}": t for name, pair in self._start.items() for factor, t in zip("AB", pair, strict=True)
+        }
+        samples = {name: torch.cat(each) for name, each in self.samples.items()}
+        kept = State(tensors=named("start", start) | named("samples", samples))
+        return State.of(average=self.average.state(), evidence=evidence, kept=kept)
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.average.go_on(state.part("average"))
+        evidence, kept = state.part("evidence"), state.part("kept")
+        self.generator.set_state(evidence.tensors["chance"])
+        self._moments = {
+            name: GateMoments(evidence.tensors[f"{name}/first"], evidence.tensors[f"{name}/second"], samples)
+            for name, samples in evidence.values["seen"].items()
+        }
+        self._cosines.update({unit: Cosines(*each) for unit, each in evidence.values["cosines"].items()})
+        start, device = kept.under("start"), self.model.device
+        names = {name.rpartition("/")[0] for name in start}
+        self._start = {name: (start[f"{name}/A"].to(device), start[f"{name}/B"].to(device)) for name in names}
+        self.samples.update({name: [c_NU] for name, c_NU in kept.under("samples").items()})
 
     def begin_period(self) -> None:
         """Remember the adapters: the displacement that a criterion sees counts from now on."""
@@ -195,7 +240,8 @@ class Scorer:
         if "width" not in self.criterion.scores:
             return
         stays = plan.positions_within(cut_plan)
-        for group in groups:
+        stream = [groups.residual] if self.hidden and groups.residual is not None else []
+        for group in (*groups, *stream):
             moments = self._moments.get(group.name)
             if group.layer in plan.removed_layers:
                 continue
@@ -219,6 +265,9 @@ class Scorer:
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
+        if self.hidden and isinstance(groups, Groups) and groups.residual is not None:
+            stream = (s for s in groups.residual.slices if not s.is_adapter)
+            names |= {s.parameter for s in stream if is_linear(self.model.get_submodule(s.module))}
         return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim == 2]
 
     def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:

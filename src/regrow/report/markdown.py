@@ -6,6 +6,7 @@ from typing import Any
 from regrow.report.cautions import cautions
 from regrow.report.facts import Facts
 from regrow.report.words import quoted, short_bytes, short_count, short_name, table
+from regrow.structure.groups import RESIDUAL
 
 CARRIED = "the adapters began at the best approximation of it that their rank allows"
 """How a refit is told of that left the base weights alone."""
@@ -67,7 +68,8 @@ def asked_lines(results: dict[str, Any]) -> list[str]:
 
 def target_line(target: dict[str, Any]) -> str:
     """The target, the sparsity it came to, and what was reached."""
-    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of the block parameters to remove"
+    of = "all parameters" if target.get("basis") == "total" else "the block parameters"
+    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of {of} to remove"
     reached, limit = target["reached"], target["limit"]
     match target["kind"]:
         case "params":
@@ -152,7 +154,10 @@ def ratios_line(results: dict[str, Any]) -> str:
 
 def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
     layers: dict[str, dict[str, int]] = {}
+    hidden = results["widths"].get(RESIDUAL)
     for name, width in results["widths"].items():
+        if name == RESIDUAL:
+            continue
         _, layer, kind = name.split(".")
         layers.setdefault(layer, {})[kind] = width
     kinds = sorted({kind for widths in layers.values() for kind in widths})
@@ -167,7 +172,8 @@ def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
         ["before step", "of the target", "block parameters removed"],
         [[f"{cut['step']:.0f}", f"{cut['fraction']:.1%}", f"{cut['block']:.2%}"] for cut in cuts],
     )
-    return "\n\n".join([ratios_line(results), "Units left in each layer:", widths, "Cuts:", events])
+    stream = [] if hidden is None else [f"Hidden channels left: {hidden}."]
+    return "\n\n".join([ratios_line(results), *stream, "Units left in each layer:", widths, "Cuts:", events])
 
 
 def _completion(item: dict[str, str]) -> str:

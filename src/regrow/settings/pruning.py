@@ -42,11 +42,17 @@ class Pruning(Section):
         default="uniform",
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
-    kinds: tuple[Literal["attention", "ffn", "layer"], ...] = Field(
+    kinds: tuple[Literal["attention", "ffn", "hidden", "layer"], ...] = Field(
         default=("attention", "ffn"),
         min_length=1,
-        description="What may go. attention: KV heads with their query heads. ffn: channels. layer: whole layers, as "
-        "many as do least damage; alone, the fewest that reach the target.",
+        description="What may go. attention: KV heads with their query heads. ffn: channels. hidden: channels of the "
+        "residual stream, in all layers alike. layer: whole layers, as many as do least damage; alone, the fewest that "
+        "reach the target.",
+    )
+    hidden: Share | None = Field(
+        default=None,
+        description="Share of the hidden channels to remove beside other kinds; null: the share that all kinds lose "
+        "alike. Alone, the target decides.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
     allocation: Literal["local", "global", "pooled", "by-kind", "log-increasing", "curves"] = Field(
@@ -66,7 +72,9 @@ class Pruning(Section):
     cap: float = Field(
         default=1.0, gt=0, le=1, description="Largest share of a group's units, and of the layers, that may go."
     )
-    multiple: Count = Field(default=1, description="FFN widths are multiples of this.")
+    multiple: Count = Field(
+        default=1, description="FFN and hidden widths are multiples of this (hidden: of 8 if it is 1)."
+    )
     protect_first: Share = Field(
         default=0.0,
         description="Share of the layers, from the first, that is left alone (uniform: is not removed whole).",

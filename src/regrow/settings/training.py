@@ -52,6 +52,9 @@ class Training(Section):
         description="Refuse a run whose memory, by a coarse estimate, is more than what is free; false: only say so.",
     )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
+    checkpoint_interval: Count | None = Field(
+        default=None, description="Steps between checkpoints that an interrupted run goes on from; null: eval_interval."
+    )
     eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
     patience: int = Field(
         default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
@@ -59,6 +62,11 @@ class Training(Section):
     max_skipped: Count = Field(
         default=10, description="Stop with an error after so many updates in a row were not finite."
     )
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """As said, or as often as the validation loss is measured."""
+        return self.checkpoint_interval or self.eval_interval
 
     @property
     def quantized(self) -> bool:

@@ -81,6 +81,11 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """Their names, in the same order."""
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The linears that LoRA is wrapped around, by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

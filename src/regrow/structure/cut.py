@@ -1,7 +1,7 @@
 """Cutting: making a choice of units true in the tensors."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regrow.structure.depth import remove_layers
-from regrow.structure.groups import Group, Groups, Slice
+from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
 from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
+from regrow.structure.residual import follow, narrowed
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
+
+HIDDEN_SIZES = ("hidden_dim", "hidden_size")
+"""Under which names a module with weights along the residual stream keeps how wide it is."""
 
 
 @torch.no_grad()
@@ -34,8 +37,9 @@ def cut(
 
     Args:
         groups: the groups as they are now.
-        keep: group name -> numbers (within the group as it is now) of the units that stay, ascending. Groups
-            that are not named stay whole. None for all groups of a layer: the layer goes, the config with it.
+        keep: group name (`residual` among them) -> numbers (within the group as it is now) of the units that stay,
+            ascending. Groups that are not named stay whole. None for all groups of a layer: the layer goes, the config
+            with it.
 
     Returns:
         The groups of the model after the cut.
@@ -55,10 +59,17 @@ def cut(
         if group.is_fused:
             _tell_head_counts(model, group, len(units))
         left.append(group.keep(units))
+    return _cut_stream(model, _without(groups, left), keep.get(RESIDUAL), optimizer)
+
+
+def _without(groups: Groups, left: Sequence[Group]) -> Groups:
+    """What a model comes to of whose groups this is left."""
     lost = dict.fromkeys((layer.number for layer in groups.layers), 0)
+    hidden = dict(lost)
     for before, after in zip(groups, left, strict=True):
         lost[before.layer] += before.cost * (before.units - after.units)
-    removed = sum(lost.values())
+        hidden[before.layer] += before.hidden * (before.units - after.units)
+    removed, residual = sum(lost.values()), groups.residual
     return replace(
         groups,
         groups=tuple(left),
@@ -67,12 +78,29 @@ def cut(
                 layer,
                 parameters=layer.parameters - lost[layer.number],
                 block_parameters=layer.block_parameters - lost[layer.number],
+                hidden=layer.hidden - hidden[layer.number],
+                block_hidden=layer.block_hidden - hidden[layer.number],
             )
             for layer in groups.layers
         ),
         block_parameters=groups.block_parameters - removed,
         total_parameters=groups.total_parameters - removed,
+        residual=residual and replace(residual, cost=residual.cost - sum(hidden.values())),
     )
+
+
+def _cut_stream(
+    model: nn.Module, groups: Groups, units: NDArray[np.int64] | None, optimizer: torch.optim.Optimizer | None
+) -> Groups:
+    residual = groups.residual
+    if residual is None or units is None or len(units) == residual.units:
+        return groups
+    for piece in residual.slices:
+        _cut_slice(model, piece, units, optimizer)
+    for name in dict.fromkeys(piece.module for piece in residual.slices):  # routers and experts reshape by their own
+        record = vars(model.get_submodule(name))
+        record |= {key: len(units) for key in HIDDEN_SIZES if record.get(key) == residual.units}
+    return replace(narrowed(groups, residual.units - len(units)), residual=residual.keep(units))
 
 
 def _cut_slice(
@@ -109,8 +137,8 @@ def _follow(module: nn.Module) -> None:
     """Let a module's own record of its width say what its weight now is."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight_shape(module.weight)
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
+    else:
+        follow(module)
 
 
 def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:

@@ -90,7 +90,7 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
 
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = defaultdict(list)
     slices: dict[tuple[str, int], Slice] = {}
-    for group in whole:
+    for group in (*whole, *([whole.residual] if whole.residual else [])):
         if group.layer not in emptied and len(units := keep.get(group.name, range(group.units))) < group.units:
             for piece in group.slices:
                 slices[piece.parameter, piece.axis] = piece
