@@ -38,7 +38,7 @@ def run_here(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     scratch, place = arguments.folder, arguments.child[1]
     recipe = load_recipe(arguments.child[0], {**SETTINGS, "data.source": str(scratch / "text.txt")})
-    peaks, out = Peaks(), scratch / "out"
+    peaks, out = Peaks(), scratch / "-".join(arguments.child)
     begun = time.perf_counter()
     regrow.prune(str(scratch / "model"), out, recipe, offload=place, progress=peaks)
     peaks.stage("")
