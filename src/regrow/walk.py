@@ -34,10 +34,10 @@ from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
     check_vocabulary,
     load_config,
-    load_model,
     output_dtype,
     pick_device,
 )
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
@@ -58,7 +58,7 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.outcome import FILES, read_trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.quantised_base import rebuild, settle_quantization
+from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
 from regrow.recovery.tracking import tracking
@@ -68,9 +68,10 @@ from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
 from regrow.resume import WAY_OUT, claim, describe_request, open_run, where, write_record
-from regrow.reuse import keep_adapter, report, texts
+from regrow.reuse import keep_adapter, report, save_streamed, texts
 from regrow.structure.adapters import adapters_off, attach_lora, merge_lora
 from regrow.structure.groups import Groups
+from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
@@ -155,7 +156,7 @@ class Walk:
             InputError: if the run cannot work.
         """
         given = self.recipe
-        recipe = self.recipe = settle_quantization(given, self.progress)
+        recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
         check_settings(recipe)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
@@ -215,8 +216,9 @@ class Walk:
     def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
-        kept = quantization or self.recipe.training.quantization
-        model = load_model(self.name, pick_device(self.recipe.device), quantization=kept)
+        training, device = self.recipe.training, pick_device(self.recipe.device)
+        kept = quantization or training.quantization
+        model = load(self.name, device, offload=training.offload, quantization=kept)
         check_vocabulary(model, tokenizer, self.name)
         return model
 
@@ -345,15 +347,15 @@ class Walk:
         return trained
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
-        """The checkpoint, with its plan and card inside."""
-        save_checkpoint(
-            model,
-            tokenizer,
-            self.folder / "model",
-            dtype=output_dtype(self.name, self.recipe.output.dtype),
-            shard_size=self.recipe.output.shard_size,
-            extras=texts(self.name, self.recipe, plan),
-        )
+        """The checkpoint, with its plan and card inside; of an offloaded model tensor by tensor, from the files."""
+        dtype, output = output_dtype(self.name, self.recipe.output.dtype), self.recipe.output
+        extras = texts(self.name, self.recipe, plan)
+        if self.recipe.training.offloaded:
+            save_streamed(self.name, self.folder, output, tokenizer, extras, self.progress)
+            convert(model, dtype)
+        else:
+            place, size = self.folder / "model", output.shard_size
+            save_checkpoint(model, tokenizer, place, dtype=dtype, shard_size=size, extras=extras)
 
     def verify(self, model: PreTrainedModel, text: Text) -> Verification:
         """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
