@@ -87,7 +87,7 @@ def run_here(arguments: argparse.Namespace) -> None:
     scratch = arguments.folder
     recipe, model = recipe_of(arguments.child, scratch), str(scratch / "model")
     peaks = Peaks()
-    regrow.prune(model, scratch / "out", recipe, progress=peaks)
+    regrow.prune(model, scratch / arguments.child.replace(" ", "-"), recipe, progress=peaks)
     skeleton, dtype = load_skeleton(model), load_config(model).dtype or torch.float32
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     needs = frozenset(find_criterion(recipe.pruning.criterion).needs)

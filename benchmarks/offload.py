@@ -1,6 +1,6 @@
 """What offloading saves and costs: peak memory and time of a short run with all weights here, and with them on disk.
 
-A random LLaMA (150M parameters by default) is pruned by half and trained for a few steps, on the text of Python's own
+A random LLaMA (107M parameters by default) is pruned by half and trained for a few steps, on the text of Python's own
 library, on a CPU, each run in a process of its own with the same settings. Memory is the most that the process had in a
 stage, above what it had before the model was loaded; pages of files that are mapped at that moment count. It is checked
 that both runs leave the same weights.
@@ -38,7 +38,7 @@ def run_here(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     scratch, place = arguments.folder, arguments.child[1]
     recipe = load_recipe(arguments.child[0], {**SETTINGS, "data.source": str(scratch / "text.txt")})
-    peaks, out = Peaks(), scratch / "out"
+    peaks, out = Peaks(), scratch / "-".join(arguments.child)
     begun = time.perf_counter()
     regrow.prune(str(scratch / "model"), out, recipe, offload=place, progress=peaks)
     peaks.stage("")
@@ -68,8 +68,9 @@ def table(found: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -81,7 +82,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(arguments, Path(folder))
-        for recipe in RECIPES:
+        for recipe in arguments.recipes:
             found[recipe] = {}
             for place in PLACES:
                 command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--child", recipe, place]

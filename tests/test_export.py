@@ -1,10 +1,13 @@
 """What is exported computes what the checkpoint does: padded, as GGUF, as ONNX."""
 
+import ctypes
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +251,61 @@ def test_types(kind: str, share: float, tmp_path: Path) -> None:
         assert set(done["wider"]) == {f"blk.{n}.{part}.weight" for n in (0, 1) for part in ("ffn_down", "attn_output")}
 
 
+@pytest.mark.parametrize(("kind", "share"), [("q4_k_m", 2e-1), ("q6_k", 6e-2)])
+def test_k_types_are_llama_cpps(kind: str, share: float, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model = random_model("mistral", hidden_size=256)
+    folder = save(model, tmp_path, torch.bfloat16)
+    done = regrow.export(folder, tmp_path / "model.gguf", "gguf", kind=kind)
+    read = Read(tmp_path / "model.gguf")
+    assert done["type"] == kind
+    assert done["held"] == {name.lower(): list(read.types.values()).count(name) for name in set(read.types.values())}
+    assert read.types["blk.0.ffn_up.weight"] == kind[:4].upper()
+    got, weight = read.tensors["blk.0.ffn_up.weight"], model.model.layers[0].mlp.up_proj.weight.detach().double()
+    assert 0 < float((got - weight).abs().max()) <= share * float(weight.abs().max())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_k_types_want_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = checkpoint_of("llama-gqa", True, tmp_path)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(InputError, match=r"pip install 'regrow\[gguf-check\]'"):
+        regrow.export(folder, tmp_path / "model.gguf", "gguf", kind="q4_k_m")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_quantiser_gets_a_plain_file_and_leaves_nothing_else(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another in llama.cpp's place, which copies; what the real one does with the file is tested above."""
+    _, folder = checkpoint_of("llama-gqa", True, tmp_path)
+    asked = []
+
+    def quantise(plain: bytes, out: bytes, wanted: object) -> int:
+        asked.append(wanted._obj.ftype)  # what `byref` holds
+        shutil.copy(plain.decode(), out.decode())
+        return code
+
+    class Wanted(ctypes.Structure):
+        _fields_ = (("nthread", ctypes.c_int32), ("ftype", ctypes.c_int))
+
+    stand_in = SimpleNamespace(llama_model_quantize_default_params=Wanted, llama_model_quantize=quantise)
+    monkeypatch.setitem(sys.modules, "llama_cpp", stand_in)
+    monkeypatch.setitem(sys.modules, "regrow.formats.llamacpp_quantise", None)
+    del sys.modules["regrow.formats.llamacpp_quantise"]  # to be imported anew, and forgotten afterwards
+    out = tmp_path / "out" / "model.gguf"
+    if code:
+        with pytest.raises(InputError, match="does not make a q5_k_s file"):
+            regrow.export(folder, out, "gguf", kind="q5_k_s")
+        assert not list(out.parent.iterdir())
+    else:
+        done = regrow.export(folder, out, "gguf", kind="q5_k_s")
+        assert (done["type"], set(done["held"])) == ("q5_k_s", {"f32"})
+        assert list(out.parent.iterdir()) == [out]
+    assert asked == [gguf.LlamaFileType.MOSTLY_Q5_K_S]
+
+
 def test_bfloat16_stays_what_it_is(tmp_path: Path) -> None:
     model = random_model("qwen3")
     folder = save(model, tmp_path, torch.bfloat16)
@@ -396,7 +454,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.gguf"
     for given, reason in (
         ({}, "say what to write"),
-        ({"to": "gguf", "kind": "q4_k_m"}, "choose auto, f32, f16"),
+        ({"to": "gguf", "kind": "q4_k_x"}, "choose auto, f32, f16"),
         ({"to": "onnx", "kind": "f16"}, "go with --to gguf"),
         ({"to": "gguf", "multiple": 8}, "goes with --pad"),
         ({"to": "gguf", "converter": tmp_path / "convert.py"}, "there is no"),

@@ -68,7 +68,7 @@ def export(
     multiple: Annotated[int, typer.Option(min=1, help="With --pad: make the FFN width a multiple of this.")] = 1,
     kind: Annotated[
         str,
-        typer.Option("--type", help="GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; auto: as stored."),
+        typer.Option("--type", help="GGUF: f32, f16, bf16, q8_0, q5_1, …, q4_k_m and its like; auto: as stored."),
     ] = "auto",
     converter: Annotated[
         Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for families that regrow does not write.")

@@ -35,7 +35,7 @@ def export(
         to: gguf, onnx, or None for a Hugging Face checkpoint (with `pad`).
         pad: make uneven layers equal with zeros first: every stock class and engine takes them then.
         multiple: round the padded FFN width up to a multiple of this.
-        kind: the GGUF file's type; see `regrow.formats.llamacpp.TYPES`.
+        kind: the GGUF file's type; see `regrow.formats.llamacpp.TYPES` and `K_TYPES`.
         converter: llama.cpp's convert_hf_to_gguf.py, to write the GGUF file instead of regrow.
         trust_remote_code: run the modeling file of uneven layers, which ONNX needs without `pad`.
 
@@ -86,8 +86,13 @@ def _gguf(source: Checkpoint, out: Path, kind: str, converter: Path | None) -> d
         run_converter(converter, source.folder, out, kind)
         return {"out": str(out), "format": "gguf", "converter": str(converter)}
     _require("gguf", "gguf")
-    from regrow.formats.llamacpp import write_gguf
+    from regrow.formats.llamacpp import K_TYPES, write_gguf
 
+    if kind in K_TYPES:
+        _require("llama_cpp", "gguf-check")
+        from regrow.formats.llamacpp_quantise import write_quantised
+
+        return {"out": str(out), "format": "gguf", **write_quantised(source, out, kind).to_json()}
     written = write_gguf(source, out, kind)
     return {"out": str(out), "format": "gguf", **written.to_json()}
 

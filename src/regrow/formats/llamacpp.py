@@ -39,7 +39,19 @@ TYPES = {
     "q4_1": (gguf.GGMLQuantizationType.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-"""What the `gguf` package can write of the types for plain weights; llama.cpp's `llama-quantize` makes the rest."""
+"""What the `gguf` package can write of the types for plain weights."""
+K_TYPES = {
+    "q2_k": gguf.LlamaFileType.MOSTLY_Q2_K,
+    "q3_k_s": gguf.LlamaFileType.MOSTLY_Q3_K_S,
+    "q3_k_m": gguf.LlamaFileType.MOSTLY_Q3_K_M,
+    "q3_k_l": gguf.LlamaFileType.MOSTLY_Q3_K_L,
+    "q4_k_s": gguf.LlamaFileType.MOSTLY_Q4_K_S,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+    "q5_k_s": gguf.LlamaFileType.MOSTLY_Q5_K_S,
+    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
+}
+"""What only llama.cpp can write; see `llamacpp_quantise`."""
 ROPE_TYPES = {"llama": ("default", "linear", "llama3"), "qwen3": ("default",)}
 """RoPE whose frequencies no length changes, as far as the architecture reads factors of them."""
 STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -56,6 +68,8 @@ class Written:
     """Whether uneven layers were made equal with zeros, because no architecture can hold them otherwise."""
     wider: tuple[str, ...]
     """Tensors that are float16 instead, because their rows are no whole number of the type's blocks."""
+    held: dict[str, int] | None = None
+    """Of a K type: how many tensors are of which type."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -95,7 +109,7 @@ def write_gguf(source: Checkpoint, out: Path, kind: str = "auto") -> Written:
     family = check_family(source)
     kind = STORED[source.outline(source.names[0]).dtype] if kind == "auto" else kind
     if kind not in TYPES:
-        raise InputError(f"--type {kind!r}: choose auto, {', '.join(TYPES)}; llama-quantize makes others of f16")
+        raise InputError(f"--type {kind!r}: choose auto, {', '.join((*TYPES, *K_TYPES))}")
     uneven = not source.even and family == "llama"
     architecture = "deci" if uneven else family
     # An empty half gets one unit of zeros: `deci` computes a layer wrongly, without a word, that has no FFN.
