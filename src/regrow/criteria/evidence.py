@@ -42,10 +42,10 @@ class Linear:
             yield slice(start, start + ROWS_AT_ONCE)
 
     def effective_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
-        """`W + s B A` of some rows, float32: what the layer computes with."""
-        weight = self.weight[rows].float()
+        """`W + s B A` of some rows, float32 and never the weight itself: what the layer computes with."""
         if self.lora_a is None or self.lora_b is None:
-            return weight
+            return self.weight[rows].to(torch.float32, copy=True)
+        weight = self.weight[rows].float()
         return torch.addmm(weight, self.lora_b[rows].float(), self.lora_a.float(), alpha=self.scaling)
 
     def start_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
