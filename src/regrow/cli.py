@@ -148,11 +148,12 @@ def inspect(
     for group in groups:
         share = group.units * group.cost / groups.total_parameters
         names = ", ".join(
-            f"{s.parameter.split('.')[-2]}{'[:, …]' if s.is_input else '[…]'}"
+            f"{s.parameter.removesuffix('.weight').split('.')[-1]}{'[:, …]' if s.is_input else '[…]'}"
             for s in group.slices
             if "bias" not in s.parameter
         )
-        table.add_row(str(group.layer), group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+        kind = group.kind if group.expert is None else f"{group.kind}, expert {group.expert}"
+        table.add_row(str(group.layer), kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
     console = Console()
     console.print(table, markup=False)
     console.print(

@@ -29,6 +29,8 @@ def check_settings(recipe: Recipe) -> None:
         find_criterion(recipe.analysis.criterion)
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
+    if "expert" in recipe.pruning.kinds and recipe.pruning.shape == "free" and recipe.search.evaluations:
+        raise InputError("search.evaluations exchanges widths only: with expert in pruning.kinds use shape=uniform")
     check_one_shot(recipe)
     check_distillation(recipe)
     list_sources(recipe.data)

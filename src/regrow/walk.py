@@ -38,6 +38,7 @@ from regrow.checkpoint.shape import describe
 from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
+from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import writes_own_text
 from regrow.errors import InputError
 from regrow.evaluation.compare import compare, local_folder
@@ -109,6 +110,7 @@ class Walk:
         model = self.load(tokenizer)
         self.begin("trace groups")
         whole = prunable_groups(model)
+        find_criterion(self.recipe.pruning.criterion).check_experts(whole, self.recipe.pruning.kinds)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)

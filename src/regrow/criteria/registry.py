@@ -14,6 +14,7 @@ from torch import Tensor
 from regrow.criteria import depth, gate, lhspg, lora, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
+from regrow.structure.groups import Groups
 
 Need = Literal["lora", "gate", "weight", "similarity", "inputs"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
@@ -47,6 +48,20 @@ class Criterion:
         if "width" not in self.scores and set(kinds) != {"layer"}:
             raise InputError(
                 f"criterion {self.name} scores whole layers only: set pruning.kinds=[layer], or take another criterion"
+            )
+
+    def check_experts(self, groups: Groups, kinds: Collection[str]) -> None:
+        """Refuse to prune experts by a criterion that knows nothing of them: they have no adapters, and moments of the
+        inputs of their down projections are not taken.
+
+        Raises:
+            InputError: if it is asked to.
+        """
+        wanted = any(g.expert is not None or g.kind == "expert" for g in groups if g.kind.rstrip("0123456789") in kinds)
+        if wanted and self.needs and self.needs <= {"lora", "inputs"}:
+            raise InputError(
+                f"criterion {self.name} cannot score experts, which have no adapters and no linears of their own: take "
+                "another (gate-fisher, taylor, magnitude), or set pruning.kinds=[attention]"
             )
 
 

@@ -64,7 +64,7 @@ class Compensator:
         Raises:
             InputError: if only a bias was asked for and no consumer has one.
         """
-        biases = [self._bias(group) for group in groups if len(group.consumers) == 1]
+        biases = [self._bias(group) for group in groups if self.treats(group)]
         if self.settings.method == "bias" and all(bias is None for bias in biases):
             raise InputError(
                 f"compensation.method=bias: the consumers of {type(self.model).__name__} have no bias to carry it; "
@@ -117,8 +117,8 @@ class Compensator:
         return frozenset({"bias"} if self.settings.carrier == "adapter" else {"weight", "bias"})
 
     def treats(self, group: Group) -> bool:
-        """Whether the recipe wants a refit, and there is one consumer that can be given it."""
-        return self.settings.method != "none" and len(group.consumers) == 1
+        """Whether the recipe wants a refit, and there is one consumer that can be given it: a linear of its own."""
+        return self.settings.method != "none" and len(group.consumers) == 1 and group.expert is None
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""

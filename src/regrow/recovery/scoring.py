@@ -19,6 +19,7 @@ from regrow.criteria.registry import Criterion, combine
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
+from regrow.structure.experts import is_experts
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.prefix import watching_inputs
@@ -96,7 +97,7 @@ class Scorer:
         self._layers = groups.layers
         if "inputs" in self.criterion.needs:
             for group in groups:
-                if len(group.consumers) == 1:
+                if len(group.consumers) == 1 and group.expert is None:
                     consumer = group.consumers[0]
                     weight = self.model.get_parameter(consumer.parameter)
                     self._consumers[group.name] = consumer.module
@@ -184,7 +185,7 @@ class Scorer:
         stays = plan.positions_within(cut_plan)
         for group in groups:
             moments = self._moments.get(group.name)
-            if group.layer in plan.removed_layers:
+            if not plan.groups[group.name].keep:
                 continue
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
@@ -206,7 +207,7 @@ class Scorer:
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
-        return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim == 2]
+        return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim > 1]
 
     def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:
         for name, parameter in self.model.named_parameters():
@@ -239,12 +240,16 @@ def gather_evidence(
     Args:
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
     """
-    pieces = [
-        piece
-        for piece in group.slices
-        if not piece.is_adapter and piece.parameter.endswith(".weight") and is_linear(model.get_submodule(piece.module))
-    ]
+    pieces = [piece for piece in group.slices if not piece.is_adapter and _is_weight(model, group, piece)]
     return Evidence(group.name, group.kind, group.units, Linears(model, pieces, start), gate, generator=generator)
+
+
+def _is_weight(model: PreTrainedModel, group: Group, piece: Slice) -> bool:
+    """Whether a slice is of a product's weight: a linear's, all experts' of a layer, or a router's."""
+    if model.get_parameter(piece.parameter).ndim == 3:
+        return True
+    routes = group.kind == "expert" and not is_experts(model.get_submodule(piece.module))
+    return piece.parameter.endswith(".weight") and (routes or is_linear(model.get_submodule(piece.module)))
 
 
 class Linears(Sequence[Linear]):
@@ -275,6 +280,8 @@ def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, T
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad
+    if weight.ndim == 3:
+        return _expert_evidence(piece, weight, gradient)
     if kept_as(parameter):
         weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
     if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
@@ -296,3 +303,17 @@ def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, T
         start_a=start_a,
         start_b=start_b,
     )
+
+
+def _expert_evidence(piece: Slice, weight: Tensor, gradient: Tensor | None) -> Linear:
+    """Of all experts' weights in one tensor: one expert's, or (whole experts) all, their rows below one another."""
+    if piece.expert is None:
+        rows = weight.shape[1]
+        positions = torch.from_numpy(piece.index)[:, :, None] * rows + torch.arange(rows)
+        flat = None if gradient is None else gradient.flatten(0, 1)
+        return Linear(piece.module, weight.flatten(0, 1), 0, positions.flatten(1).to(weight.device), flat)
+    axis = 1 if piece.is_input else 0
+    own, slope = weight[piece.expert], None if gradient is None else gradient[piece.expert]
+    if piece.axis - 1 != axis:  # kept as [in, out]
+        own, slope = own.T, None if slope is None else slope.T
+    return Linear(piece.module, own, axis, torch.from_numpy(piece.index).to(weight.device), slope)

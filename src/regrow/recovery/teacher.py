@@ -24,6 +24,7 @@ from regrow.recovery.losses import FullTarget, Target
 from regrow.structure.adapters import adapter_parameters, adapters_off, lora_layers
 from regrow.structure.gates import Gates
 from regrow.structure.quantised import copy_into, held_bytes, quantised_linears
+from regrow.structure.trace import unhook
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,7 @@ def copy_without_adapters(model: PreTrainedModel, dtype: torch.dtype | None) -> 
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
     for name, layer in lora_layers(teacher).items():
         teacher.set_submodule(name, layer.get_base_layer())
-    for module in teacher.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    unhook(teacher)
     teacher.eval()
     return teacher
 

@@ -174,8 +174,9 @@ def _ratios(results: dict[str, Any]) -> str:
 def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
     layers: dict[str, dict[str, int]] = {}
     for name, width in results["widths"].items():
-        _, layer, kind = name.split(".")
-        layers.setdefault(layer, {})[kind] = width
+        _, layer, *_, kind = name.split(".")
+        each = layers.setdefault(layer, {})
+        each[kind] = max(width, each.get(kind, 0))  # of experts' channels: of those that stay
     kinds = sorted({kind for widths in layers.values() for kind in widths})
     widths = _table(
         ["layer", *kinds],

@@ -42,11 +42,12 @@ class Pruning(Section):
         default="uniform",
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
-    kinds: tuple[Literal["attention", "ffn", "layer"], ...] = Field(
+    kinds: tuple[Literal["attention", "ffn", "layer", "expert"], ...] = Field(
         default=("attention", "ffn"),
         min_length=1,
-        description="What may go. attention: KV heads with their query heads. ffn: channels. layer: whole layers, as "
-        "many as do least damage; alone, the fewest that reach the target.",
+        description="What may go. attention: KV heads with their query heads. ffn: channels, those inside experts too. "
+        "layer: whole layers. expert: whole experts, as many in every layer. Of both, as many as do least damage; "
+        "alone, the fewest that reach the target.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
     allocation: Literal["local", "global", "by-kind", "curves"] = Field(
