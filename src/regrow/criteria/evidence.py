@@ -78,7 +78,7 @@ class Evidence:
 
     name: str
     kind: str
-    """`attention` or `ffn`; `layer` for a whole layer."""
+    """`attention`, `ffn` (also of one expert) or `expert`; `layer` for a whole layer."""
     units: int
     linears: Sequence[Linear]
     gate: GateMoments | None = None

@@ -64,9 +64,10 @@ def model_card(name: str, recipe: Recipe | None, plan: Plan, results: dict[str, 
 
 def _what_went(plan: Plan) -> str:
     layers = f"{len(plan.removed_layers)} of {len(plan.layers)} layers" if plan.removed_layers else ""
-    narrower = any(0 < len(group.keep) < group.units for group in plan.groups.values())
-    widths = "whole attention heads and FFN channels" if narrower or not layers else ""
-    return " and ".join(part for part in (layers, widths) if part)
+    narrowed = {name for name, group in plan.groups.items() if 0 < len(group.keep) < group.units}
+    experts = {name for name in narrowed if name.endswith(".expert")}
+    widths = "whole attention heads and FFN channels" if narrowed - experts or not (layers or experts) else ""
+    return " and ".join(part for part in (layers, "whole experts" if experts else "", widths) if part)
 
 
 def short_name(model: str) -> str:

@@ -102,6 +102,8 @@ class ExpertGates:
     sink: Callable[[], Sink | None]
     """Who takes derivatives now."""
     _sequences: int = 1
+    _narrowed: bool = False
+    """Whether the router has just chosen among those experts only whose gates are not closed."""
 
     def attach(self) -> list[Callable[[], None]]:
         """Take the module's place, until what is returned has been called."""
@@ -117,7 +119,9 @@ class ExpertGates:
         self._sequences = len(args[0])
 
     def _before(self, router: Router, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(kept_E := self._kept()) < self._count:
+        kept_E = self._kept()
+        self._narrowed = len(kept_E) < self._count
+        if self._narrowed:
             router.narrow(kept_E)
 
     def _after(self, router: Router, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -153,8 +157,9 @@ class ExpertGates:
         if sink is None and self._is_open():
             return plain(x_ND, index_NK, weight_NK)
         experts: Any = self.experts
-        chosen = index_NK.shape[-1]
-        expert_S = self._kept().to(index_NK.device)[index_NK].reshape(-1)
+        chosen, kept_E = index_NK.shape[-1], self._kept()
+        assert self._narrowed == (len(kept_E) < self._count), "the router is not called as a module"
+        expert_S = kept_E.to(index_NK.device)[index_NK].reshape(-1)
         expert_S, order_S = torch.sort(expert_S, stable=True)
         token_S = order_S // chosen
         where = expert_S, token_S // (len(x_ND) // self._sequences)
