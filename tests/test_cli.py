@@ -50,7 +50,8 @@ def test_version(command: CommandLine) -> None:
 
 def test_help_names_every_verb(command: CommandLine) -> None:
     assert VERBS == [
-        "analyze", "apply", "bench", "demo", "evaluate", "export", "inspect", "prune", "recipes", "scatter",
+        "analyze", "apply", "bench", "compare", "demo", "evaluate", "export", "inspect", "prune", "recipes", "report",
+        "scatter",
     ]  # fmt: skip
     for flag in ("-h", "--help"):
         done = command(flag)
@@ -237,7 +238,7 @@ def test_prune_does_what_its_options_say(command: CommandLine, checkpoint: Path,
     )
     results = json.loads((out / "results.json").read_text())
     assert f"{results['sparsity']['block']:.2%} of the block parameters" in done.stdout
-    assert done.stdout.rstrip().endswith(str(out / "report.md"))
+    assert done.stdout.rstrip().endswith(str(out / "report.html"))
     stages = [line for line in done.stderr.splitlines() if STAGE.fullmatch(line)]
     assert [stages[0], stages[-1]] == ["read text …", "perplexity, window 32 …"]
     assert not [line for line in stages if line in done.stdout]

@@ -4,18 +4,30 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from regrow.checkpoint.load import load_skeleton, pick_device, weights_folder
+from regrow.checkpoint.load import (
+    check_length,
+    load_config,
+    load_skeleton,
+    load_tokenizer,
+    pick_device,
+    weights_folder,
+)
 from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
-from regrow.data.corpus import list_sources
+from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
+from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
+from regrow.recovery.self_text import start_token, tokens_to_write
+from regrow.recovery.tracking import check_tracker
+from regrow.structure.depth import check_depth
 from regrow.structure.groups import find_groups
+from regrow.text import training_tokens
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -31,9 +43,67 @@ def check_settings(recipe: Recipe) -> None:
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
     if "expert" in recipe.pruning.kinds and recipe.pruning.shape == "free" and recipe.search.evaluations:
         raise InputError("search.evaluations exchanges widths only: with expert in pruning.kinds use shape=uniform")
+    check_hidden(recipe)
     check_one_shot(recipe)
+    check_prefix(recipe)
     check_distillation(recipe)
+    check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
+    check_tasks(recipe.evaluation.tasks)
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """Refuse selection on the pruned prefix by what is not measured there.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    if recipe.compensation.selection == "prefix":
+        criterion = find_criterion(recipe.pruning.criterion)
+        if criterion.needs != {"channels"}:
+            raise InputError(
+                f"compensation.selection=prefix needs a criterion of inputs alone (wanda, flap), not {criterion.name}"
+            )
+        if recipe.search.evaluations:
+            raise InputError("compensation.selection=prefix goes without a search: set search.evaluations=0 or obs")
+
+
+def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Refuse what config and tokenizer tell will not work.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: naming what is in the way.
+    """
+    config = load_config(model)
+    if "layer" in recipe.pruning.kinds:
+        check_depth(config)
+    for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
+        check_length(config, length)
+    tokenizer = load_tokenizer(model)
+    if writes_own_text(recipe.data):
+        check_length(config, recipe.generate.length)
+        start_token(tokenizer)
+        tokens_to_write(recipe, training_tokens(recipe))
+    return tokenizer
+
+
+def check_hidden(recipe: Recipe) -> None:
+    """Refuse what does not go with a narrower residual stream.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if "hidden" not in recipe.pruning.kinds:
+        return
+    asked = {
+        "pruning.shape=free": recipe.pruning.shape == "free",
+        "distillation.hidden_weight": recipe.distillation.hidden_weight > 0,
+    }
+    for setting in (name for name, wanted in asked.items() if wanted):
+        raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:

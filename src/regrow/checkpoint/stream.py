@@ -26,6 +26,7 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.structure.adapters import ADAPTER, linear_shape, merged_weight
+from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 from regrow.structure.positions import IndexMap, index_map
@@ -55,8 +56,9 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
         InputError: naming the first group that differs, or the number of parameters.
     """
     own = Plan.whole(groups)
-    for group in sorted(own.groups.keys() | plan.groups.keys()):
-        here, there = (each.groups.get(group) for each in (own, plan))
+    parts = own.parts if plan.residual is not None else own.groups
+    for group in sorted(parts.keys() | plan.parts.keys()):
+        here, there = (each.get(group) for each in (parts, plan.parts))
         if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
             raise InputError(
                 f"the plan is of another model than {name}: {group} has "
@@ -160,6 +162,8 @@ def stream_checkpoint(
     change = _Change(source, index_map(model, whole, keep), adapters, merge, model)
     left = cut(model, whole, keep)
     if adapters is not None:
+        biases = (key.replace(".base_layer.", ".") for key in adapters.entries if key.endswith(".bias"))
+        add_missing_biases(model, frozenset(biases))
         change.check()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -92,13 +92,14 @@ def estimate_memory(
     if recipe.pruning.calibration_batches and needs:
         found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
+        found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4"
     present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
     adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
-    copied, taught = _teacher(sizes, recipe, tokens, whole, b_a)
+    copied, taught = _teacher(sizes, recipe, tokens, whole, b_a, b_w)
     found["train"] = max(present + copied + adapters + step + taught, whole + copied)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
     kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
@@ -127,7 +128,7 @@ def _activations(sizes: Sizes, recipe: Recipe, tokens: int, b_a: int) -> int:
     return b_a * tokens * sizes.layers * inside + dropped
 
 
-def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int) -> tuple[int, int]:
+def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int, b_w: int) -> tuple[int, int]:
     """Bytes of a copy of the model, which has `whole` bytes, and of what a lesson adds to a step."""
     settings = recipe.distillation
     if not settings.on:
@@ -135,6 +136,9 @@ def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int) ->
     states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
     if settings.teacher == "cached":
         return 0, 0
-    if settings.teacher_dtype != "auto":
+    if settings.teacher_dtype in QUANTISED_BYTES:
+        of_linear = QUANTISED_BYTES[settings.teacher_dtype]
+        whole = round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * sizes.block_parameters)
+    elif settings.teacher_dtype != "auto":
         whole = getattr(torch, settings.teacher_dtype).itemsize * sizes.parameters
     return 0 if settings.teacher == "self" else whole, tokens * sizes.vocabulary * b_a + states

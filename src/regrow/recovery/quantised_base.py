@@ -10,6 +10,7 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 
@@ -66,6 +67,7 @@ def rebuild(model: PreTrainedModel, plan: Plan, trained: Mapping[str, Tensor]) -
     """
     groups = find_groups(model)
     groups = cut(model, groups, plan.positions_within(Plan.whole(groups)))
+    add_missing_biases(model, frozenset(name for name in trained if name.endswith(".bias")))
     for name, values in trained.items():
         model.get_parameter(name).data.copy_(values)
     return groups

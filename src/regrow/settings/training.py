@@ -46,6 +46,9 @@ class Training(Section):
         description="Refuse a run whose memory, by a coarse estimate, is more than what is free; false: only say so.",
     )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
+    checkpoint_interval: Count | None = Field(
+        default=None, description="Steps between checkpoints that an interrupted run goes on from; null: eval_interval."
+    )
     eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
     patience: int = Field(
         default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
@@ -53,6 +56,11 @@ class Training(Section):
     max_skipped: Count = Field(
         default=10, description="Stop with an error after so many updates in a row were not finite."
     )
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """As said, or as often as the validation loss is measured."""
+        return self.checkpoint_interval or self.eval_interval
 
     @property
     def quantized(self) -> bool:
@@ -80,8 +88,10 @@ class Distillation(Section):
         "model: a second copy from the start. cached: the most likely tokens at every position of the training text, "
         "written to disk before training.",
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of a second copy; auto: as the model that is pruned."
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = Field(
+        default="auto",
+        description="How a second copy is kept; auto: as the model that is pruned. int8, nf4: the linears of its "
+        "decoder layers by bitsandbytes (pip install 'regrow[quant]').",
     )
     top_k: Count = Field(
         default=64, description="cached: tokens kept at every position; the others' probability is one sum."

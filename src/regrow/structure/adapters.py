@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
-from regrow.structure.quantised import is_quantised
+from regrow.structure.quantised import is_quantised, weight_shape
 
 ADAPTER = "default"
 
@@ -23,7 +23,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """`(outputs, inputs)` of a linear without LoRA; Conv1D keeps its weight as `[in, out]`."""
-    first, second = module.get_parameter("weight").shape
+    first, second = weight_shape(module.get_parameter("weight"))
     return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
@@ -77,6 +77,11 @@ def attach_lora(
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All LoRA factors of the model, in the model's order."""
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Their names, in the same order."""
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
