@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,9 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         progress.advance(2, "loss [2.5]")
         progress.say("something [notable]")
         progress.advance(1, "loss [1.5]")
+        until = time.monotonic() + 10  # bars are drawn a few times a second
+        while "loss [1.5]" not in screen.getvalue() and time.monotonic() < until:
+            time.sleep(0.05)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for words in ("load model", "1/1", "train", "3/3", "something [notable]", "loss [1.5]"):
         assert words in shown

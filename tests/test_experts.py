@@ -19,6 +19,8 @@ from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.experts import expert_price, fold, unfold
 from regrow.planning.plan import Plan
+from regrow.preflight import check_experts
+from regrow.recipe import load_recipe
 from regrow.recovery.scoring import gather_evidence
 from regrow.report.graph import draw_graph
 from regrow.reuse import apply
@@ -278,6 +280,13 @@ def test_criteria_that_look_at_adapters_or_linears_are_refused(name: str, mixtra
     with pytest.raises(InputError, match="experts"):
         find_criterion(name).check_experts(mixtral, ("attention", "ffn"))
     find_criterion(name).check_experts(mixtral, ("attention", "hidden"))
+
+
+def test_offloaded_experts_are_refused(mixtral: Groups) -> None:
+    offloaded = {"training.offload": "disk"}
+    with pytest.raises(InputError, match="offload=disk does not go with pruning experts"):
+        check_experts(load_recipe("magnitude", offloaded), mixtral)
+    check_experts(load_recipe("magnitude", offloaded | {"pruning.kinds": ["attention"]}), mixtral)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

@@ -85,6 +85,10 @@ def prune(
         str | None,
         typer.Option(help="Keep the frozen weights in int8 or nf4 while scoring and training; the result is plain."),
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Keep the frozen weights in memory (cpu) or in their files (disk), for a model too large."),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
@@ -108,6 +112,7 @@ def prune(
         "pruning.shape": shape,
         "output.keep_adapter": keep_adapter or None,
         "training.quantization": quantize,
+        "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)

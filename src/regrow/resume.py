@@ -5,7 +5,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.errors import InputError
+from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
+from regrow.text import Text
 
 FILES_NAMED = ("source", "eval_source", "instructions", "from_file", "criterion")
 """Settings that may name a file: what is in it counts, not where it lies."""
@@ -57,22 +60,83 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     return True
 
 
-def claim(folder: Path, record: Mapping[str, Any], goes_on: bool) -> None:
-    """Take the folder: for a run that goes on as it is, else without what an earlier run has left.
+class Books:
+    """What a run writes down of itself: what it was asked for, how far it is, and how long each stage has taken."""
 
-    Args:
-        record: what `run.json` is to say.
-    """
-    if not goes_on:
-        for left_over in OF_A_RUN:
-            shutil.rmtree(folder / left_over, ignore_errors=True)
-    write_record(folder, record)
-    sweep(folder)
+    def __init__(self, folder: Path, model: str, argv: Sequence[str], progress: Progress) -> None:
+        """Open them; nothing is read or written yet.
 
+        Args:
+            argv: the command line that asked for the run, without the program's name; perhaps none.
+        """
+        self.folder = folder
+        self.model = model
+        self.argv = list(argv)
+        self.progress = progress
+        self.journal = Journal(folder, progress.say, self.seconds_so_far)
+        self.seconds: dict[str, float] = {}
+        """By stage, of those that are over."""
+        self.goes_on = False
+        """Whether the folder holds a part of this run."""
+        self._asked: dict[str, Any] = {}
+        self._stage = ("", time.perf_counter())
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `run.json`; see `Walk.record`."""
-    write_json(folder / RUN_FILE, dict(record))
+    def look(self, recipe: Recipe, fresh: bool) -> None:
+        """See what is in the folder; without `fresh` a run of the same request goes on.
+
+        Raises:
+            InputError: if the folder cannot be a run's, or holds a run that was asked for something else.
+        """
+        self._asked = describe_request(self.model, recipe)
+        self.goes_on = open_run(self.folder, self._asked, fresh)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the folder holds the result whole. If it holds a part of the way there, that is said."""
+        if not self.goes_on:
+            return False
+        if self.journal.read("report") is not None and self.journal.read("save") is not None:
+            self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
+            return True
+        self.progress.say(f"resuming {where(self.journal, steps)}")
+        self.seconds = self.journal.seconds_before()
+        return False
+
+    def claim(self, recipe: Recipe) -> None:
+        """Take the folder: for a run that goes on as it is, else without what an earlier run has left."""
+        if not self.goes_on:
+            for left_over in OF_A_RUN:
+                shutil.rmtree(self.folder / left_over, ignore_errors=True)
+        self.mark("running", recipe)
+        sweep(self.folder)
+
+    def mark(self, state: str, recipe: Recipe) -> None:
+        """Write down what is being done, or has been: `run.json`."""
+        run = {"state": state, "model": self.model, "recipe": recipe.name, "regrow": version("regrow")}
+        write_json(self.folder / RUN_FILE, {**run, "argv": self.argv, "asked": self._asked})
+
+    def begin(self, stage: str, total: int | None = None) -> None:
+        """Close the account of the stage before, open the next."""
+        self.seconds = self.seconds_so_far()
+        self._stage = (stage, time.perf_counter())
+        if stage:
+            self.progress.stage(stage, total)
+
+    def seconds_so_far(self) -> dict[str, float]:
+        """What every stage has taken, the present one up to now."""
+        name, since = self._stage
+        if not name:
+            return self.seconds
+        return {**self.seconds, name: round(self.seconds.get(name, 0.0) + time.perf_counter() - since, 3)}
+
+    def check_text(self, text: Text) -> None:
+        """Refuse to go on with another text than was begun with.
+
+        Raises:
+            InputError: if it is another.
+        """
+        present = [part.sha256 for source in text.corpus.sources for part in (source.train, source.validation)]
+        if self.journal.once("read-text", lambda: present) != present:
+            raise InputError(f"the text is not what it was when {self.folder} was begun; {WAY_OUT}")
 
 
 def where(journal: Journal, steps: int) -> str:

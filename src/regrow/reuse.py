@@ -1,6 +1,7 @@
 """What a run leaves, used again: the verbs `apply`, `scatter` and `report` (floor 4)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from regrow.report.card import model_card
 from regrow.report.facts import read_facts
 from regrow.report.markdown import write_report
 from regrow.report.page import write_page
+from regrow.settings import Output
 from regrow.structure.groups import find_groups
 from regrow.structure.positions import index_map
 
@@ -126,6 +128,26 @@ def keep_adapter(
     )  # fmt: skip
     factors = load_file(folder / "adapters.safetensors")
     Adapter.of_run(factors, recipe.lora, str(folder / "base")).write(folder / "adapter")
+
+
+def save_streamed(
+    model: str,
+    folder: Path,
+    output: Output,
+    tokenizer: PreTrainedTokenizerBase,
+    extras: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Write a run's result into `model/` from the original files, its plan and its adapters; as `save_checkpoint`.
+
+    Args:
+        folder: the run's, with its plan and adapters.
+    """
+    stream_checkpoint(
+        Source(model, weights_folder(model)), folder / "model", read_plan(folder / "plan.json"),
+        open_adapters(folder / "adapters.safetensors"), tokenizer, dtype=output_dtype(model, output.dtype),
+        shard_size=output.shard_size, extras=extras, progress=progress,
+    )  # fmt: skip
 
 
 def report(run: str | Path) -> tuple[Path, Path]:

@@ -25,6 +25,7 @@ def prune(
     seed: int | None = None,
     criterion: str | None = None,
     quantize: str | None = None,
+    offload: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -42,6 +43,7 @@ def prune(
         eval_data: text to evaluate on; by default documents held out of `data`.
         target: instead of `sparsity`, what the result shall be: see `regrow.planning.target.parse_target`.
         quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
+        offload: cpu or disk: where the frozen weights lie when they are not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
         fresh: do it from the start, whatever run `out` holds.
         argv: the command line that asked for the run, without the program's name, for the report; by default it tells
@@ -61,6 +63,7 @@ def prune(
         "seed": seed,
         "pruning.criterion": criterion,
         "training.quantization": quantize,
+        "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)

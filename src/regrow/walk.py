@@ -13,11 +13,9 @@ Every file appears whole or not at all.
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,17 +32,16 @@ from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
     check_vocabulary,
     load_config,
-    load_model,
     output_dtype,
     pick_device,
 )
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
 from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
-from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import writes_own_text
 from regrow.data.overlap import overlap
 from regrow.errors import InputError
@@ -54,12 +51,12 @@ from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_files, check_memory, check_model, check_settings
+from regrow.preflight import check_experts, check_files, check_memory, check_model, check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.outcome import FILES, read_trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.quantised_base import rebuild, settle_quantization
+from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
 from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
 from regrow.recovery.tracking import tracking
@@ -68,10 +65,11 @@ from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
-from regrow.resume import WAY_OUT, claim, describe_request, open_run, where, write_record
-from regrow.reuse import keep_adapter, report, texts
+from regrow.resume import Books, where
+from regrow.reuse import keep_adapter, report, save_streamed, texts
 from regrow.structure.adapters import adapters_off, attach_lora, merge_lora
 from regrow.structure.groups import Groups
+from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
@@ -84,54 +82,50 @@ class Walk:
         self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str]
     ) -> None:
         self.name = model
-        self.argv = list(argv)
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
         self.fresh = fresh
-        self.asked: dict[str, Any] = {}
-        self.goes_on = False
-        self.journal = Journal(folder, progress.say, self.seconds_so_far)
+        self.books = Books(folder, model, argv, progress)
+        self.journal = self.books.journal
         target = recipe.pruning.target
         self.aim = None if target is None else Aim(parse_target(target), model, folder, progress, self.journal)
         self.own_text: OwnText | None = None
-        self.seconds: dict[str, float] = {}
-        self._stage = ("", time.perf_counter())
 
     def walk(self) -> Result:
         """Everything, start to end."""
         tokenizer = self.check()
-        if (finished := self.finished()) is not None:
-            return finished
+        if self.books.is_finished(self.recipe.training.steps):
+            return Result.read(self.folder)
         text = None
         if not writes_own_text(self.recipe.data):
-            self.begin("read text")
+            self.books.begin("read text")
             text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
         memory = check_memory(self.name, load_config(self.name), self.recipe)
-        self.begin("load model")
+        self.books.begin("load model")
         model = self.load(tokenizer)
-        self.begin("trace groups")
+        self.books.begin("trace groups")
         whole = prunable_groups(model)
-        find_criterion(self.recipe.pruning.criterion).check_experts(whole, self.recipe.pruning.kinds)
+        check_experts(self.recipe, whole)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
         if self.recipe.compensation.method == "bias":
             check_biases(model, whole)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
-        self.begin("attach LoRA")
+        self.books.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
         if text is None:
             text = self.write_text(model, tokenizer)
-        self.check_text(text)
+        self.books.check_text(text)
         for note in notes:
             self.progress.say(note)
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         verification = self.saved()
         if verification is None:
-            self.begin("merge and save")
+            self.books.begin("merge and save")
             if self.recipe.training.quantized:
                 del model  # before the original takes its place
                 model = self.attach(self.load(tokenizer, "none"), whole)
@@ -139,11 +133,11 @@ class Walk:
             merge_lora(model)
             describe(model, whole, trained.groups)
             self.save(model, tokenizer, trained.plan)
-            self.begin("verify in a fresh process")
+            self.books.begin("verify in a fresh process")
             verification = self.verify(model, text)
         del model
         if self.recipe.output.keep_adapter:
-            self.begin("keep the adapter")
+            self.books.begin("keep the adapter")
             self.journal.once(
                 "keep-adapter", lambda: keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
             )
@@ -157,46 +151,20 @@ class Walk:
             InputError: if the run cannot work.
         """
         given = self.recipe
-        recipe = self.recipe = settle_quantization(given, self.progress)
+        recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
         check_settings(recipe)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
         check_folder(self.folder)
         tokenizer = check_model(self.name, recipe)
-        self.asked = describe_request(self.name, given)
-        self.goes_on = open_run(self.folder, self.asked, self.fresh)
+        self.books.look(given, self.fresh)
         return tokenizer
-
-    def finished(self) -> Result | None:
-        """The result, if the folder holds it whole. If it holds a part of the way there, that is said."""
-        if not self.goes_on:
-            return None
-        if self.journal.read("report") is not None and self.journal.read("save") is not None:
-            self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
-            return Result.read(self.folder)
-        self.progress.say(f"resuming {where(self.journal, self.recipe.training.steps)}")
-        self.seconds = self.journal.seconds_before()
-        return None
-
-    def begin(self, stage: str, total: int | None = None) -> None:
-        """Close the books of the stage before, open the next."""
-        self.seconds = self.seconds_so_far()
-        self._stage = (stage, time.perf_counter())
-        if stage:
-            self.progress.stage(stage, total)
-
-    def seconds_so_far(self) -> dict[str, float]:
-        """What every stage has taken, the present one up to now."""
-        name, since = self._stage
-        if not name:
-            return self.seconds
-        return {**self.seconds, name: round(self.seconds.get(name, 0.0) + time.perf_counter() - since, 3)}
 
     def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents that the model writes itself, as windows."""
         recipe, tokens = self.recipe, tokens_to_write(self.recipe, training_tokens(self.recipe))
         self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
-        self.begin("write text", tokens)
+        self.books.begin("write text", tokens)
         with adapters_off(model):
             work = partial(write_own_text, model, tokenizer, recipe.generate, tokens, recipe.seed, self.progress)
             self.own_text = OwnText(**self.journal.once("write-text", lambda: asdict(work())))
@@ -204,21 +172,12 @@ class Walk:
         write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
         return read_text(recipe, tokenizer, self.own_text.documents)
 
-    def check_text(self, text: Text) -> None:
-        """Refuse to go on with another text than was begun with.
-
-        Raises:
-            InputError: if it is another.
-        """
-        present = [part.sha256 for source in text.corpus.sources for part in (source.train, source.validation)]
-        if self.journal.once("read-text", lambda: present) != present:
-            raise InputError(f"the text is not what it was when {self.folder} was begun; {WAY_OUT}")
-
     def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
-        kept = quantization or self.recipe.training.quantization
-        model = load_model(self.name, pick_device(self.recipe.device), quantization=kept)
+        training, device = self.recipe.training, pick_device(self.recipe.device)
+        kept = quantization or training.quantization
+        model = load(self.name, device, offload=training.offload, quantization=kept)
         check_vocabulary(model, tokenizer, self.name)
         return model
 
@@ -246,7 +205,7 @@ class Walk:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
-        claim(self.folder, self.record("running"), self.goes_on)
+        self.books.claim(self.recipe)
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
         if self.aim is not None and self.aim.latency is not None:
@@ -257,7 +216,7 @@ class Walk:
         recipe, corpus = self.recipe, text.corpus
         if not recipe.analysis.enabled:
             return None
-        self.begin("analyse")
+        self.books.begin("analyse")
         groups = prunable_groups(model)
         if known is None:
             held_out = corpus.validation.first(recipe.analysis.windows)
@@ -287,7 +246,7 @@ class Walk:
         Returns:
             The cut and recovered model (for a perplexity not the one given, which then holds no weights).
         """
-        self.begin("train")
+        self.books.begin("train")
         if self.aim is None:
             return model, self.train(model, text, self.recipe, self.folder, None, prior)
         model, trained, self.recipe = self.aim.recover(
@@ -312,7 +271,7 @@ class Walk:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
         journal = self.journal
         if folder != self.folder:
-            journal = Journal(folder, self.progress.say, self.seconds_so_far)
+            journal = Journal(folder, self.progress.say, self.books.seconds_so_far)
             if journal.latest() is not None:
                 self.progress.say(f"trial {folder.name}: resuming {where(journal, recipe.training.steps)}")
         done = journal.read("trained")
@@ -347,15 +306,15 @@ class Walk:
         return trained
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
-        """The checkpoint, with its plan and card inside."""
-        save_checkpoint(
-            model,
-            tokenizer,
-            self.folder / "model",
-            dtype=output_dtype(self.name, self.recipe.output.dtype),
-            shard_size=self.recipe.output.shard_size,
-            extras=texts(self.name, self.recipe, plan),
-        )
+        """The checkpoint, with its plan and card inside; of an offloaded model tensor by tensor, from the files."""
+        dtype, output = output_dtype(self.name, self.recipe.output.dtype), self.recipe.output
+        extras = texts(self.name, self.recipe, plan)
+        if self.recipe.training.offloaded:
+            save_streamed(self.name, self.folder, output, tokenizer, extras, self.progress)
+            convert(model, dtype)
+        else:
+            place, size = self.folder / "model", output.shard_size
+            save_checkpoint(model, tokenizer, place, dtype=dtype, shard_size=size, extras=extras)
 
     def verify(self, model: PreTrainedModel, text: Text) -> Verification:
         """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
@@ -384,7 +343,7 @@ class Walk:
         self, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text, verification: Verification
     ) -> dict[str, Any]:
         """Dense, cut and recovered, all measured alike."""
-        self.begin("evaluate")
+        self.books.begin("evaluate")
         plan = trained.plan
         device = pick_device(self.recipe.device)
         measured = self.journal.once(
@@ -397,10 +356,10 @@ class Walk:
         seen = overlap(
             text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
         )
-        self.begin("")
+        self.books.begin("")
         results = tell_results(
             self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
-            verification=verification.to_json(), seconds=self.seconds, machine=environment(device),
+            verification=verification.to_json(), seconds=self.books.seconds, machine=environment(device),
         )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
@@ -415,12 +374,7 @@ class Walk:
         report(self.folder)
         card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
         write_text(self.folder / "model" / "README.md", card)
-        write_record(self.folder, self.record("finished"))
+        self.books.mark("finished", self.recipe)
         files = [self.folder / file for file in ("results.json", "plan.json", "report.md", "report.html")]
         self.journal.write("report", State(), files=files)
         return Result(self.folder, trained.plan, results)
-
-    def record(self, state: str) -> dict[str, Any]:
-        """What `run.json` says: what is being done, or has been."""
-        run = {"state": state, "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")}
-        return {**run, "argv": self.argv, "asked": self.asked}

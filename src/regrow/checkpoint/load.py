@@ -70,8 +70,7 @@ def load_model(
         )
     if Path(name).is_dir():
         weight_files(Path(name))
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
+    dtype = dtype or compute_dtype(config, torch.device(device))
     ways: dict[str, Any] = {}
     if quantization != "none":
         ways = _quantised(load_skeleton(name, trust_remote_code), quantization, dtype, torch.device(device))
@@ -91,6 +90,12 @@ def load_model(
         settle(model)
         del model.config.quantization_config  # what comes of the model will be plain
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def compute_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """What a model is computed in unless something else is asked for: float32 on a CPU, else as it is stored."""
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else stored
 
 
 def _quantised(

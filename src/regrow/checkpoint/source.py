@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from regrow.checkpoint.load import load_skeleton
 from regrow.checkpoint.tensors import StoredTensors, weight_files
@@ -18,7 +18,7 @@ PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 class Source:
     """A checkpoint on disk beside the model's skeleton."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, trust_remote_code: bool = False) -> None:
         """Match the tensors of the files with the model's.
 
         Args:
@@ -29,9 +29,16 @@ class Source:
             InputError: if a tensor has no counterpart on the other side, or is of another shape or quantised.
         """
         self.name = name
-        self.model = load_skeleton(name)
+        self.model = load_skeleton(name, trust_remote_code)
         self.stored = StoredTensors(weight_files(folder))
         self.at = self._match()
+
+    def generation_config(self) -> GenerationConfig:
+        """As transformers finds it: in its own file, else in the model's config."""
+        try:
+            return GenerationConfig.from_pretrained(self.name)
+        except OSError:
+            return GenerationConfig.from_pretrained(self.name, config_file_name="config.json", _from_model_config=True)
 
     def _match(self) -> dict[str, str]:
         """Name of each of the model's tensors -> its name on disk; the two differ where tensors are tied."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint.files import new_folder, write_json
 from regrow.checkpoint.save import write_description
@@ -172,7 +172,7 @@ def stream_checkpoint(
     model.config.architectures = [type(model).__name__]
     with new_folder(folder) as partial:
         model.config.save_pretrained(partial)
-        _generation_config(source).save_pretrained(partial)
+        source.generation_config().save_pretrained(partial)
         _write_weights(partial, change, shard_size, progress)
         write_description(partial, model.config, tokenizer, extras)
 
@@ -191,14 +191,6 @@ def _write_weights(folder: Path, change: _Change, shard_size: str, progress: Pro
         metadata = {"total_parameters": change.model.num_parameters(), **shards.metadata}
         files = dict(sorted(shards.tensor_to_filename.items()))
         write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": files})
-
-
-def _generation_config(source: Source) -> GenerationConfig:
-    """As transformers finds it: in its own file, else in the model's config."""
-    try:
-        return GenerationConfig.from_pretrained(source.name)
-    except OSError:
-        return GenerationConfig.from_pretrained(source.name, config_file_name="config.json", _from_model_config=True)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -5,7 +5,6 @@ Reads `FOLDER.json`, leaves the run in `FOLDER` and what it cost in `FOLDER.cost
 """
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from regrow.checkpoint.files import write_json
 from regrow.errors import InputError
+from regrow.evaluation.memory_probe import highest, resident
 from regrow.recipe import parse_recipe
 from regrow.run import prune
 
@@ -26,18 +26,12 @@ def main(folder: Path) -> None:
     request = json.loads(folder.with_name(folder.name + ".json").read_text())
     if request["threads"]:
         torch.set_num_threads(request["threads"])
-    before = _peak()
+    before = resident()
     prune(request["model"], folder, parse_recipe(request["recipe"]))
-    cost = {"peak_bytes_above_imports": _peak() - before}
+    cost = {"peak_bytes_above_imports": highest() - before}
     if torch.cuda.is_available():
         cost["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
     write_json(folder.with_name(folder.name + ".cost.json"), cost)
-
-
-def _peak() -> int:
-    """The most memory this process has had resident, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from regrow.comparison.table import Row, cost_table, doubts, quality_table, task
 from regrow.report.picture import to_svg
 
 READING = (
-    "Mean ± standard deviation over the seeds. Δ is ln(perplexity) − ln(dense perplexity). “Cut, not recovered” is the "
+    "Mean ± standard deviation over the seeds. Δ is ln(perplexity) − ln(dense perplexity). “Cut only” is the "
     "plan alone: its units gated off in the dense weights. Removed: shares of the units, of the blocks' parameters and "
     "of all parameters. Trainable parameters are those left at the end."
 )
@@ -29,7 +29,7 @@ class Section:
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """The tables of a comparison."""
-    found = [Section("Quality", *quality_table(rows))]
+    found = [Section(f"Quality: perplexity, {', '.join(rows[0].protocols)}", *quality_table(rows))]
     if rows[0].tasks:
         found.append(Section("Zero-shot tasks", *task_table(rows)))
     return [*found, Section("Cost and speed", *cost_table(rows))]

@@ -165,7 +165,7 @@ def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     protocols = rows[0].protocols
     head = ["contender", "asked", "units", "blocks", "all", "rank", "trainable", "seeds"]
     for protocol in protocols:
-        head += [f"dense, {protocol}", "cut, not recovered", "recovered", "Δ"]
+        head += [f"dense, {protocol}" if len(protocols) > 1 else "dense", "cut only", "recovered", "Δ"]
     lines = []
     for row in rows:
         line = [row.contender, f"{row.asked:.0%}", *(f"{row.removed[key]:.2%}" for key in ("units", "block", "total"))]

@@ -64,9 +64,8 @@ class Criterion:
         Raises:
             InputError: if it is asked to.
         """
-        wanted = any(g.expert is not None or g.kind == "expert" for g in groups if g.kind.rstrip("0123456789") in kinds)
-        linears = {"channels", "squares", "probes"}
-        if wanted and self.needs and (self.needs <= {"lora", "inputs"} or self.needs & linears):
+        elsewhere = bool(self.needs) and self.needs <= {"lora", "inputs"}
+        if groups.in_experts(kinds) and (elsewhere or self.needs & {"channels", "squares", "probes"}):
             raise InputError(
                 f"criterion {self.name} cannot score experts, which have no adapters and no linears of their own: take "
                 "another (gate-fisher, taylor, magnitude), or set pruning.kinds=[attention]"

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regrow.checkpoint.load import load_model
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import needs_remote_code
 from regrow.data.tokens import Windows, make_windows
 from regrow.evaluation.generate import complete
@@ -96,7 +96,9 @@ def compare(
     wanted = recipe.evaluation
     protocols = protocol_windows(documents, tokenizer, source, recipe)
     own_code = needs_remote_code(Path(pruned_name))
-    dense, pruned = load_model(dense_name, device), load_model(pruned_name, device, trust_remote_code=own_code)
+    offload = recipe.training.offload
+    dense = load(dense_name, device, offload=offload)
+    pruned = load(pruned_name, device, offload=offload, trust_remote_code=own_code)
     prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]
     quality: dict[str, Any] = {}
     completions: dict[str, list[str]] = {}

@@ -268,7 +268,8 @@ class Pruner:
             self.scorer.close()
 
     def _gated(self) -> list[str]:
-        return [group.name for group in self.groups] + [layer.unit for layer in self.gates.layers]
+        stream = [RESIDUAL] if self.hidden and self.groups.residual is not None else []
+        return [group.name for group in self.groups] + [layer.unit for layer in self.gates.layers] + stream
 
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors

@@ -25,6 +25,7 @@ from regrow.recovery.measured import Measured
 from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
+from regrow.structure.offload import Offloaded
 from regrow.structure.prefix import watching_inputs
 from regrow.structure.quantised import dequantised, kept_as, weight_shape
 from regrow.structure.similarity import Cosines, watching_layers
@@ -308,7 +309,7 @@ def gather_evidence(
 
 
 class Linears(Sequence[Linear]):
-    """Looked up one at a time, as they are asked for: those of a quantised base take memory while they are."""
+    """Looked up one at a time, as they are asked for: quantised and offloaded ones take memory while they are."""
 
     def __init__(
         self,
@@ -348,6 +349,8 @@ def linear_evidence(
         return expert_evidence(piece, weight, gradient)
     if kept_as(parameter):
         weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
+    elif isinstance(parameter, Offloaded):
+        weight = parameter.bring()
     if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
         weight, gradient = weight.T, None if gradient is None else gradient.T
     positions = torch.from_numpy(piece.index).to(weight.device)

@@ -23,6 +23,7 @@ from regrow.evaluation.perplexity import evaluation_mode
 from regrow.recovery.losses import FullTarget, Target
 from regrow.structure.adapters import adapter_parameters, adapters_off, lora_layers
 from regrow.structure.gates import Gates
+from regrow.structure.offload import Offloaded, come_and_go
 from regrow.structure.quantise import quantisable, quantise
 from regrow.structure.quantised import Quantization, copy_into, held_bytes, kept_as, quantised_linears
 from regrow.structure.trace import unhook
@@ -217,13 +218,16 @@ def copy_without_adapters(model: PreTrainedModel, kept: Kept | None) -> PreTrain
     for linear in quantised_linears(model):
         copy_into(memo, linear)
     for parameter in model.parameters():
-        if id(parameter) not in memo:
+        if isinstance(parameter, Offloaded):
+            memo[id(parameter)] = parameter.twin(dtype)
+        elif id(parameter) not in memo:
             copied = parameter.detach().to(dtype or parameter.dtype, copy=True)
             memo[id(parameter)] = nn.Parameter(copied, requires_grad=False)
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
     for name, layer in lora_layers(teacher).items():
         teacher.set_submodule(name, layer.get_base_layer())
     unhook(teacher)
+    come_and_go(teacher)
     teacher.eval()
     return teacher
 

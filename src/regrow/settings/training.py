@@ -38,6 +38,12 @@ class Training(Section):
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
         "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
     )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="Where the frozen matrices of the decoder layers lie when they are not computed with: on the "
+        "device, in the host's memory (cpu), or in the checkpoint's files (disk). They are brought layer by layer, "
+        "which takes time; gradient_checkpointing is then on, and refits go into the adapters.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
@@ -66,6 +72,11 @@ class Training(Section):
     def quantized(self) -> bool:
         """Whether the base is kept in fewer bits, and so cannot be written to."""
         return self.quantization != "none"
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the base lies elsewhere, and so cannot be written to."""
+        return self.offload != "none"
 
 
 class Distillation(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
+from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import is_quantised, weight_shape
 
 ADAPTER = "default"
@@ -110,13 +112,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(model: PreTrainedModel) -> None:
-    """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off."""
+    """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off.
+
+    To an offloaded weight it is added whenever it is brought.
+    """
     assert not is_quantised(model), "adapters are merged into the original weights, never into a quantised base"
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         a, b = lora_factors(model, name)
         weight = base.get_parameter("weight")
-        weight.data = merged_weight(base, weight.data, a, b, layer.scaling[ADAPTER]).to(weight.dtype)
+        merge = partial(merged_weight, base, a=a.detach(), b=b.detach(), scaling=layer.scaling[ADAPTER])
+        if isinstance(weight, Offloaded):
+            weight.merge = merge
+        else:
+            weight.data = merge(weight.data).to(weight.dtype)
         model.set_submodule(name, base)
     model.requires_grad_(True)
     del model.peft_config

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from regrow.structure.depth import remove_layers
 from regrow.structure.experts import select
 from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
+from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
 from regrow.structure.residual import follow, narrowed
 
@@ -160,8 +161,11 @@ def _cut_slice(
     stay = np.delete(np.arange(weight_shape(parameter)[piece.axis]), gone)
     positions = torch.from_numpy(stay).to(parameter.device)
     module = model.get_submodule(piece.parameter.rpartition(".")[0])
-    if kept_as(parameter):
-        cut_weight(module, piece.axis, positions)
+    if kept_as(parameter) or isinstance(parameter, Offloaded):
+        if isinstance(parameter, Offloaded):
+            parameter.cut(piece.axis, positions)
+        else:
+            cut_weight(module, piece.axis, positions)
         _follow(module)
         return
 

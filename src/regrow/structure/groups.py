@@ -1,7 +1,7 @@
 """Groups: what can be removed from a model, unit by unit, and what each unit costs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
@@ -175,6 +175,11 @@ class Groups(Sequence[Group]):
     def by_name(self, name: str) -> Group:
         """The group of that name."""
         return self._by_name[name]
+
+    def in_experts(self, kinds: Collection[str]) -> bool:
+        """Whether any unit of these kinds is an expert, or lies within one."""
+        of_experts = (group for group in self if group.expert is not None or group.kind == "expert")
+        return any(group.kind.rstrip("0123456789") in kinds for group in of_experts)
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
 from regrow.structure.adapters import linear_shape
+from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import Quantization, kept_as, settle
 from regrow.structure.trace import decoder_layers
 
@@ -60,6 +61,8 @@ def quantise(linear: nn.Module, kind: Quantization, compute: torch.dtype) -> nn.
     bnb: Any = import_module("bitsandbytes")
     rows, columns = linear_shape(linear)
     weight = linear.get_parameter("weight").detach()
+    if isinstance(linear.weight, Offloaded):
+        weight = linear.weight.bring()
     assert kept_as(weight) is None, "a weight is rounded once"
     device, values = weight.device, (weight.T if isinstance(linear, Conv1D) else weight).contiguous().cpu()
     bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
