@@ -4,7 +4,7 @@
 
 prints the table of docs/models.md, or writes it there. The tests run the same checks over the same families.
 
-Every family has its LoRA filled, loses heads, channels and a layer, as far as its stock class allows, and then:
+Every family has its LoRA filled, loses heads, channels, experts and a layer, as far as its stock class allows. Then:
 masked ≡ cut (logits, LoRA live), merged and saved ≡ reloaded by stock transformers in a fresh process, and it
 writes with the KV cache what it writes without.
 """
@@ -80,6 +80,9 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "Mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "Qwen3-MoE": lambda: hf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=12, moe_intermediate_size=16),
     "OLMoE": lambda: hf.OlmoeConfig(**GQA, **EXPERTS),
+    "gpt-oss": lambda: hf.GptOssConfig(
+        **GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 1e4}
+    ),
 }
 
 
@@ -153,11 +156,13 @@ def logits_of(model: hf.PreTrainedModel) -> Tensor:
 def some_units(groups: Groups, widths: Mapping[str, Widths], removed: Sequence[int]) -> dict[str, np.ndarray]:
     """For `cut`: of each kind the largest but one possible number of units, at random; none in layers removed."""
     chance = np.random.default_rng(0)
-    keep = {}
-    for group in groups:
+    keep: dict[str, np.ndarray] = {}
+    for group in groups:  # experts come before their channels
         counts = widths[group.kind].counts
         count = counts[-2] if len(counts) > 1 else group.units
-        keep[group.name] = np.sort(chance.choice(group.units, 0 if group.layer in removed else count, replace=False))
+        gone = group.expert is not None and group.expert not in keep[f"layers.{group.layer}.expert"]
+        count = 0 if gone or group.layer in removed else count
+        keep[group.name] = np.sort(chance.choice(group.units, count, replace=False))
     return keep
 
 
@@ -217,12 +222,16 @@ def row(family: str, found: Found, reloaded: Reloaded) -> str:
         if kind not in found.widths or len(found.widths[kind].counts) == 1:
             return "–"
         one = found.widths[kind]
+        if one.counts[0] > 1 and not one.refusal:
+            step = one.counts[1] - one.counts[0]
+            return f"from {one.counts[0]}" if step == 1 else f"multiples of {step}"
         return "any" if not one.refusal else f"some: {ranges(one.counts)} of {one.counts[-1]}"
 
     cells = [
         family,
         width("attention"),
         width("ffn"),
+        width("expert"),
         "✓" if not found.no_depth else "–",
         "✓" if not found.no_free else "–",
         tick(found.difference < CLOSE < found.changed),
@@ -232,8 +241,9 @@ def row(family: str, found: Found, reloaded: Reloaded) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-HEADER = """| family | KV heads | FFN channels | layers | free shape | masked ≡ cut | saved ≡ reloaded, as | writes |
-|---|---|---|---|---|---|---|---|"""
+HEADER = """\
+| family | KV heads | FFN channels | experts | layers | free shape | masked ≡ cut | saved ≡ reloaded, as | writes |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def table(families: Sequence[str], scratch: Path) -> str:

@@ -65,6 +65,14 @@ def test_magnitude_by_hand() -> None:
     torch.testing.assert_close(magnitude(evidence), torch.tensor([26.0, 20.0]).sqrt())  # columns of [[5, 4], [-1, 2]]
 
 
+@pytest.mark.parametrize("score", [magnitude, taylor])
+def test_a_weight_without_adapter_is_left_as_it_is(score) -> None:
+    weight = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    linear = Linear("down_proj", weight, 1, torch.tensor([[0], [1]]), weight_grad=torch.full((2, 2), 2.0))
+    score(Evidence("layers.0.ffn", "ffn", 2, (linear,)))
+    assert weight.tolist() == [[1.0, -2.0], [3.0, 4.0]]
+
+
 def test_gate_scores_by_hand() -> None:
     moments = GateMoments.zeros(2)
     moments.add(torch.tensor([[1.0, -2.0], [3.0, 2.0]]))

@@ -98,10 +98,9 @@ def test_masked_zeroed_and_cut_are_one(family: str) -> None:
     assert (logits(model) - after).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("family", ["StarCoder2", "Mixtral"])
-def test_layer_norms_and_experts_are_masked_as_they_are_cut(family: str) -> None:
-    """StarCoder2's norms subtract a mean and add a bias; Mixtral's experts read the stream through no linear."""
-    model = zoo.build(family)
+def test_layer_norms_are_masked_as_they_are_cut() -> None:
+    """StarCoder2's norms subtract a mean and add a bias. Experts, which no linear reads: `test_experts.py`."""
+    model = zoo.build("StarCoder2")
     groups = find_groups(model)
     kept = some_hidden(groups, 40)
     with Gates(model, groups.groups, residual=groups.residual) as gates:
@@ -313,16 +312,13 @@ def test_hidden_sizes_that_a_class_cannot_have_are_refused(family: str, reason: 
     assert "hidden channels" in choices(model.config, groups)
 
 
-def test_a_llama_with_biases_takes_hidden_sizes_that_its_heads_divide() -> None:
+def test_a_llama_with_biases_whose_heads_do_not_divide_its_hidden_size_is_a_granite() -> None:
     model = build("llama-biases")
     groups = prunable_groups(model)
-    assert list(groups.residual.widths) == list(range(6, 49, 6))
-    plan = choose(groups, Plan.whole(groups), flat_scores(groups), Pruning(kinds=("ffn", "hidden"), sparsity=0.6))
-    assert len(plan.residual.keep) == 24, "the one multiple of 6 and of 8"
-    left = cut(model, groups, plan.positions_within(Plan.whole(groups)))
-    assert pruned_config(model.config, groups, left).hidden_size == 24
-    with pytest.raises(InputError, match="fewer heads and fewer hidden channels at once"):
-        check_offer(model.config, groups, Pruning(kinds=("attention", "hidden")))
+    assert groups.residual.widths == range(1, 49)
+    left = cut(model, groups, {RESIDUAL: np.arange(32)})
+    described = pruned_config(model.config, groups, left)
+    assert (described.model_type, described.hidden_size, described.head_dim) == ("granite", 32, 8)
 
 
 # --- runs ----------------------------------------------------------------------------------------

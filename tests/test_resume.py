@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import zoo
 from conftest import QUICK, CommandLine, build, with_lora
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import regrow
 from regrow.checkpoint.files import storage_errors, write_json
@@ -52,15 +54,15 @@ RECIPES = {
         "pruning.cool_down": 0.3, "recovery.interval": 2, "recovery.instruct_share": 0.5, "recovery.max_rounds": 1,
     },
     "llm-pruner": {
-        "distillation.weight": 0.5, "distillation.teacher": "cached", "pruning.kinds": ["ffn", "layer"],
+        "distillation.weight": 0.5, "distillation.teacher": "cached", "pruning.kinds": ["ffn", "expert", "layer"],
         "pruning.protect_first": 0.0, "pruning.protect_last": 0,
     },
     "magnitude": {"distillation.weight": 0.5, "distillation.teacher": "self", "training.checkpoint_interval": 2},
     "flap": {"compensation.windows": 2},
 }  # fmt: skip
 """Recipe -> settings that, together, let everything that has a state have one."""
-FAMILY = dict.fromkeys(RECIPES, "qwen2") | {"flap": "llama-mha-tied"}
-"""Biases and tied embeddings; without biases where the recipe adds some."""
+FAMILY = dict.fromkeys(RECIPES, "qwen2") | {"flap": "llama-mha-tied", "llm-pruner": "Mixtral"}
+"""Biases and tied embeddings; without biases where the recipe adds some. And a mixture of experts."""
 
 
 class Fault(Exception):
@@ -89,10 +91,14 @@ class Calling(Silent):
         self.said.append(message)
 
 
+def dense(family: str) -> PreTrainedModel:
+    return zoo.build(family) if family in zoo.FAMILIES else build(family)
+
+
 @cache
 def known_groups(family: str) -> Groups:
     """Of a session's model, traced once."""
-    return with_lora(build(family), fill=False)
+    return with_lora(dense(family), fill=False)
 
 
 def windows(count: int, seed: int) -> Windows:
@@ -110,7 +116,7 @@ def session(name: str, folder: Path, on_step: Callable[[int], None] = lambda ste
     """Train from what the folder's journal knows."""
     recipe: Recipe = load_recipe(name, {**COMMON, **RECIPES[name]})
     groups = known_groups(FAMILY[name])  # first, for it uses chance up
-    model = build(FAMILY[name])
+    model = dense(FAMILY[name])
     attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
     progress = Calling(on_step)
     events: list[CutEvent] = []

@@ -25,7 +25,8 @@ from regrow.structure.groups import Groups, find_groups
 NO_HEADS = {"GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT"}
 ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE"}
 """Families in which one norm goes over all heads."""
-NO_FFN = {"BLOOM", "MPT", "Mixtral", "Qwen3-MoE", "OLMoE"}
+NO_FFN = {"BLOOM", "MPT"}
+MIXTURES = {"Mixtral", "Qwen3-MoE", "OLMoE", "gpt-oss"}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def test_masked_is_cut(family: str, checked: dict[str, Found], scratch: Path) ->
     offered = {kind for kind, widths in found.widths.items() if len(widths.counts) > 1}
     assert ("attention" in offered) == (family not in NO_HEADS | ONE_NORM)
     assert ("ffn" in offered) == (family not in NO_FFN)
+    assert ("expert" in offered) == (family in MIXTURES)
     assert all(widths.refusal for widths in found.widths.values() if len(widths.counts) == 1)
 
 
@@ -97,6 +99,7 @@ def test_some_classes_want_heads_that_divide_the_hidden_size() -> None:
 def test_ranges_are_short() -> None:
     assert ranges([1, 2, 4, 6, 7, 8]) == "1–2, 4, 6–8"
     assert ranges(range(1, 6)) == "1–5"
+    assert ranges(range(8, 65, 8)) == "8, 16, …, 64"
     assert ranges([3]) == "3"
 
 
@@ -135,7 +138,7 @@ def test_only_possible_numbers_of_heads_are_planned(sparsity: float) -> None:
         ("GPT-2", Pruning(kinds=("attention",)), "the stock class has"),
         ("GPT-2", Pruning(shape="free"), "cannot have widths of their own"),
         ("OLMo 2", Pruning(kinds=("attention",)), "without the others"),
-        ("OLMoE", Pruning(), "of experts"),
+        ("Llama", Pruning(kinds=("expert",)), "it has none"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_the_run(family: str, pruning: Pruning, reason: str) -> None:

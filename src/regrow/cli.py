@@ -157,13 +157,14 @@ def inspect(
     for group in (*groups, *([groups.residual] if groups.residual else [])):
         share = group.units * group.cost / groups.total_parameters
         names = ", ".join(
-            f"{s.parameter.split('.')[-2]}{'[:, …]' if s.is_input else '[…]'}"
+            f"{s.parameter.removesuffix('.weight').split('.')[-1]}{'[:, …]' if s.is_input else '[…]'}"
             for s in group.slices
             if "bias" not in s.parameter and group.layer >= 0
         )
         names = names or f"{len(group.slices)} parameters, from the embeddings to the head"
         where = str(group.layer) if group.layer >= 0 else "all"
-        table.add_row(where, group.kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+        kind = group.kind if group.expert is None else f"{group.kind}, expert {group.expert}"
+        table.add_row(where, kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
     console = Console()
     console.print(table, markup=False)
     console.print(

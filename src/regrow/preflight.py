@@ -27,7 +27,7 @@ from regrow.recovery.pruner import check_one_shot
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
 from regrow.structure.depth import check_depth
-from regrow.structure.groups import find_groups
+from regrow.structure.groups import Groups, find_groups
 from regrow.text import training_tokens
 
 
@@ -42,6 +42,8 @@ def check_settings(recipe: Recipe) -> None:
         find_criterion(recipe.analysis.criterion)
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
+    if "expert" in recipe.pruning.kinds and recipe.pruning.shape == "free" and recipe.search.evaluations:
+        raise InputError("search.evaluations exchanges widths only: with expert in pruning.kinds use shape=uniform")
     check_hidden(recipe)
     check_one_shot(recipe)
     check_prefix(recipe)
@@ -87,6 +89,20 @@ def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
         start_token(tokenizer)
         tokens_to_write(recipe, training_tokens(recipe))
     return tokenizer
+
+
+def check_experts(recipe: Recipe, groups: Groups) -> None:
+    """Refuse to prune experts where the criterion cannot score them, or they are not at hand.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    find_criterion(recipe.pruning.criterion).check_experts(groups, recipe.pruning.kinds)
+    if recipe.training.offloaded and groups.in_experts(recipe.pruning.kinds):
+        raise InputError(
+            f"training.offload={recipe.training.offload} does not go with pruning experts: set pruning.kinds="
+            "[attention], or training.offload=none"
+        )
 
 
 def check_hidden(recipe: Recipe) -> None:

@@ -51,7 +51,7 @@ from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_files, check_memory, check_model, check_settings
+from regrow.preflight import check_experts, check_files, check_memory, check_model, check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.outcome import FILES, read_trained
@@ -107,6 +107,7 @@ class Walk:
         model = self.load(tokenizer)
         self.books.begin("trace groups")
         whole = prunable_groups(model)
+        check_experts(self.recipe, whole)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
         if self.recipe.compensation.method == "bias":
             check_biases(model, whole)

@@ -6,7 +6,7 @@ go in the order of a criterion's scores, and the deviation is the rise of the he
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode, summed_loss
+from regrow.planning.experts import families
 from regrow.planning.sensitivity import Conditions, GroupSensitivity, Sensitivity
 from regrow.progress import Progress
 from regrow.structure.gates import Gates
@@ -27,9 +28,9 @@ Repair = Callable[[Group, NDArray[np.int64]], AbstractContextManager[object]]
 """Given a group and the numbers of the units that stay, ascending: a context that makes up for the others."""
 
 
-def units_removed(share: float, units: int) -> int:
-    """The nearest number of units to a share of them: one at least, and one at least stays."""
-    return min(max(math.floor(share * units + 0.5), 1), units - 1)
+def units_removed(share: float, units: int, least: int = 1) -> int:
+    """The nearest number of units to a share of them: one at least, and `least` at least stay."""
+    return min(max(math.floor(share * units + 0.5), 1), units - least)
 
 
 def measure_sensitivity(
@@ -45,11 +46,13 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Prune each group alone, at each share, through its gates; the model is left as it was found.
 
+    The channels of a layer's experts are pruned together, as one group.
+
     Costs one dense pass over the windows, and for each trial the layers from the pruned one on: over trials in all
     layers, half of what whole passes would.
 
     Args:
-        groups: of the whole model; those with one unit, which has to stay, are passed over.
+        groups: of the whole model; those of which all units have to stay are passed over.
         scores: group name -> one score per unit; the lowest go.
         windows: held-out text.
         conditions: what the result is to say of itself; its batch size is used.
@@ -58,22 +61,24 @@ def measure_sensitivity(
     Raises:
         InputError: if a loss is not finite.
     """
+    alike = {name: each for name, each in families(groups).items() if each[0].units > each[0].least}
     trials = {
-        group.name: [units_removed(share, group.units) for share in shares] for group in groups if group.units > 1
+        name: [units_removed(share, group.units, group.least) for share in shares]
+        for name, (group, *_) in alike.items()
     }
     progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()))
     losses: dict[str, dict[int, float]] = {name: {} for name in trials}
     walk = LayerWalk(model, torch.split(windows.ids_NT, conditions.batch_size))
     with evaluation_mode(model), Gates(model, groups.groups) as gates:
         for layer in range(len(groups.layers)):
-            for group in groups:
-                if group.layer != layer or group.name not in trials:
+            for name, members in alike.items():
+                if members[0].layer != layer:
                     continue
-                ranked = torch.argsort(scores[group.name], stable=True).cpu()
-                for count in dict.fromkeys(trials[group.name]):
-                    loss = _trial(walk, gates, group, ranked[count:], repair)
-                    losses[group.name][count] = loss
-                    progress.advance(1, f"{group.name} without {count} of {group.units}: loss {loss:.3f}")
+                ranked = [torch.argsort(scores[group.name], stable=True).cpu() for group in members]
+                for count in dict.fromkeys(trials[name]):
+                    loss = _trial(walk, gates, members, [order[count:] for order in ranked], repair)
+                    losses[name][count] = loss
+                    progress.advance(1, f"{name} without {count} of {members[0].units}: loss {loss:.3f}")
             if layer < len(groups.layers) - 1:
                 walk.advance()
         dense = mean_loss(walk)
@@ -85,14 +90,13 @@ def measure_sensitivity(
         conditions=conditions,
         dense_nll=dense,
         groups={
-            group.name: GroupSensitivity(
-                units=group.units,
-                cost=group.cost,
-                removed=tuple(trials[group.name]),
-                deltas=tuple(losses[group.name][count] - dense for count in trials[group.name]),
+            name: GroupSensitivity(
+                units=members[0].units,
+                cost=sum(group.cost for group in members),
+                removed=tuple(trials[name]),
+                deltas=tuple(losses[name][count] - dense for count in trials[name]),
             )
-            for group in groups
-            if group.name in trials
+            for name, members in alike.items()
         },
     )
 
@@ -106,18 +110,16 @@ def mean_loss(walk: LayerWalk) -> float:
     return float(sum(losses)) / sum(ids_BT[:, 1:].numel() for ids_BT in walk.batches)
 
 
-def _trial(walk: LayerWalk, gates: Gates, group: Group, stay: Tensor, repair: Repair | None) -> float:
-    present = torch.zeros(group.units)
-    present[stay] = 1.0
-    keep = np.sort(stay.numpy())
-    gates.set(group.name, present)
-    try:
-        if repair is None:
-            return mean_loss(walk)
-        with repair(group, keep):
-            return mean_loss(walk)
-    finally:
-        gates.set(group.name, torch.ones(group.units))
+def _trial(
+    walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor], repair: Repair | None
+) -> float:
+    with ExitStack() as stack:
+        for group, units in zip(members, stay, strict=True):
+            gates.keep(group.name, units.tolist())
+            stack.callback(gates.set, group.name, torch.ones(group.units))
+            if repair is not None:
+                stack.enter_context(repair(group, np.sort(units.numpy())))
+        return mean_loss(walk)
 
 
 def _demand_finite(what: str, loss: float) -> None:

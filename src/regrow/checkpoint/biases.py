@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint.empty import build_empty, parameter_names
 from regrow.errors import InputError
-from regrow.structure.groups import Groups
+from regrow.structure.groups import Groups, Slice
 
 
 def check_biases(model: PreTrainedModel, groups: Groups) -> None:
@@ -20,7 +20,7 @@ def check_biases(model: PreTrainedModel, groups: Groups) -> None:
     Raises:
         InputError: if no consumer has a bias, nor can have one in a model of this class.
     """
-    consumers = [group.consumers[0] for group in groups if len(group.consumers) == 1]
+    consumers = lone_consumers(groups)
     has = any(model.get_submodule(c.parameter.rpartition(".")[0]).bias is not None for c in consumers)
     if not has and not possible_biases(model.config, groups):
         raise InputError(
@@ -29,9 +29,14 @@ def check_biases(model: PreTrainedModel, groups: Groups) -> None:
         )
 
 
+def lone_consumers(groups: Groups) -> list[Slice]:
+    """The linears that are the one consumer of a group; experts have none of their own."""
+    return [group.consumers[0] for group in groups if len(group.consumers) == 1 and group.expert is None]
+
+
 def possible_biases(config: PretrainedConfig, groups: Groups) -> frozenset[str]:
     """Names of the linears that would be given a bias, of those with one consumer in each group."""
-    consumers = frozenset(group.consumers[0].module for group in groups if len(group.consumers) == 1)
+    consumers = frozenset(consumer.module for consumer in lone_consumers(groups))
     return consumers & {name.removesuffix(".bias") for name in added_names(config, consumers)}
 
 

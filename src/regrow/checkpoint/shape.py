@@ -22,6 +22,9 @@ FFN_KEYS = (
 )
 """Under which names configs keep an FFN's width; which of them a group's is, its number of channels tells."""
 
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Under which names they keep the number of experts."""
+
 HIDDEN_KEYS = ("hidden_size", "word_embed_proj_dim")
 """Under which names configs keep the hidden size."""
 
@@ -117,7 +120,7 @@ def is_even(widths: Sequence[dict[str, int]]) -> bool:
 
 
 def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> list[dict[str, int]]:
-    """Heads, KV heads and FFN width of every layer that a cut model has, under the config's own keys.
+    """Heads, KV heads, FFN width and experts of every layer that a cut model has, under the config's own keys.
 
     Raises:
         InputError: if the config has no key for a width that has changed.
@@ -130,7 +133,9 @@ def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> lis
         layer, units = layers[group.layer], original.by_name(group.name).units
         if group.kind == "attention":
             layer |= {key: before[key] * group.units // units for key in heads}
-        elif (key := _ffn_key(before, units)) is not None:
+        elif group.kind == "expert":
+            layer |= {key: group.units for key in EXPERT_KEYS if before.get(key) == units}
+        elif (key := _ffn_key(before, units, group.expert is not None)) is not None:
             layer[key] = group.units
         elif group.units != units:
             raise InputError(f"the config of a {config.model_type!r} model has no key for the width of its FFN")
@@ -142,8 +147,9 @@ def _native(config: PretrainedConfig, key: str) -> str:
     return config.get_text_config().attribute_map.get(key, key)
 
 
-def _ffn_key(described: Mapping[str, Any], units: int) -> str | None:
+def _ffn_key(described: Mapping[str, Any], units: int, of_experts: bool) -> str | None:
     named = [key for key in FFN_KEYS if described.get(key) == units]
+    named.sort(key=lambda key: key.startswith("moe_") != of_experts)
     unset = [key for key in FFN_KEYS if key in described and described[key] is None]  # GPT-2's: a default
     return next(iter(named + unset), None)
 

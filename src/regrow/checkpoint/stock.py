@@ -7,6 +7,7 @@ have no key for a width; all of them show here.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +22,11 @@ from regrow.errors import InputError
 from regrow.planning.demand import UNIT_NAMES
 from regrow.settings import Pruning
 from regrow.structure.depth import check_depth, shorten
-from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Group, Groups, find_groups
 
 Shapes = dict[str, tuple[int, ...]]
 
-NO_LINEAR = "they are in no linear of their own, as those of experts"
+NONE = "it has none, or none that a gate could be put on"
 ALONE = "there is but one, or none can go without the others"
 
 
@@ -74,7 +75,7 @@ def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
         if len(units) > 1:
             found[kind] = Widths((max(units),), "layers differ in width")
         else:
-            found[kind] = _possible(config, groups, whole, kind, units.pop())
+            found[kind] = _possible(config, groups, whole, next(group for group in groups if group.kind == kind))
     return found
 
 
@@ -124,10 +125,14 @@ def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedM
     return ""
 
 
-def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> Widths:
-    if kind.startswith("ffn"):  # if a class takes one width it takes every width
-        refusal = _refusal(config, groups, whole, kind, units - 1) if units > 1 else ALONE
-        return Widths((units,), refusal) if refusal else Widths(range(1, units + 1))
+def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, group: Group) -> Widths:
+    kind, units = group.kind, group.units
+    if kind.startswith("ffn") or kind == "expert":  # if a class takes one number it takes every number
+        fewer = range(-(-group.least // group.multiple) * group.multiple, units, group.multiple)
+        refusal = _refusal(config, groups, whole, kind, fewer[-1]) if fewer else ALONE
+        if refusal:
+            return Widths((units,), refusal)
+        return Widths((*fewer, units) if group.multiple > 1 else range(fewer[0], units + 1))
     refusals = {count: _refusal(config, groups, whole, kind, count) for count in range(1, units)}
     counts = (*(count for count, refusal in refusals.items() if not refusal), units)
     reason = next((refusal for refusal in refusals.values() if refusal), "")
@@ -152,7 +157,10 @@ def check_free(config: PretrainedConfig, groups: Groups) -> None:
         InputError: the message says why.
     """
     config, groups = _few_layers(config, groups)
-    left = {group.name: group.units - (group.units > 1 and group.layer == groups[0].layer) for group in groups}
+    left = {group.name: group.units for group in groups}
+    for group in groups:
+        if group.layer == groups[0].layer and group.kind != "expert" and group.units > group.multiple:
+            left[group.name] -= group.multiple
     narrow = tuple(replace(group, units=left[group.name]) for group in groups)
     try:
         whole = _shapes(build_empty(config))
@@ -203,7 +211,7 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
     wanted = [kind for kind in pruning.kinds if kind != "layer" and kind not in offered]
     refusals = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items()} if wanted else {}
     refusals["hidden"] = hidden.refusal
-    told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NO_LINEAR)}" for kind in wanted]
+    told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NONE)}" for kind in wanted]
     if len(told) == len(pruning.kinds):
         raise InputError(
             f"a {config.model_type!r} model cannot be saved with less of what pruning.kinds names "
@@ -258,14 +266,17 @@ def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedCon
 
 
 def _shapes(model: PreTrainedModel) -> Shapes:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Of parameters, tied ones by their first name, and of the buffers that are saved with them."""
+    saved = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(saved.items())}
+    return {name: tuple(tensor.shape) for name, tensor in saved.items() if first[id(tensor)] == name}
 
 
 def _cut_shapes(whole: Shapes, groups: Groups, left: Mapping[str, int]) -> Shapes:
     shapes = dict(whole)
     every = (*groups, *([groups.residual] if groups.residual else []))
     for group in (group for group in every if group.name in left):
-        for piece in group.slices:
+        for piece in group.slices if group.expert in (None, 0) else ():  # all experts are as wide as the first
             if not piece.is_adapter:
                 name = f"{piece.module}.{piece.parameter.rpartition('.')[2]}"
                 sizes = list(shapes[name])
@@ -290,7 +301,11 @@ def _first_line(error: Exception) -> str:
 
 
 def ranges(counts: Iterable[int]) -> str:
-    """Numbers for a reader: `1, 2, 4`, `1–40`."""
+    """Numbers for a reader: `1, 2, 4`, `1–40`, `8, 16, …, 64`."""
+    counts = list(counts)
+    steps = {after - before for before, after in itertools.pairwise(counts)}
+    if len(counts) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{counts[0]}, {counts[1]}, …, {counts[-1]}"
     runs: list[list[int]] = []
     for count in counts:
         if runs and count == runs[-1][-1] + 1:

@@ -95,7 +95,7 @@ class Evidence:
 
     name: str
     kind: str
-    """`attention` or `ffn`; `hidden` for the residual stream; `layer` for a whole layer."""
+    """`attention`, `ffn` (also of one expert), `expert`, `hidden` (the residual stream), or `layer` (a whole one)."""
     units: int
     linears: Sequence[Linear]
     gate: GateMoments | None = None

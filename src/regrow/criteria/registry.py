@@ -14,6 +14,7 @@ from torch import Tensor
 from regrow.criteria import activation, depth, gate, lhspg, lora, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
+from regrow.structure.groups import Groups
 
 Need = Literal["lora", "gate", "weight", "squares", "probes", "similarity", "channels", "inputs"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
@@ -54,6 +55,20 @@ class Criterion:
             raise InputError(
                 f"criterion {self.name} looks at the input of one linear, and hidden channels have many: take hidden "
                 "out of pruning.kinds, or another criterion"
+            )
+
+    def check_experts(self, groups: Groups, kinds: Collection[str]) -> None:
+        """Refuse to prune experts by a criterion that knows nothing of them: they have no adapters, and of what is
+        measured at linears only the gradients of their weights are taken.
+
+        Raises:
+            InputError: if it is asked to.
+        """
+        elsewhere = bool(self.needs) and self.needs <= {"lora", "inputs"}
+        if groups.in_experts(kinds) and (elsewhere or self.needs & {"channels", "squares", "probes"}):
+            raise InputError(
+                f"criterion {self.name} cannot score experts, which have no adapters and no linears of their own: take "
+                "another (gate-fisher, taylor, magnitude), or set pruning.kinds=[attention]"
             )
 
 

@@ -10,14 +10,19 @@ from regrow.criteria.evidence import Evidence
 def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
     """2-norm of the unit's columns in its consumers (o_proj, down_proj), as in FLAP's magnitude baseline.
 
-    A hidden channel's consumers are all linears that read the residual stream.
+    A hidden channel's consumers are all linears that read the residual stream. Of a whole expert, which has no
+    consumer: of all its weights.
     """
     total = torch.zeros(evidence.units)
-    for linear in evidence.consumers:
-        per_column = torch.zeros(linear.weight.shape[1], device=linear.weight.device)
+    for linear in evidence.consumers or evidence.linears:
+        per_position = torch.zeros(linear.weight.shape[linear.axis], device=linear.weight.device)
         for rows in linear.row_blocks():
-            per_column += linear.effective_weight(rows).square_().sum(0)
-        total += linear.per_unit(per_column).cpu()
+            squares = linear.effective_weight(rows).square_()
+            if linear.axis == 0:
+                per_position[rows] = squares.sum(1)
+            else:
+                per_position += squares.sum(0)
+        total += linear.per_unit(per_position).cpu()
     return total.sqrt_()
 
 

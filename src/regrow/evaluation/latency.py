@@ -59,8 +59,11 @@ class Latency:
     def seconds(self, phase: Phase, kept: Mapping[str, int]) -> float:
         """Time of a model of which so many units of each group (`layers.<number>.<kind>`) are left."""
         saved: dict[str, float] = {}
+        widths: dict[tuple[str, str], int] = {}
         for name, units in kept.items():
-            _, layer, kind = name.split(".")
+            _, layer, *_, kind = name.split(".")
+            widths[layer, kind] = max(units, widths.get((layer, kind), 0))  # all experts that stay are as wide
+        for (layer, kind), units in widths.items():
             points = self.savings[kind]
             saving = np.interp(units, [p.units for p in points], [p.seconds[phase] for p in points])
             saved[layer] = saved.get(layer, 0.0) + float(saving)

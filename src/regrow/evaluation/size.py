@@ -1,7 +1,6 @@
 """How big a model is, counted and not measured.
 
-Not covered: weights that are packed by quantisation (one stored number is then several parameters), and
-mixtures of experts, whose routing depends on the data.
+Not covered: weights that are packed by quantisation (one stored number is then several parameters).
 """
 
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from regrow.structure.experts import is_experts
 from regrow.structure.trace import decoder_layers, skeleton
 
 
@@ -63,6 +63,8 @@ def _embedding_parameters(model: PreTrainedModel) -> int:
 def _macs(model: PreTrainedModel, length: int) -> int:
     _, layers = decoder_layers(model)
     bones = skeleton(model, range(len(layers)))
+    if any(is_experts(module) for module in bones.modules()):
+        bones.set_experts_implementation("batched_mm")  # as many products as there are, whatever the routing
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     # Without a mask, transformers would look for packed sequences in values that meta tensors do not have.
     with FlopCounterMode(display=False) as counter, torch.inference_mode():

@@ -11,7 +11,7 @@ parameter go and widths give the rest; the number with the least damage wins.
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from torch import Tensor
 from regrow.errors import InputError
 from regrow.planning.curves import by_curves
 from regrow.planning.demand import Counts, Demand, demands, out_of_reach, settle_counts
-from regrow.planning.depth import (
-    emptied_layers,
-    layer_choices,
-    layer_damage,
-    least_damaging,
+from regrow.planning.depth import emptied_layers, layer_choices, layer_damage, least_damaging
+from regrow.planning.experts import (
+    expert_choices,
+    expert_price,
+    experts_bring,
+    experts_damage,
+    fold,
+    unfold,
 )
 from regrow.planning.hidden import with_hidden
 from regrow.planning.logarithmic import log_increasing
@@ -80,10 +83,13 @@ def lose(
     layers = math.floor((len(plan.removed_layers) + len(newly)) * fraction + 0.5) - len(plan.removed_layers)
     now_removed = least_damaging(groups, newly, gone, present, pruning)[: max(layers, 0)]
     keep = {}
+    multiples = {group.name: group.multiple for group in groups}
     for name, count in counts.items():
         if name != RESIDUAL and layer_of(name) in newly:
             continue
-        now = max(gone[name], math.floor(count * fraction + 0.5))
+        units, multiple = plan.parts[name].units, multiples.get(name, 1)
+        left = -(-(units - math.floor(count * fraction + 0.5)) // multiple) * multiple
+        now = max(gone[name], units - left)
         order = torch.argsort(present[name], stable=True)[now - gone[name] :]
         keep[name] = [plan.parts[name].keep[position] for position in order.tolist()]
     return plan.keeping(keep, now_removed)
@@ -124,9 +130,8 @@ def final_counts(
         return with_hidden(
             groups, gone, pruning, lambda less, rest: final_counts(less, dict(gone), scores, rest, prior)
         )
-    scores = _ascending(scores)
 
-    def best(demand: Demand) -> list[Counts]:
+    def best(demand: Demand, scores: Mapping[str, Tensor]) -> list[Counts]:
         if pruning.shape == "uniform":
             return sorted(_uniform(demand), key=lambda counts: _loss(demand, counts, scores, pruning, prior))[:1]
         match pruning.allocation:
@@ -150,11 +155,11 @@ def final_counts(
 
 
 def uniform_candidates(groups: Groups, gone: Counts, scores: Mapping[str, Tensor], pruning: Pruning) -> list[Candidate]:
-    """All numbers of layers, KV heads and FFN channels that together reach the target in the uniform shape.
+    """All numbers of layers, experts, KV heads and FFN channels that together reach the target in the uniform shape.
 
     Only exact ones, unless there are none. Arguments and errors as for `final_counts`; `lose` makes a plan of one.
     """
-    ways = _ways(groups, gone, _ascending(scores), pruning, _uniform)
+    ways = _ways(groups, gone, scores, pruning, lambda demand, _: _uniform(demand))
     return [way for way in ways if way.exact] or ways
 
 
@@ -173,22 +178,30 @@ def _ways(
     gone: Counts,
     scores: Mapping[str, Tensor],
     pruning: Pruning,
-    allocate: Callable[[Demand], list[Counts]],
+    allocate: Callable[[Demand, Mapping[str, Tensor]], list[Counts]],
     prior: Prior | None = None,
 ) -> list[Candidate]:
-    """For every choice of layers, each way in which `allocate` makes up the rest by widths; `scores` ascend."""
+    """For every choice of layers and experts, each way in which `allocate` makes up the rest by widths.
+
+    `allocate` is given scores that ascend.
+    """
     ways = []
     for layers in layer_choices(groups, gone, scores, pruning):
-        asked = demands(groups, gone, pruning, layers, prior)
-        short = [demand for demand in asked if demand.within() < demand.amount]
-        if short:
-            continue
-        lost = {group.name: group.units if group.layer in layers else gone[group.name] for group in groups}
-        for parts in itertools.product(*(allocate(demand) for demand in asked if demand.groups)):
-            counts = lost | {name: count for part in parts for name, count in part.items()}
-            exact = all(demand.surplus(counts) < demand.least_step(pruning.shape) for demand in asked)
-            damage = _total_damage(groups, gone, counts, scores)
-            ways.append(Candidate(tuple(sorted(layers)), counts, damage, exact))
+        for experts in expert_choices(groups, gone, pruning, layers, _wanted(groups, pruning, layers)):
+            folded, before, given = fold(groups, gone, scores, experts)
+            given = _ascending(given)
+            asked = demands(folded, before, pruning, layers, prior, experts_bring(groups, experts, layers))
+            short = [demand for demand in asked if demand.within() < demand.amount]
+            if short:
+                continue
+            lost = {group.name: group.units if group.layer in layers else before[group.name] for group in folded}
+            step = sum(expert_price(groups, group.layer) for group in groups if group.kind == "expert")
+            besides = experts_damage(groups, gone, experts, scores)
+            for parts in itertools.product(*(allocate(demand, given) for demand in asked if demand.groups)):
+                counts = lost | {name: count for part in parts for name, count in part.items()}
+                exact = all(demand.surplus(counts) < (demand.least_step(pruning.shape) or step) for demand in asked)
+                damage = _total_damage(folded, before, counts, given) + besides
+                ways.append(Candidate(tuple(sorted(layers)), unfold(groups, counts, experts), damage, exact))
     if not ways and short:
         raise out_of_reach(groups, short[0], layers, pruning)
     if not ways:
@@ -196,6 +209,16 @@ def _ways(
             f"no multiples of {pruning.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
         )
     return ways
+
+
+def _wanted(groups: Groups, pruning: Pruning, layers: frozenset[int]) -> int:
+    """Parameters that experts would have to bring for no width to be cut."""
+    (alone,) = demands(replace(groups, groups=()), {}, pruning.model_copy(update={"basis": _basis(pruning)}), layers)
+    return alone.amount
+
+
+def _basis(pruning: Pruning) -> str:
+    return "block" if pruning.basis == "units" else pruning.basis
 
 
 def _total_damage(groups: Groups, gone: Counts, counts: Counts, scores: Mapping[str, Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 
 from regrow.errors import InputError
 from regrow.planning.depth import layer_choices, layer_price, layers_wanted, outer_layers
+from regrow.planning.experts import expert_choices, expert_limit, experts_bring, fold
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
@@ -16,7 +18,12 @@ from regrow.structure.groups import Group, Groups
 Counts = dict[str, int]
 """Group name -> units removed of the original ones; all of them in a layer that goes whole."""
 
-UNIT_NAMES = {"attention": "KV heads", "ffn": "FFN channels", "hidden": "hidden channels"}
+UNIT_NAMES = {
+    "attention": "KV heads",
+    "ffn": "FFN channels",
+    "expert": "experts",
+    "hidden": "hidden channels",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Demand:
     whole: int
     """What the target is a share of."""
     by_layers: int
-    """What layers that go whole bring, beside `amount`."""
+    """What layers and experts that go whole bring, beside `amount`."""
 
     def of_kind(self, ffn: bool) -> list[Group]:
         """Its FFN groups, or all others."""
@@ -43,7 +50,7 @@ class Demand:
 
     def step(self, group: Group) -> int:
         """Units that go at a time."""
-        return self.multiple if group.kind.startswith("ffn") else 1
+        return math.lcm(self.multiple, group.multiple) if group.kind.startswith("ffn") else 1
 
     def width_ok(self, group: Group, removed: int) -> int:
         """The least removal from `removed` on that leaves a width which is a multiple."""
@@ -98,15 +105,27 @@ def reach(groups: Groups, pruning: Pruning, basis: str = "block") -> int:
     zeros = {group.name: torch.zeros(group.units) for group in groups}
     found = 0
     for layers in layer_choices(groups, nothing, zeros, most):
-        (one,) = demands(groups, nothing, most, layers)
-        found = max(found, one.by_layers + one.within())
+        for experts in expert_choices(groups, nothing, most, layers, groups.block_parameters):
+            folded, gone, _ = fold(groups, nothing, zeros, experts)
+            (one,) = demands(folded, gone, most, layers, by_experts=experts_bring(groups, experts, layers))
+            found = max(found, one.by_layers + one.within())
     return found
 
 
 def demands(
-    groups: Groups, gone: Counts, pruning: Pruning, layers: frozenset[int], prior: Prior | None = None
+    groups: Groups,
+    gone: Counts,
+    pruning: Pruning,
+    layers: frozenset[int],
+    prior: Prior | None = None,
+    by_experts: int = 0,
 ) -> list[Demand]:
-    """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing."""
+    """What widths have to bring once `layers` are gone whole; at least one demand, if only of nothing.
+
+    Args:
+        groups: folded, see `planning.experts`.
+        by_experts: parameters that experts bring which go from other layers.
+    """
     spared = layers | protected_layers(groups, pruning)
     protected = prior.protected if prior is not None and pruning.shape == "free" else frozenset()
     free = tuple(
@@ -114,8 +133,7 @@ def demands(
         for g in groups
         if g.layer not in spared and g.name not in protected and g.kind.rstrip("0123456789") in pruning.kinds
     )
-    if pruning.shape == "free":
-        free = tuple(replace(g, widths=None) for g in free)
+    free = tuple(replace(g, widths=None) for g in free) if pruning.shape == "free" else _one_width(free)
     free = tuple(g for g in free if g.widths is None or len(g.widths) > 1)
     limit = {
         g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
@@ -127,7 +145,7 @@ def demands(
     if pruning.basis != "units":
         whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
         wanted = math.ceil(pruning.sparsity * whole - 1e-6)
-        by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers)
+        by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers) + by_experts
         return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
     asked = []
     for kind in sorted({group.kind for group in free}):
@@ -139,9 +157,23 @@ def demands(
     return asked or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
 
 
+def _one_width(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Of FFNs side by side in a layer, such as a shared expert's and the others', those that hold most."""
+    held: dict[str, int] = defaultdict(int)
+    for group in groups:
+        if group.kind.startswith("ffn"):
+            held[group.kind] += group.units * group.cost
+    alike = len({(g.units, g.cost) for g in groups if g.kind in held}) <= 1
+    return (
+        groups if alike else tuple(g for g in groups if g.kind not in held or g.kind == max(held, key=held.__getitem__))
+    )
+
+
 def out_of_reach(groups: Groups, demand: Demand, layers: frozenset[int], pruning: Pruning) -> InputError:
     """How far one gets with `layers` gone and as little as may be left in the others."""
     units = sorted({f"{g.units - demand.most(g)} of {g.units} {UNIT_NAMES.get(g.kind, g.kind)}" for g in demand.groups})
+    experts = {f"{g.units - expert_limit(g, pruning)} of {g.units} experts" for g in groups if g.kind == "expert"}
+    units += sorted(experts) if "expert" in pruning.kinds else []
     left = [f"{' and '.join(units)} left in each layer that may be cut"] if units else []
     if layers or not units:
         left.insert(0, f"{len(groups.layers) - len(layers)} of {len(groups.layers)} layers")

@@ -10,8 +10,8 @@ from regrow.structure.groups import Groups, Layer
 
 
 def emptied_layers(groups: Groups, counts: Mapping[str, int]) -> frozenset[int]:
-    """Numbers of the layers that have lost everything: a group keeps a unit as long as its layer stays."""
-    return frozenset(group.layer for group in groups if counts[group.name] == group.units)
+    """Numbers of the layers that have lost everything: a group keeps a unit as long as its layer (or expert) stays."""
+    return frozenset(group.layer for group in groups if group.expert is None and counts[group.name] == group.units)
 
 
 def outer_layers(groups: Groups, pruning: Pruning) -> set[int]:
@@ -32,11 +32,11 @@ def layers_wanted(groups: Groups, pruning: Pruning) -> int:
 
 
 def layer_damage(groups: Groups, number: int, scores: Mapping[str, Tensor]) -> float:
-    """A layer's own score, or, from a criterion that gives none, the sum of its units' scores."""
+    """A layer's own score, or, from a criterion that gives none, the sum of its units' (whole experts aside)."""
     own = scores.get(f"layers.{number}")
     if own is not None:
         return float(own.sum())
-    return sum(float(scores[group.name].sum()) for group in groups if group.layer == number)
+    return sum(float(scores[group.name].sum()) for group in groups if group.layer == number and group.kind != "expert")
 
 
 def least_damaging(

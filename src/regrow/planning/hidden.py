@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from regrow.errors import InputError
 from regrow.planning.demand import Counts, reach
 from regrow.planning.depth import emptied_layers, layer_price
+from regrow.planning.experts import emptied_experts
 from regrow.settings import Pruning
 from regrow.structure.groups import RESIDUAL, Groups
 from regrow.structure.residual import block_cost, narrowed
@@ -124,13 +125,17 @@ def _brought(groups: Groups, pruning: Pruning, share: float) -> float:
     if set(pruning.kinds) == {"layer", "hidden"}:
         layers = sum(layer_price(layer, pruning) for layer in groups.layers)
         return brought + share * (layers - channels * sum(layer.block_hidden for layer in groups.layers))
-    kinds = [group for group in groups if group.kind.rstrip("0123456789") in pruning.kinds]
-    return brought + sum(share * group.units * (group.cost - channels * group.hidden) for group in kinds)
+    for group in groups:
+        lost = share if group.kind.rstrip("0123456789") in pruning.kinds else 0.0
+        if group.expert is not None and "expert" in pruning.kinds:  # what is left of those experts that stay
+            lost = 1 - (1 - lost) * (1 - share)
+        brought += lost * group.units * (group.cost - channels * group.hidden)
+    return brought
 
 
 def _give_back(groups: Groups, pruning: Pruning, counts: Counts, options: list[int]) -> int:
     """The fewest hidden channels with which the target is still reached: the others may go in larger steps."""
-    gone = emptied_layers(groups, counts)
+    gone, counts = emptied_layers(groups, counts), emptied_experts(groups, counts)
     of_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in gone)
     stay = [group for group in groups if group.layer not in gone]
     of_units = sum(group.cost * counts[group.name] for group in stay)

@@ -59,7 +59,7 @@ class Sizes:
         config, lora = model.config.get_text_config(), recipe.lora
         linears = {name: model.get_parameter(f"{name}.weight") for name in groups.linears}
         adapted = [w for name, w in linears.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
-        consumers = [group.consumers[0] for group in groups]
+        consumers = [group.consumers[0] for group in groups if group.consumers and group.expert is None]
         return cls(
             parameters=groups.total_parameters,
             block_parameters=groups.block_parameters,
@@ -69,7 +69,7 @@ class Sizes:
             gram=sum(consumer.index.size**2 for consumer in consumers),
             layers=len(groups.layers),
             hidden=config.hidden_size,
-            channels=max((group.units for group in groups if group.kind != "attention"), default=0),
+            channels=max((group.units for group in groups if group.kind.startswith("ffn")), default=0),
             vocabulary=config.vocab_size,
         )
 

@@ -1,6 +1,6 @@
 """The plan: which units stay. Plain data that always speaks of the original model's units."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,8 +13,15 @@ from regrow.structure.groups import RESIDUAL, Group, Groups
 
 def layer_of(group: str) -> int:
     """The number in a group's name, `layers.<number>.<kind>`."""
-    _, number, _ = group.split(".")
-    return int(number)
+    return int(group.split(".")[1])
+
+
+def expert_of(group: str) -> tuple[str, int] | None:
+    """Of the channels of an expert: the name of the experts' own group and the expert's number; None for others."""
+    layers, number, *rest = group.split(".")
+    if len(rest) == 1:
+        return None
+    return f"{layers}.{number}.expert", int(rest[0].removeprefix("expert"))
 
 
 class PlannedGroup(BaseModel):
@@ -29,7 +36,7 @@ class PlannedGroup(BaseModel):
     hidden: int = 0
     """How many of them lie on each hidden channel."""
     keep: tuple[int, ...]
-    """Numbers of the units that stay, ascending; none in a layer that is removed whole."""
+    """Numbers of the units that stay, ascending; none in a layer, or an expert, that is removed whole."""
 
     @model_validator(mode="after")
     def _check(self) -> "PlannedGroup":
@@ -70,11 +77,19 @@ class Sparsity(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     units: float
-    """Share of the units (KV heads and FFN channels counted alike, and hidden channels if any go)."""
+    """Share of the units (KV heads, FFN channels and experts counted alike, and hidden channels if any go)."""
     block: float
     """Share of the parameters of the blocks' linears."""
     total: float
     """Share of all parameters, embeddings included, tied ones once."""
+
+
+def _is_gone(name: str, groups: Mapping[str, PlannedGroup], removed_layers: Collection[int]) -> bool:
+    """Whether a group is gone with its layer or its expert."""
+    if layer_of(name) in removed_layers:
+        return True
+    expert = expert_of(name)
+    return expert is not None and expert[0] in groups and expert[1] not in groups[expert[0]].keep
 
 
 class Plan(Document):
@@ -105,8 +120,10 @@ class Plan(Document):
         if self.residual is not None and not self.residual.keep:
             raise ValueError("residual: keep must name at least one hidden channel")
         for name, group in self.groups.items():
-            if bool(group.keep) == (layer_of(name) in self.removed_layers):
-                wanted = "none, for its layer is removed" if group.keep else f"at least one of {group.units}"
+            if bool(group.keep) == _is_gone(name, self.groups, self.removed_layers):
+                wanted = (
+                    "none, for its layer (or expert) is removed" if group.keep else f"at least one of {group.units}"
+                )
                 raise ValueError(f"groups.{name}: keep must name {wanted}")
         return self
 
@@ -132,10 +149,9 @@ class Plan(Document):
     def keeping(self, keep: Mapping[str, Sequence[int]], removed_layers: Iterable[int] = ()) -> "Plan":
         """This plan with other units kept in the groups named, `residual` perhaps, and more layers removed whole."""
         removed = {*self.removed_layers, *removed_layers}
-        empty = {name: () for name in self.groups if layer_of(name) in removed}
-        changed = {
-            name: _keeping(self.groups[name], units) for name, units in {**keep, **empty}.items() if name != RESIDUAL
-        }
+        changed = {name: _keeping(self.groups[name], units) for name, units in keep.items() if name != RESIDUAL}
+        then = {**self.groups, **changed}
+        changed |= {name: _keeping(group, ()) for name, group in then.items() if _is_gone(name, then, removed)}
         residual = self.residual
         if residual is not None and RESIDUAL in keep:
             residual = _keeping(residual, keep[RESIDUAL])
@@ -202,8 +218,8 @@ class Plan(Document):
     def positions_within(self, earlier: "Plan") -> dict[str, NDArray[np.int64]]:
         """For a model already cut to `earlier`: the numbers, among its units, of those that stay now.
 
-        Only groups that change are named, with no units if their layer goes whole. Nothing that `earlier` removed
-        may come back.
+        Only groups that change are named, with no units if their layer (or expert) goes whole. Nothing that `earlier`
+        removed may come back.
         """
         positions = {}
         before_of = earlier.parts

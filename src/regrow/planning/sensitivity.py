@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from regrow.planning.document import Document
+from regrow.planning.experts import families
 from regrow.structure.groups import Groups
 
 STEEPEST = 8.0
@@ -116,7 +117,10 @@ class Prior:
 
 
 class Sensitivity(Document):
-    """The result of an analysis: plain data, JSON. A group of a single unit, which must stay, is not in it."""
+    """The result of an analysis: plain data, JSON. A group of which all units must stay is not in it.
+
+    The channels of a layer's experts are one group in it: they were pruned together.
+    """
 
     called: ClassVar[str] = "sensitivity file"
 
@@ -129,7 +133,9 @@ class Sensitivity(Document):
     def describes(self, groups: Groups) -> bool:
         """Whether the analysis is of a model with these groups."""
         return {n: (g.units, g.cost) for n, g in self.groups.items()} == {
-            g.name: (g.units, g.cost) for g in groups if g.units > 1
+            name: (members[0].units, sum(group.cost for group in members))
+            for name, members in families(groups).items()
+            if members[0].units > members[0].least
         }
 
     def protected(self, share_cap: float = 0.15) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from regrow.checkpoint.biases import possible_biases
+from regrow.checkpoint.biases import lone_consumers, possible_biases
 from regrow.compensation.moments import InputMoments
 from regrow.compensation.solve import (
     bias_only,
@@ -74,8 +74,8 @@ class Compensator:
         """Give every consumer that can have one a bias of zero, if biases are what compensates."""
         if self.settings.method == "bias":
             for name in possible_biases(self.model.config, groups):
-                group = next(group for group in groups if group.consumers[0].module == name)
-                add_bias(self.model, group.consumers[0].parameter.rpartition(".")[0])
+                consumer = next(c for c in lone_consumers(groups) if c.module == name)
+                add_bias(self.model, consumer.parameter.rpartition(".")[0])
 
     def run(
         self, groups: Groups, keep: Mapping[str, Units], batches: Sequence[Tensor], progress: Progress
@@ -126,8 +126,8 @@ class Compensator:
         return frozenset({"bias"} if only else {"weight", "bias"})
 
     def treats(self, group: Group) -> bool:
-        """Whether the recipe wants a refit, and there is one consumer that can be given it."""
-        return self.settings.method != "none" and len(group.consumers) == 1
+        """Whether the recipe wants a refit, and there is one consumer that can be given it: a linear of its own."""
+        return self.settings.method != "none" and len(group.consumers) == 1 and group.expert is None
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""

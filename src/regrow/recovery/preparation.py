@@ -14,6 +14,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
+from regrow.planning.experts import fold, folded_name, unfold
 from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
@@ -137,12 +138,14 @@ class Preparation:
                 {group.name: group.cost for group in groups},
             )
         else:
-            ladder = Ladder.of(groups, most_removed(groups, pruning, prior), settings.levels)
-            ways = [final_counts(groups, nothing, present, way, prior) for way in _allocations(pruning, prior)]
-            amount = min(sum(g.cost * counts[g.name] for g in groups) for counts in ways)
+            folded, gone, worst = fold(groups, nothing, present, nothing)
+            ladder = Ladder.of(folded, most_removed(folded, pruning, prior), settings.levels)
+            ways = [final_counts(folded, gone, worst, way, prior) for way in _allocations(pruning, prior)]
+            amount = min(sum(g.cost * counts[g.name] for g in folded) for counts in ways)
             starts = [ladder.nearest(counts, amount) for counts in ways]
         supernet = Supernet(self.model, groups, self.gates, self.compensator)
-        supernet.build(ladder.rungs, scores, self.batches[: self._batches_of(settings.windows)], self.progress)
+        rungs = {g.name: ladder.rungs.get(g.name, ladder.rungs.get(folded_name(g), ())) for g in groups}
+        supernet.build(rungs, scores, self.batches[: self._batches_of(settings.windows)], self.progress)
         fitness = Fitness(supernet, self.batches[-self._batches_of(settings.judge_windows) :])
         self.progress.stage("search", len(starts) if pruning.shape == "uniform" else settings.evaluations)
 
@@ -156,8 +159,14 @@ class Preparation:
             counts, value = starts[int(np.argmin(values))], min(values)
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
         else:
-            found = exchange_search(starts, ladder, amount, measured, settings.evaluations, self.recipe.seed)
-            counts, value = settle(groups, found.counts, pruning, prior), found.fitness
+
+            def whole(counts: Counts) -> Counts:
+                return unfold(groups, counts, nothing)
+
+            found = exchange_search(
+                starts, ladder, amount, lambda each: measured(whole(each)), settings.evaluations, self.recipe.seed
+            )
+            counts, value = whole(settle(folded, found.counts, pruning, prior)), found.fitness
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value

@@ -18,7 +18,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.interactions import least_joint_damage
-from regrow.planning.plan import Plan, layer_of
+from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
@@ -308,7 +308,7 @@ class Pruner:
         keep = {}
         for group in self.original:
             left = len(plan.groups[group.name].keep)
-            if 0 < left < group.units:
+            if 0 < left < group.units and group.kind != "expert":
                 samples_NU, lost = torch.cat(self.scorer.samples[group.name]), group.units - left
                 gone = least_joint_damage(samples_NU, lost, round(self.pruning.interactions * lost))
                 keep[group.name] = sorted(set(range(group.units)) - set(gone.tolist()))
@@ -332,7 +332,7 @@ class Pruner:
             fades = number not in self.settled_plan.removed_layers
             self.gates.set(f"layers.{number}", torch.tensor([value if fades else 0.0]))
         for name, group in self.plan.groups.items():
-            if layer_of(name) in self.plan.removed_layers:
+            if not group.keep:  # its layer's gate says so, or its expert's
                 continue
             gone = torch.where(self._fading[name], value, 0.0)
             self.gates.set(name, torch.where(self._is_one_of(name, group.keep), 1.0, gone))

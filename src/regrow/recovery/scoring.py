@@ -20,7 +20,8 @@ from regrow.criteria.registry import Criterion, combine
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
-from regrow.recovery.measured import Measured, base_pieces
+from regrow.recovery.experts import expert_evidence, weight_pieces
+from regrow.recovery.measured import Measured
 from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
@@ -114,7 +115,7 @@ class Scorer:
         self.measured.watch(groups.groups)
         if "inputs" in self.criterion.needs:
             for group in groups:
-                if len(group.consumers) == 1:
+                if len(group.consumers) == 1 and group.expert is None:
                     consumer = group.consumers[0]
                     weight = self.model.get_parameter(consumer.parameter)
                     self._consumers[group.name] = consumer.module
@@ -243,7 +244,7 @@ class Scorer:
         stream = [groups.residual] if self.hidden and groups.residual is not None else []
         for group in (*groups, *stream):
             moments = self._moments.get(group.name)
-            if group.layer in plan.removed_layers:
+            if not plan.parts[group.name].keep:
                 continue
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
@@ -268,7 +269,7 @@ class Scorer:
         if self.hidden and isinstance(groups, Groups) and groups.residual is not None:
             stream = (s for s in groups.residual.slices if not s.is_adapter)
             names |= {s.parameter for s in stream if is_linear(self.model.get_submodule(s.module))}
-        return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim == 2]
+        return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim > 1]
 
     def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:
         for name, parameter in self.model.named_parameters():
@@ -303,7 +304,7 @@ def gather_evidence(
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
         measured: of single linears.
     """
-    linears = Linears(model, base_pieces(model, group), start, measured)
+    linears = Linears(model, weight_pieces(model, group), start, measured)
     return Evidence(group.name, group.kind, group.units, linears, gate, generator=generator)
 
 
@@ -344,6 +345,8 @@ def linear_evidence(
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad
+    if weight.ndim == 3:
+        return expert_evidence(piece, weight, gradient)
     if kept_as(parameter):
         weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
     elif isinstance(parameter, Offloaded):

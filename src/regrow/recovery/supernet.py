@@ -108,6 +108,8 @@ class Supernet:
 
     def _written(self, group: Group) -> list[str]:
         """Names of the consumer's parameters: its weight, and its bias if it has one."""
+        if not self.compensator.treats(group):
+            return []
         name = group.consumers[0].parameter
         module = name.rpartition(".")[0]
         bias = [f"{module}.bias"] if self.model.get_submodule(module).bias is not None else []

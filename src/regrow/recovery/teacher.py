@@ -26,6 +26,7 @@ from regrow.structure.gates import Gates
 from regrow.structure.offload import Offloaded, come_and_go
 from regrow.structure.quantise import quantisable, quantise
 from regrow.structure.quantised import Quantization, copy_into, held_bytes, kept_as, quantised_linears
+from regrow.structure.trace import unhook
 
 Kept = torch.dtype | Quantization
 """How a copy of a model keeps its weights."""
@@ -225,9 +226,7 @@ def copy_without_adapters(model: PreTrainedModel, kept: Kept | None) -> PreTrain
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
     for name, layer in lora_layers(teacher).items():
         teacher.set_submodule(name, layer.get_base_layer())
-    for module in teacher.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    unhook(teacher)
     come_and_go(teacher)
     teacher.eval()
     return teacher

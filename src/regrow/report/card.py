@@ -75,12 +75,16 @@ def model_card(
 
 def _what_went(plan: Plan) -> str:
     layers = f"{len(plan.removed_layers)} of {len(plan.layers)} layers" if plan.removed_layers else ""
-    narrower = any(0 < len(group.keep) < group.units for group in plan.groups.values())
-    widths = "whole attention heads and FFN channels" if narrower or not (layers or plan.narrows) else ""
+    narrower = {name for name, group in plan.groups.items() if 0 < len(group.keep) < group.units}
+    fewer = {name for name in narrower if name.endswith(".expert")}
+    experts = "whole experts" if fewer else ""
+    widths = ""
+    if narrower - fewer or not (layers or experts or plan.narrows):
+        widths = "whole attention heads and FFN channels"
     hidden = ""
     if plan.narrows and plan.residual is not None:
         hidden = f"{plan.residual.removed} of {plan.residual.units} hidden channels"
-    return " and ".join(part for part in (layers, widths, hidden) if part)
+    return " and ".join(part for part in (layers, experts, widths, hidden) if part)
 
 
 def _protocol(results: dict[str, Any]) -> str:

@@ -33,7 +33,13 @@ BINS = 36
 COLOURS = 6
 NAMES = {"dense": "original", "cut": "only cut", "pruned": "recovered"}
 COLOUR_OF = {"dense": "c0", "cut": "c1", "pruned": "c2"}
-KINDS = {"attention": "KV heads, each with its query heads", "ffn": "FFN channels", "layer": "whole layers"}
+KINDS = {
+    "attention": "KV heads, each with its query heads",
+    "ffn": "FFN channels",
+    "ffn (experts)": "FFN channels of experts",
+    "expert": "whole experts",
+    "layer": "whole layers",
+}
 
 
 Scored = tuple[NDArray[np.float64], NDArray[np.bool_]]

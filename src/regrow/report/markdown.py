@@ -5,7 +5,7 @@ from typing import Any
 
 from regrow.report.cautions import cautions
 from regrow.report.facts import Facts
-from regrow.report.words import quoted, short_bytes, short_count, short_name, table
+from regrow.report.words import place, quoted, short_bytes, short_count, short_name, table
 from regrow.structure.groups import RESIDUAL
 
 CARRIED = "the adapters began at the best approximation of it that their rank allows"
@@ -153,18 +153,19 @@ def ratios_line(results: dict[str, Any]) -> str:
 
 
 def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
-    layers: dict[str, dict[str, int]] = {}
+    layers: dict[int, dict[str, int]] = {}
     hidden = results["widths"].get(RESIDUAL)
     for name, width in results["widths"].items():
         if name == RESIDUAL:
             continue
-        _, layer, kind = name.split(".")
-        layers.setdefault(layer, {})[kind] = width
+        layer, kind = place(name)
+        each = layers.setdefault(layer, {})
+        each[kind] = max(width, each.get(kind, 0))  # of experts' channels: of those that stay, which are alike
     kinds = sorted({kind for widths in layers.values() for kind in widths})
     widths = table(
         ["layer", *kinds],
         [
-            [layer, *(str(widths.get(kind, "")) if any(widths.values()) else "removed" for kind in kinds)]
+            [str(layer), *(str(widths.get(kind, "")) if any(widths.values()) else "removed" for kind in kinds)]
             for layer, widths in layers.items()
         ],
     )

@@ -144,7 +144,7 @@ def _widths(facts: Facts) -> dict[str, Any]:
     gone = facts.plan.removed_layers
     return {
         "kinds": kinds,
-        "names": {kind: UNIT_NAMES.get(kind, "units") for kind in kinds},
+        "names": {kind: UNIT_NAMES.get(kind.removesuffix(" (experts)"), "units") for kind in kinds},
         "rows": [
             {"layer": f"{layer} (removed)" if layer in gone else layer, "cells": [cells.get(kind) for kind in kinds]}
             for layer, cells in sorted(layers.items())

@@ -10,9 +10,9 @@ def short_name(model: str) -> str:
 
 
 def place(group: str) -> tuple[int, str]:
-    """A group's layer and kind, from `layers.<number>.<kind>`; what lies deeper in the layer shares a kind."""
+    """A group's layer and kind, from `layers.<number>.<kind>`; the channels of all experts share one of their own."""
     _, layer, *parts = group.split(".")
-    return int(layer), parts[0] if len(parts) == 1 else f"{parts[-1]} (inner)"
+    return int(layer), parts[0] if len(parts) == 1 else f"{parts[-1]} (experts)"
 
 
 def short_source(source: str) -> str:

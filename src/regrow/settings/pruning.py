@@ -42,12 +42,12 @@ class Pruning(Section):
         default="uniform",
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
-    kinds: tuple[Literal["attention", "ffn", "hidden", "layer"], ...] = Field(
+    kinds: tuple[Literal["attention", "ffn", "hidden", "expert", "layer"], ...] = Field(
         default=("attention", "ffn"),
         min_length=1,
-        description="What may go. attention: KV heads with their query heads. ffn: channels. hidden: channels of the "
-        "residual stream, in all layers alike. layer: whole layers, as many as do least damage; alone, the fewest that "
-        "reach the target.",
+        description="What may go. attention: KV heads with their query heads. ffn: channels, those inside experts too. "
+        "hidden: channels of the residual stream, in all layers alike. expert: whole experts, as many in every layer. "
+        "layer: whole layers. Of both, as many as do least damage; alone, the fewest that reach the target.",
     )
     hidden: Share | None = Field(
         default=None,

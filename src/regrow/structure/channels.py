@@ -23,6 +23,8 @@ class Value:
     shape: tuple[int, ...]
     facets: tuple[Facet, ...] = ()
     is_weight: bool = False
+    among: Facet | None = None
+    """Of positions (and what is counted of them): the channels that they were chosen among, shape `[size]`."""
 
 
 class Channels:

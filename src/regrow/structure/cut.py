@@ -1,8 +1,10 @@
 """Cutting: making a choice of units true in the tensors."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.structure.depth import remove_layers
+from regrow.structure.experts import select
 from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
 from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
@@ -18,6 +21,9 @@ from regrow.structure.residual import follow, narrowed
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Under which names experts, their router and the modules around them keep how many there are."""
 
 HIDDEN_SIZES = ("hidden_dim", "hidden_size")
 """Under which names a module with weights along the residual stream keeps how wide it is."""
@@ -39,40 +45,45 @@ def cut(
         groups: the groups as they are now.
         keep: group name (`residual` among them) -> numbers (within the group as it is now) of the units that stay,
             ascending. Groups that are not named stay whole. None for all groups of a layer: the layer goes, the config
-            with it.
+            with it. None for the channels of the experts that go; the others' keep the same number in each.
 
     Returns:
         The groups of the model after the cut.
     """
-    emptied = {group.layer for group in groups if group.name in keep and len(keep[group.name]) == 0}
-    if emptied:
+    if emptied := emptied_layers(groups, keep):
         assert all(len(keep[group.name]) == 0 for group in groups if group.layer in emptied)
         groups = remove_layers(model, groups, emptied, optimizer)
-    left = []
+    left: dict[str, Group] = {}
     for group in groups:
         units = keep.get(group.name)
         if units is None or len(units) == group.units:
-            left.append(group)
+            left[group.name] = group
             continue
-        for piece in group.slices:
+        for piece in group.slices if group.expert is None else ():
             _cut_slice(model, piece, units, optimizer)
         if group.is_fused:
             _tell_head_counts(model, group, len(units))
-        left.append(group.keep(units))
+        if group.kind == "expert":
+            _tell_expert_counts(model, group, len(units))
+        if len(units):
+            left[group.name] = group.keep(units)
+    for (name, axis), positions_EK in within_experts(model, groups, keep).items():
+        _change(model.get_parameter(name), partial(select, axis=axis, positions_EK=positions_EK), optimizer)
     return _cut_stream(model, _without(groups, left), keep.get(RESIDUAL), optimizer)
 
 
-def _without(groups: Groups, left: Sequence[Group]) -> Groups:
-    """What a model comes to of whose groups this is left."""
+def _without(groups: Groups, left: Mapping[str, Group]) -> Groups:
+    """What a model comes to of whose groups, by name, this is left."""
     lost = dict.fromkeys((layer.number for layer in groups.layers), 0)
     hidden = dict(lost)
-    for before, after in zip(groups, left, strict=True):
-        lost[before.layer] += before.cost * (before.units - after.units)
-        hidden[before.layer] += before.hidden * (before.units - after.units)
+    for group in groups:
+        gone = group.units - (left[group.name].units if group.name in left else 0)
+        lost[group.layer] += group.cost * gone
+        hidden[group.layer] += group.hidden * gone
     removed, residual = sum(lost.values()), groups.residual
     return replace(
         groups,
-        groups=tuple(left),
+        groups=tuple(_renumbered(left.values())),
         layers=tuple(
             replace(
                 layer,
@@ -87,6 +98,45 @@ def _without(groups: Groups, left: Sequence[Group]) -> Groups:
         total_parameters=groups.total_parameters - removed,
         residual=residual and replace(residual, cost=residual.cost - sum(hidden.values())),
     )
+
+
+def _renumbered(groups: Iterable[Group]) -> Iterator[Group]:
+    """After experts have gone: channels' groups whose slices say at which position their experts now are."""
+    seen: dict[tuple[str, int], int] = defaultdict(int)
+    for group in groups:
+        slices = []
+        for piece in group.slices:
+            if piece.expert is not None:
+                place = piece.parameter, piece.axis
+                piece = replace(piece, expert=seen[place])
+                seen[place] += 1
+            slices.append(piece)
+        yield replace(group, slices=tuple(slices))
+
+
+def emptied_layers(groups: Groups, keep: Mapping[str, NDArray[np.int64]]) -> set[int]:
+    """Numbers of the layers that go whole: those of which a group, but that of an expert's channels, keeps no unit."""
+    return {g.layer for g in groups if g.expert is None and g.name in keep and len(keep[g.name]) == 0}
+
+
+def within_experts(
+    model: nn.Module, groups: Iterable[Group], keep: Mapping[str, NDArray[np.int64]]
+) -> dict[tuple[str, int], Tensor]:
+    """(parameter, axis) -> positions that stay `[experts, positions]` where channels of experts go.
+
+    Args:
+        groups: of layers that stay.
+    """
+    stay: dict[tuple[str, int], list[NDArray[np.int64]]] = defaultdict(list)
+    narrowed = set()
+    for group in groups:  # experts are in ascending order
+        units = keep.get(group.name, np.arange(group.units))
+        for piece in group.slices if group.expert is not None and len(units) else ():
+            gone = np.delete(piece.index, units, axis=0).reshape(-1)
+            size = model.get_parameter(piece.parameter).shape[piece.axis]
+            stay[piece.parameter, piece.axis].append(np.delete(np.arange(size), gone))
+            narrowed |= {(piece.parameter, piece.axis)} if len(gone) else set()
+    return {place: torch.from_numpy(np.stack(stay[place])) for place in sorted(narrowed)}
 
 
 def _cut_stream(
@@ -119,9 +169,14 @@ def _cut_slice(
         _follow(module)
         return
 
-    def sliced(tensor: Tensor) -> Tensor:
-        return tensor.index_select(piece.axis, positions)
+    _change(parameter, lambda tensor: tensor.index_select(piece.axis, positions), optimizer)
+    _follow(module)
 
+
+def _change(
+    parameter: nn.Parameter, sliced: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Cut a parameter and what an optimizer holds for it."""
     before = parameter.shape
     parameter.grad = None
     if optimizer is not None and parameter in optimizer.state:
@@ -130,7 +185,6 @@ def _cut_slice(
             if isinstance(moment, Tensor) and moment.shape == before:
                 state[key] = sliced(moment)
     parameter.data = sliced(parameter.data)
-    _follow(module)
 
 
 def _follow(module: nn.Module) -> None:
@@ -155,3 +209,14 @@ def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
             if name in vars(owner):
                 setattr(owner, name, vars(owner)[name] * units // group.units)
     module.config = config
+
+
+def _tell_expert_counts(model: nn.Module, group: Group, units: int) -> None:
+    """Let router and experts, and all modules around them, know how many experts are left."""
+    for piece in group.slices:
+        parts = piece.module.split(".")
+        for depth in range(len(parts) + 1):
+            module = model.get_submodule(".".join(parts[:depth]))
+            for name in EXPERT_COUNTS:
+                if vars(module).get(name) == group.units:
+                    setattr(module, name, units)

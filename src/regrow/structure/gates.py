@@ -25,12 +25,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from regrow.structure.groups import RESIDUAL, Group, Layer
+from regrow.structure.experts import ExpertGates, Router, Sink, is_experts
+from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
 from regrow.structure.residual import mask_hooks, writers
 from regrow.structure.trace import decoder_layers
-
-Sink = Callable[[str, Tensor], None]
-"""Takes a group's name and the gate gradients of one batch, `[B, U]` float32, unscaled."""
 
 
 class _Gate(torch.autograd.Function):
@@ -134,7 +132,7 @@ class Gates:
         self._layers = {layer.unit: layer for layer in layers}
         self._values = {group.name: torch.ones(group.units) for group in self._every} | _open(layers)
         self._sink: Sink | None = None
-        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def _every(self) -> list[Group]:
@@ -145,26 +143,51 @@ class Gates:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
     def _hook(self) -> None:
         self.__exit__()
         for group in self._groups.values():
-            for consumer in group.consumers:
+            for consumer in group.consumers if group.expert is None else ():
                 module = self.model.get_submodule(consumer.module)
                 unit_of_column = torch.zeros(consumer.index.size, dtype=torch.long)
                 for unit, columns in enumerate(consumer.index):
                     unit_of_column[torch.from_numpy(columns)] = unit
                 hook = partial(self._gate_input, group.name, unit_of_column)
-                self._handles.append(module.register_forward_pre_hook(hook))
+                self._undo.append(module.register_forward_pre_hook(hook).remove)
         for layer in self._layers.values():
             module = self.model.get_submodule(layer.name)
-            self._handles.append(module.register_forward_hook(partial(self._gate_layer, layer.unit)))
+            self._undo.append(module.register_forward_hook(partial(self._gate_layer, layer.unit)).remove)
+        for name in dict.fromkeys(s.module for s in self._slices() if is_experts(self.model.get_submodule(s.module))):
+            self._undo += self._gates_within(name).attach()
         if self._residual is not None:
-            self._handles += mask_hooks(self.model, self._residual, lambda: self._values[RESIDUAL])
-            self._handles += self._stream_hooks(self._residual)
+            masks = mask_hooks(self.model, self._residual, lambda: self._values[RESIDUAL])
+            self._undo += [handle.remove for handle in (*masks, *self._stream_hooks(self._residual))]
+
+    def _slices(self) -> list[Slice]:
+        """Those of experts and of their channels."""
+        groups = (group for group in self._groups.values() if group.expert is not None or group.kind == "expert")
+        return [piece for group in groups for piece in group.slices]
+
+    def _gates_within(self, experts: str) -> ExpertGates:
+        """The gates of a module of experts."""
+        channels: dict[int, tuple[str, Tensor]] = {}
+        whole, routers = None, []
+        for group in self._groups.values():
+            pieces = [piece for piece in group.slices if piece.module == experts]
+            if pieces and group.kind == "expert":
+                whole = group.name, torch.from_numpy(pieces[0].index)
+                parameters = [s.parameter.rpartition(".") for s in group.slices if s.module != experts]
+                routers = [Router(self.model.get_submodule(module), [last]) for module, _, last in parameters]
+            for piece in pieces:
+                if piece.is_input and piece.expert is not None:
+                    channels[piece.expert] = group.name, torch.from_numpy(piece.index)
+        block = self.model.get_submodule(experts.rpartition(".")[0])
+        return ExpertGates(
+            self.model.get_submodule(experts), block, routers, channels, whole, self.value, lambda: self._sink
+        )
 
     def _stream_hooks(self, residual: Group) -> Iterator[RemovableHandle]:
         assert isinstance(self.model, PreTrainedModel)
@@ -282,7 +305,7 @@ class Gates:
         self._values = {group.name: values[group.name].clone() for group in groups} | _open(layers)
         if residual is not None:
             self._values[RESIDUAL] = torch.ones(residual.units)
-        if self._handles:
+        if self._undo:
             self._hook()
 
     @contextmanager

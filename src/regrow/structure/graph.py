@@ -118,7 +118,7 @@ def layer_graph(model: PreTrainedModel, groups: Groups, layer: int = 0) -> Layer
     bones = skeleton(model, [layer])
     block = bones.get_submodule(f"{path}.0")
     parts, links = _join(*_read(export(bones), f"{path}.0", block))
-    own = tuple(group for group in groups if group.layer == layer)
+    own = tuple(g for g in groups if g.layer == layer and g.expert in (None, 0))  # one expert stands for all
     operators = tuple(_finish(members, block, own, f"{path}.{layer}.") for members in parts)
     edges = _coloured(operators, sorted(links), own)
     return LayerGraph(type(model).__name__, layer, operators, edges, own)
@@ -146,6 +146,8 @@ def _read(program: torch.export.ExportedProgram, path: str, block: nn.Module) ->
         if not activations and not parameters:
             continue
         name = operator_name(node.target).partition(".")[2]
+        if name == "_assert_tensor_metadata":
+            continue
         if name in REARRANGING.split():
             if activations:
                 made_by[node] = activations[0]
@@ -199,7 +201,13 @@ def _join(drafts: list[_Draft], links: Links) -> tuple[list[list[_Draft]], Links
     members: dict[int, list[int]] = defaultdict(list)
     for number, o in enumerate(owner):
         members[o].append(number)
-    ordered = sorted(members.values(), key=lambda numbers: numbers[-1])
+    waiting, ordered = sorted(members.values(), key=lambda numbers: numbers[-1]), []
+    before = {(owner[a], owner[b]) for a, b in links if owner[a] != owner[b]}
+    while waiting:  # what is computed in several parts may begin before and end after what comes in between
+        open_ones = {owner[numbers[0]] for numbers in waiting}
+        ready = next(n for n in waiting if not any(b == owner[n[0]] and a in open_ones for a, b in before))
+        waiting.remove(ready)
+        ordered.append(ready)
     new = {n: position for position, numbers in enumerate(ordered) for n in numbers}
     parts = [[drafts[n] for n in numbers] for numbers in ordered]
     return parts, {(new[a], new[b]) for a, b in links if new[a] != new[b]}
@@ -254,7 +262,7 @@ def _weight(name: str, block: nn.Module, groups: tuple[Group, ...], full_name: s
     role = factor or {"weight": "W", "bias": "bias"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
     owned = [(group.name, piece) for group in groups for piece in group.slices if piece.parameter == full_name]
     shape = tuple(block.get_parameter(name).shape)
-    turned = len(shape) > 1 and any(piece.is_input == (piece.axis == 0) for _, piece in owned)  # a Conv1D
+    turned = len(shape) == 2 and any(piece.is_input == (piece.axis == 0) for _, piece in owned)  # a Conv1D
     return Weight(
         role,
         shape[::-1] if turned else shape,

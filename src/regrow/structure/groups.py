@@ -1,8 +1,9 @@
 """Groups: what can be removed from a model, unit by unit, and what each unit costs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -11,8 +12,12 @@ from transformers import PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.adapters import is_linear
+from regrow.structure.experts import is_experts
 from regrow.structure.quantised import weight_count, weight_shape
 from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, skeleton, trace
+
+MULTIPLE = 8
+"""Channels of experts stay in multiples of this: the kernels that compute all experts at once want rows of 16 bytes."""
 
 RESIDUAL = "residual"
 """Name of the group of hidden channels."""
@@ -29,6 +34,8 @@ class Slice:
     """Whether these are columns of a consumer (o_proj, down_proj) rather than rows of a producer."""
     index: NDArray[np.int64]
     """Shape `[units, positions per unit]`."""
+    expert: int | None = None
+    """Position along axis 0 of the expert whose part of the parameter the positions are in; None: in all of it."""
 
     @property
     def is_adapter(self) -> bool:
@@ -52,20 +59,27 @@ class Group:
     """Units of one kind in one layer; a unit is a minimally removable structure."""
 
     name: str
-    """`layers.<number>.attention` or `layers.<number>.ffn`: a plan's key; `residual` for the residual stream."""
+    """`layers.<number>.<kind>`, of the channels of an expert `layers.<number>.expert<number>.ffn`: a plan's key;
+    `residual` for the residual stream."""
     layer: int
     """The layer's `number`; -1 for the residual stream, which goes through all of them."""
     kind: str
-    """`attention`: a unit is a KV head with its query heads. `ffn`: a unit is a channel. `hidden`: a channel of the
-    residual stream."""
+    """`attention`: a unit is a KV head with its query heads. `ffn`: a channel. `expert`: an expert with its part of the
+    router. `hidden`: a channel of the residual stream."""
     units: int
     slices: tuple[Slice, ...]
     cost: int
-    """Parameters that removing one unit removes, adapters not counted."""
+    """Parameters that removing one unit removes, adapters not counted; of an expert without those of its channels."""
     hidden: int = 0
     """How many of them lie on each hidden channel: what a hidden channel no longer brings once the unit is gone."""
     widths: Sequence[int] | None = None
     """How many of the units of the whole model may stay in a model of a stock class, ascending; None: any number."""
+    expert: int | None = None
+    """The number, in the model that was traced, of the expert whose channels these are."""
+    multiple: int = 1
+    """What the number of units that stay is a multiple of, unless all do."""
+    least: int = 1
+    """How many stay at least while their layer does."""
 
     def keep(self, units: NDArray[np.int64]) -> "Group":
         """The group once only `units` are left."""
@@ -160,7 +174,16 @@ class Groups(Sequence[Group]):
 
     def by_name(self, name: str) -> Group:
         """The group of that name."""
-        return next(group for group in self.groups if group.name == name)
+        return self._by_name[name]
+
+    def in_experts(self, kinds: Collection[str]) -> bool:
+        """Whether any unit of these kinds is an expert, or lies within one."""
+        of_experts = (group for group in self if group.expert is not None or group.kind == "expert")
+        return any(group.kind.rstrip("0123456789") in kinds for group in of_experts)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
 
 
 def find_groups(model: PreTrainedModel) -> Groups:
@@ -183,34 +206,37 @@ def find_groups(model: PreTrainedModel) -> Groups:
     for position, numbers in enumerate(alike):
         prefix = f"{path}.{position}."
         own = [axis for axis in inside if axis.parameter.startswith(prefix)]
-        for kind, units, slices in _groups_of_layer(own, outside, found):
+        for part in _groups_of_layer(own, outside, found):
             for number in numbers:
                 moved = tuple(
-                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in slices
+                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in part.slices
                 )
-                if not all(is_linear(model.get_submodule(s.module)) for s in moved if s.is_input):
-                    continue  # no module whose input a gate could sit on: the weights of experts
-                groups.append(Group(f"layers.{number}.{kind}", number, kind, units, moved, _cost(model, moved)))
+                name, cost = f"layers.{number}.{part.name}", _cost(model, moved)
+                group = replace(part, name=name, layer=number, slices=moved, cost=cost)
+                if _takes_gates(model, group):
+                    groups.append(group)
     if not groups:
         raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
-    groups.sort(key=lambda group: (group.layer, group.kind))
+    residual = _residual(model, found, path, alike)
+    groups = [replace(group, hidden=_crossing(model, group, residual)) for group in groups]
+    groups = _count_channels_once(sorted(groups, key=lambda group: (group.layer, group.kind)))
 
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     sliced = {s.module for s in pieces}
-    linears = sorted({name for name in sliced if is_linear(model.get_submodule(name))}, key=_natural)
+    adapted = {s.module for group in groups if group.kind != "expert" for s in group.slices}
+    linears = sorted({name for name in adapted if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
 
     def inside_layer(number: int, sizes: Mapping[str, int]) -> int:
         return sum(size for name, size in sizes.items() if name.startswith(f"{path}.{number}."))
 
     every = {name: weight_count(p) for name, p in base.items()}
-    residual = _residual(model, found, path, alike)
     along = [] if residual is None else [s for s in residual.slices if not s.is_adapter]
     on_channel = {s.parameter: _count(model, s) for s in along}
     block_on_channel = {name: count for name, count in on_channel.items() if _module_of(name) in sliced}
     return Groups(
-        groups=tuple(replace(group, hidden=_crossing(model, group, residual)) for group in groups),
+        groups=tuple(groups),
         layers=tuple(
             Layer(
                 f"{path}.{i}", i, inside_layer(i, every), inside_layer(i, block),
@@ -223,6 +249,27 @@ def find_groups(model: PreTrainedModel) -> Groups:
         total_parameters=sum(every.values()),
         residual=residual,
     )  # fmt: skip
+
+
+def _takes_gates(model: PreTrainedModel, group: Group) -> bool:
+    """Whether there is a place for the gates: the input of a linear, or within a module of experts."""
+    if group.kind == "expert":
+        return any(is_experts(model.get_submodule(s.module)) for s in group.slices)
+    if group.expert is not None:
+        return all(is_experts(model.get_submodule(s.module)) for s in group.consumers)
+    return all(is_linear(model.get_submodule(s.module)) for s in group.consumers)
+
+
+def _count_channels_once(groups: Sequence[Group]) -> list[Group]:
+    """Take what the channels' own groups count off the costs of experts."""
+    found = []
+    for group in groups:
+        if group.kind == "expert":
+            inside = [g for g in groups if g.layer == group.layer and g.expert is not None]
+            cost, hidden = sum(g.units * g.cost for g in inside), sum(g.units * g.hidden for g in inside)
+            group = replace(group, cost=group.cost - cost // group.units, hidden=group.hidden - hidden // group.units)
+        found.append(group)
+    return found
 
 
 def _module_of(parameter: str) -> str:
@@ -240,7 +287,9 @@ def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
 def _count(model: PreTrainedModel, piece: Slice) -> int:
     """Numbers of a parameter that one unit owns."""
     parameter = model.get_parameter(piece.parameter)
-    return int(piece.index.shape[1]) * weight_count(parameter) // weight_shape(parameter)[piece.axis]
+    shape = weight_shape(parameter)
+    among = shape[piece.axis] * (1 if piece.expert is None else shape[0])
+    return int(piece.index.shape[1]) * weight_count(parameter) // among
 
 
 def _crossing(model: PreTrainedModel, group: Group, residual: Group | None) -> int:
@@ -263,7 +312,7 @@ def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[S
     first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
     for number, axis in enumerate(found.axes):
-        for c, positions in _positions_of(axis):
+        for c, positions in axis.owners():
             owners[c][number] = positions
 
     def has(owned: Mapping[int, object], inside: bool, is_input: bool | None = None) -> bool:
@@ -299,20 +348,15 @@ def _replicated(parameter: str, path: str, alike: Sequence[Sequence[int]]) -> li
     return [f"{path}.{number}.{rest}" for number in alike[int(position)]]
 
 
-def _positions_of(axis: Axis) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each class that owns positions of an axis, and which."""
-    order = np.argsort(axis.classes, kind="stable")
-    classes, starts = np.unique(axis.classes[order], return_index=True)
-    yield from zip(classes.tolist(), np.split(order, starts[1:]), strict=True)
+def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> Iterator[Group]:
+    """Put the classes that own the same number of positions on the same axes into one group.
 
-
-def _groups_of_layer(
-    axes: Sequence[Axis], outside: set[int], found: Trace
-) -> Iterator[tuple[str, int, tuple[Slice, ...]]]:
-    """Put the classes that own the same number of positions on the same axes into one group."""
+    Names, layer and costs are left to fill in. Channels of experts, which the trace cannot tell apart, are a group for
+    each expert.
+    """
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
     for number, axis in enumerate(axes):
-        for c, positions in _positions_of(axis):
+        for c, positions in axis.owners():
             owners[c][number] = positions
 
     alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
@@ -320,19 +364,37 @@ def _groups_of_layer(
         if c == -1 or c in outside:
             continue
         base = [number for number in owned if ".lora_" not in axes[number].parameter]
-        if any(axes[n].is_input for n in base) and any(not axes[n].is_input for n in base):
+        both = any(axes[n].is_input for n in base) and any(not axes[n].is_input for n in base)
+        if both or c in found.experts:
             alike[tuple((n, len(p)) for n, p in sorted(owned.items()))].append(c)
 
+    slabs = {
+        axis.parameter: len(axis.classes)
+        for axis in axes
+        if axis.axis == 0 and all(c in found.experts for c in axis.classes.tolist())
+    }
     seen: dict[str, int] = defaultdict(int)
     for signature, members in alike.items():
-        consumer = next(n for n, _ in signature if axes[n].is_input)
-        members.sort(key=lambda c: int(owners[c][consumer][0]))
-        kind = "attention" if members[0] in found.attention else "ffn"
+        routed = members[0] in found.experts
+        first = next(n for n, _ in signature if axes[n].is_input or routed)
+        members.sort(key=lambda c: int(owners[c][first][0]))
+        kind = "expert" if routed else "attention" if members[0] in found.attention else "ffn"
         seen[kind] += 1
         slices = tuple(
             Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
             for n, _ in signature
         )
-        if members[0] in found.normed:  # none can go without changing the others: one unit, which is all of them
+        if members[0] in found.normed and not routed:  # none can go without changing the others: one unit, all of them
             slices = tuple(replace(s, index=s.index.reshape(1, -1)) for s in slices)
-        yield kind if seen[kind] == 1 else f"{kind}{seen[kind]}", len(slices[0].index), slices
+        kind = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
+        group = Group(kind, -1, kind, len(slices[0].index), slices, 0)
+        if routed and slices[0].index.shape[1] == 1:
+            yield replace(group, least=found.experts[members[0]])
+        elif routed:
+            continue  # the router chooses groups of experts first, say: none can go without others
+        elif all(s.parameter in slabs for s in slices):
+            for expert in range(slabs[slices[0].parameter]):
+                own = tuple(replace(s, expert=expert) for s in slices)
+                yield replace(group, name=f"expert{expert}.{kind}", slices=own, expert=expert, multiple=MULTIPLE)
+        else:
+            yield group

@@ -34,6 +34,10 @@ class Walk:
         """Channels of weights along whose axis a product sums: a consumer's input axis."""
         self.shared: list[tuple[Facet, Facet]] = []
         """A weight's facet and the wider facet it is broadcast over (a per-head norm, say)."""
+        self.offered: list[tuple[Facet, int]] = []
+        """Facets that some of the highest are taken of, and how many are."""
+        self.experts: list[Facet] = []
+        """The first axis of weights of which the rows that were chosen compute: one matrix for each expert."""
 
     def elementwise(self, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
         """Tie every two facets that name the same elements; keep the widest of each such set."""
@@ -76,6 +80,11 @@ class Walk:
         if len(shape) == len(value.shape):
             kept = [np.expand_dims(facet, tuple(axes)) for facet in kept]
         return Value(shape, tuple(kept))
+
+    def route(self, facet: Facet, among: Facet) -> None:
+        """A weight holds one part for each of the channels that a choice was made among."""
+        self.channels.tie(facet.reshape(-1), among)
+        self.experts.append(among)
 
     def contract(self, left: Value, right: Value, shape: tuple[int, ...]) -> Value:
         """`left [..., m, k] @ right [..., k, n]`; a product of two activations is attention."""
@@ -271,6 +280,9 @@ def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
         raise UnknownOperator("aten.index with more than one row of positions")
     facets = []
     for facet in value.facets:
+        if value.is_weight and _is_chosen(facet, axis, index):
+            walk.route(facet, index.among)
+            continue
         first = facet.take([0], axis)
         walk.channels.tie(facet, first)  # which positions are meant is not known here: all go together
         facets.append(first)
@@ -278,12 +290,29 @@ def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
 
 
 def _top(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> list[Value]:
-    axis = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-    return [walk.reduce(args[0], [axis], shapes[0]), Value(shapes[1])]
+    value, count = args[:2]
+    axis = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % len(value.shape)
+    whole = [facet.reshape(-1) for facet in value.facets if facet.size == facet.shape[axis] > 1]
+    walk.offered += [(facet, count) for facet in whole]
+    return [walk.reduce(value, [axis], shapes[0]), Value(shapes[1], among=next(iter(whole), None))]
+
+
+def _max(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> Any:
+    if len(args) == 1:
+        return _reduce(walk, args, kwargs, shapes)
+    return [walk.reduce(args[0], [args[1]], shapes[0]), Value(shapes[1])]
+
+
+def _is_chosen(facet: Facet, axis: int, positions: Value) -> bool:
+    """Whether a facet names the channels that the positions were chosen among."""
+    return positions.among is not None and facet.size == facet.shape[axis] == positions.among.size
 
 
 def _grouped_mm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
-    inputs, weight = args[:2]  # every row of the inputs meets one of the weight's matrices
+    inputs, weight, ends = args  # every row of the inputs meets one of the weight's matrices
+    for facet in weight.facets:
+        if _is_chosen(facet, 0, ends):
+            walk.route(facet, ends.among)
     matrix = tuple(facet[0] for facet in weight.facets if facet.shape[0] == 1)
     return walk.contract(inputs, Value(weight.shape[1:], matrix, weight.is_weight), shape)
 
@@ -333,6 +362,7 @@ RULES: dict[str, Rule] = {
     "aten.stack": _stack,
     "aten.index": _index,
     "aten.topk": _top,
-    "transformers.grouped_mm_fallback": _grouped_mm,
+    **dict.fromkeys(_names("max min"), _max),
+    **dict.fromkeys(("transformers.grouped_mm_fallback", "aten._grouped_mm"), _grouped_mm),
     "_operator.getitem": _pick,
 }

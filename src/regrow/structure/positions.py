@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.structure.cut import emptied_layers, within_experts
+from regrow.structure.experts import select
 from regrow.structure.groups import Groups, Slice
 
 
@@ -25,10 +27,12 @@ class Kept:
     size: int
     """Of the axis in the whole model."""
     positions: Tensor
-    """Those that stay, ascending; int64."""
+    """Those that stay, ascending; int64. Where they differ between experts, a row for each expert that stays."""
 
     def gather(self, tensor: Tensor, axis: int) -> Tensor:
-        """The positions that stay, of a tensor that has this axis whole."""
+        """The positions that stay, of a tensor that has this axis whole (and only the experts that stay)."""
+        if self.positions.ndim == 2:
+            return select(tensor, axis, self.positions)
         return tensor.index_select(axis, self.positions)
 
     def scatter(self, tensor: Tensor, axis: int) -> Tensor:
@@ -81,7 +85,7 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
         whole: its groups.
         keep: as for `cut`: group name -> numbers of the units that stay; none: the layer goes.
     """
-    emptied = {group.layer for group in whole if group.name in keep and len(keep[group.name]) == 0}
+    emptied = emptied_layers(whole, keep)
     layers: dict[str, str | None] = {}
     stay = [layer for layer in whole.layers if layer.number not in emptied]
     for layer in whole.layers:
@@ -91,7 +95,11 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = defaultdict(list)
     slices: dict[tuple[str, int], Slice] = {}
     for group in (*whole, *([whole.residual] if whole.residual else [])):
-        if group.layer not in emptied and len(units := keep.get(group.name, range(group.units))) < group.units:
+        if (
+            group.expert is None
+            and group.layer not in emptied
+            and len(units := keep.get(group.name, range(group.units))) < group.units
+        ):
             for piece in group.slices:
                 slices[piece.parameter, piece.axis] = piece
                 gone[piece.parameter, piece.axis].append(np.delete(piece.index, units, axis=0).reshape(-1))
@@ -107,4 +115,6 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
         if parameter.ndim == 2:
             piece = slices[name, axis]
             (inputs if piece.is_input else outputs)[piece.module] = kept
+    for (name, axis), positions in within_experts(model, (g for g in whole if g.layer not in emptied), keep).items():
+        axes[name, axis] = Kept(model.get_parameter(name).shape[axis], positions)
     return IndexMap(axes, inputs, outputs, layers)

@@ -11,8 +11,8 @@ Not covered: models whose forward pass branches on tensor values, and layers tha
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.channels import Facet, Value
+from regrow.structure.experts import is_experts
 from regrow.structure.operators import RULES, UnknownOperator, Walk
 from regrow.structure.quantised import kept_as, quantised_linears, stand_in, weight_shape
 
@@ -37,6 +38,12 @@ class Axis:
     classes: Facet
     """The class of each position, shape `[size]`; -1 where removing units never removes the position."""
 
+    def owners(self) -> Iterator[tuple[int, Facet]]:
+        """Each class that owns positions of the axis, and which."""
+        order = np.argsort(self.classes, kind="stable")
+        classes, starts = np.unique(self.classes[order], return_index=True)
+        yield from zip(classes.tolist(), np.split(order, starts[1:]), strict=True)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -46,6 +53,8 @@ class Trace:
     attention: frozenset[int]
     normed: frozenset[int] = frozenset()
     """Classes of which a norm takes the mean of several: removing one changes what is left of the others."""
+    experts: Mapping[int, int] = field(default_factory=dict)
+    """Classes that a router chooses among -> how many of them it chooses for a token."""
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -89,15 +98,23 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     bones: PreTrainedModel = copy.deepcopy(model, memo)
-    for module in bones.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    unhook(bones)
     layers = bones.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     bones.set_submodule(path, nn.ModuleList([layers[number] for number in keep]))
     bones.set_attn_implementation("eager")
+    if any(is_experts(module) for module in bones.modules()):
+        bones.set_experts_implementation("grouped_mm")  # the same graph whatever the routing
     bones.eval()
     return bones
+
+
+def unhook(copied: nn.Module) -> None:
+    """Take off a copy what it has inherited of hooks, and of forward passes in the place of a module's own."""
+    for module in copied.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        vars(module).pop("forward", None)
 
 
 def export(bones: PreTrainedModel) -> torch.export.ExportedProgram:
@@ -154,11 +171,11 @@ def _weight_facets(walk: Walk, shape: torch.Size) -> tuple[Facet, ...]:
     return tuple(facets)
 
 
-def _blank(meta: Any) -> Any:
+def _blank(meta: Any, among: Facet | None = None) -> Any:
     if isinstance(meta, torch.Tensor):
-        return Value(tuple(meta.shape))
+        return Value(tuple(meta.shape), among=among)
     if isinstance(meta, list | tuple):
-        return [_blank(item) for item in meta]
+        return [_blank(item, among) for item in meta]
     return meta
 
 
@@ -170,7 +187,7 @@ def _apply(walk: Walk, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any])
     args = torch.fx.node.map_arg(node.args, lambda n: values[n])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
     if not _carries_facets((args, tuple(kwargs.values()))) or "val" not in node.meta or node.meta["val"] is None:
-        return _blank(node.meta.get("val"))
+        return _blank(node.meta.get("val"), _chosen_among((args, tuple(kwargs.values()))))
     name = operator_name(node.target)
     rule = RULES.get(name)
     try:
@@ -198,6 +215,15 @@ def _carries_facets(item: Any) -> bool:
     return isinstance(item, list | tuple) and any(_carries_facets(part) for part in item)
 
 
+def _chosen_among(item: Any) -> Facet | None:
+    """What positions, and what is computed of them alone, were chosen among."""
+    if isinstance(item, Value):
+        return item.among
+    if not isinstance(item, list | tuple):
+        return None
+    return next((among for part in item if (among := _chosen_among(part)) is not None), None)
+
+
 def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
     classes = walk.channels.classes()
     removable = classes.copy()
@@ -214,10 +240,16 @@ def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
         each = classes[facet]
         mixed = each.min(along, keepdims=True) != each.max(along, keepdims=True)
         normed.update(np.unique(each[np.broadcast_to(mixed, each.shape)]).tolist())
+    offered = [(set(classes[facet].tolist()), count) for facet, count in walk.offered]
+    experts = {
+        c: max(count for channels, count in offered if c in channels)
+        for facet in walk.experts
+        for c in set(classes[facet].tolist())
+    }
     found = []
     for parameter, per_axis in facets.items():
         for axis, facet in enumerate(per_axis):
             channels = facet.reshape(-1)
             is_input = int(channels[0]) in walk.contracted
             found.append(Axis(parameter, axis, is_input, removable[channels]))
-    return Trace(tuple(found), frozenset(attention), frozenset(normed))
+    return Trace(tuple(found), frozenset(attention), frozenset(normed), experts)
