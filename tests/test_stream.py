@@ -47,8 +47,8 @@ def dense(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
 
 
 def planned(whole: Groups, keep: dict[str, np.ndarray]) -> Plan:
-    """The plan that keeps `keep`; layers that keep nothing go."""
-    empty = {int(name.split(".")[1]) for name, units in keep.items() if not len(units)}
+    """The plan that keeps `keep`; layers that keep nothing go, but not for experts that do."""
+    empty = {int(name.split(".")[1]) for name, units in keep.items() if not len(units) and ".expert" not in name}
     return Plan.whole(whole).keeping({name: units.tolist() for name, units in keep.items() if len(units)}, empty)
 
 
@@ -209,7 +209,7 @@ def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "ours", described, tensors.__getitem__)
+    write_tensors(tmp_path / "ours", described, tensors.items())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     stored = StoredTensors([tmp_path / "ours"])
     assert all(torch.equal(stored.read(name), tensor) for name, tensor in tensors.items())
