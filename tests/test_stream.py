@@ -149,6 +149,14 @@ def test_both_names_of_a_tied_tensor_may_be_on_disk_if_they_agree(tmp_path: Path
         regrow.apply(str(source), tmp_path / "other", plan=tmp_path / "plan.json")
 
 
+def test_names_of_the_base_model_will_do(tmp_path: Path) -> None:
+    source = dense("qwen2", tmp_path)
+    in_memory(source, tmp_path, even)
+    for file in source.glob("*.safetensors"):
+        save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert contents(streamed(source, tmp_path)) == contents(tmp_path / "memory")
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, other = dense("llama-gqa", tmp_path), dense("qwen3", tmp_path / "other")
     in_memory(source, tmp_path, even)
