@@ -49,8 +49,8 @@ class Peaks:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Close the books of the stage before."""
-        if self._stage in STAGES:
-            self.found[self._stage] = peak_resident() - self.before
+        if self.before:
+            self.found[self._stage] = max(self.found.get(self._stage, 0), peak_resident() - self.before)
         if name == "load model":
             self.before = resident()
         Path("/proc/self/clear_refs").write_text("5")
@@ -92,7 +92,8 @@ def run_here(arguments: argparse.Namespace) -> None:
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     needs = frozenset(find_criterion(recipe.pruning.criterion).needs)
     estimated = estimate_memory(sizes, recipe, needs, torch.float32, dtype)
-    print(json.dumps({"parameters": sizes.parameters, "estimated": estimated, "measured": peaks.found}))
+    measured = {stage: peaks.found[stage] for stage in STAGES}
+    print(json.dumps({"parameters": sizes.parameters, "estimated": estimated, "measured": measured}))
 
 
 def main() -> None:

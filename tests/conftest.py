@@ -23,7 +23,9 @@ from transformers import (
 
 from regrow.checkpoint.verify import Verification
 from regrow.planning.plan import Plan
+from regrow.recipe import load_recipe
 from regrow.recovery.pruner import Pruner
+from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
 
@@ -149,7 +151,7 @@ class Done:
 STAGE = re.compile(r"\w[\w, -]* …")
 
 COMMAND_LINE = """
-import gc, json, os, resource, signal, sys, traceback
+import gc, glob, json, os, resource, signal, sys, time, traceback
 from regrow import cli
 cli.quiet()
 import datasets, torch, transformers
@@ -178,7 +180,15 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # taking torch and transformers down in an orderly way would be most of the time
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    done = 0
+    while job["when"] and not done and not glob.glob(job["when"]):
+        time.sleep(0.002)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        if job["when"]:
+            os.kill(child, job["signal"])
+        status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 """Forks a process for each command, when torch and transformers have long been imported."""
 
@@ -197,7 +207,11 @@ class CommandLine:
             env=environment | {"HF_HOME": str(scratch / "home")},
         )
 
-    def __call__(self, *argv: str | Path, cwd: Path | None = None, file_limit: int = 0, seconds: int = 100) -> Done:
+    def __call__(
+        self, *argv: str | Path, cwd: Path | None = None, file_limit: int = 0, seconds: int = 100,
+        when: str = "", signal: int = 9,
+    ) -> Done:  # fmt: skip
+        """With `when`: as soon as a file matches that pattern, the process gets the signal."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         stdout, stderr = self._scratch / "stdout", self._scratch / "stderr"
@@ -208,6 +222,8 @@ class CommandLine:
             "cwd": str(cwd or self._scratch),
             "file_limit": file_limit,
             "seconds": seconds,
+            "when": when,
+            "signal": signal,
             "stdout": str(stdout),
             "stderr": str(stderr),
         }
@@ -299,6 +315,7 @@ def lean(monkeypatch: pytest.MonkeyPatch) -> None:
 QUICK = {
     "training.batch_size": 4,
     "training.eval_interval": 4,
+    "evaluation.completions": 1,
     "data.sequence_length": 32,
     "pruning.interval": 1,
     "pruning.calibration_batches": 2,
@@ -308,3 +325,30 @@ QUICK = {
     "lora.dropout": 0.0,
 }
 """Settings that make a whole run take a second or two."""
+
+ARGV = ["prune", "tiny", "--recipe", "lorashear", "--out", "my run"]
+LONG_NAME = "<b>a-source-with-a-name-that-has-no-place-to-break-" + "and-goes-on-" * 8
+
+
+@pytest.fixture(scope="session")
+def reported_run(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that a report can show: analysis, several sources, speed, completions, and TensorBoard."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    (checkpoint / "README.md").write_text("---\nlicense: mit\nlicense_link: LICENSE\n---\n\n# Tiny\n")
+    extra = {
+        "data.sources": [{"name": name, "source": str(text)} for name in ("tales", LONG_NAME)],
+        "recovery.interval": 4,
+        "analysis.windows": 2,
+        "pruning.shape": "free",
+        "evaluation.prompts": ["Once upon a time", "W" * 120],
+        "evaluation.speed": True,
+        "evaluation.speed_batches": [1],
+        "output.tracker": "tensorboard",
+    }
+    torch.set_num_threads(1)
+    recipe = load_recipe("lorashear", {**QUICK, **extra, "training.steps": 12, "pruning.sparsity": 0.3})
+    with pytest.MonkeyPatch.context() as patch:
+        passed = Verification("UnevenForCausalLM", "", 0.0, 1.0, False)
+        patch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
+        prune(str(checkpoint), out, recipe, argv=ARGV)
+    return out

@@ -92,6 +92,17 @@ def lose_a_shard(model: Path) -> None:
     sorted(model.glob("model-*.safetensors"))[1].unlink()
 
 
+def index_of(content: object) -> Maker:
+    """The tiny LLaMA in one file that an index names, the index changed."""
+
+    def change(model: Path) -> None:
+        (model / "model.safetensors").rename(model / "part.safetensors")
+        (model.parent / "elsewhere.safetensors").write_bytes((model / "part.safetensors").read_bytes())
+        (model / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return copy(change)
+
+
 class Bomb:
     """Leaves a file when it is unpickled."""
 
@@ -192,6 +203,13 @@ MODELS = [
     case("lost shard", copy(lose_a_shard), PRUNE_MODEL, "missing", "model-00002-of-0000", "get them anew"),
     case("lost layer", config(num_hidden_layers=4), EVALUATE_MODEL, "no model.layers.3.", "9 such", "get both anew"),
     case("other width", config(intermediate_size=40), EVALUATE_MODEL, "is [32, 48], not [32, 40]", "get both anew"),
+    case(
+        "index-leads-out", index_of({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}), PRUNE_MODEL,
+        "names '../elsewhere.safetensors', which is no safetensors file of its folder", "get it anew",
+    ),
+    case("index-of-pickles", index_of({"weight_map": {"lm_head.weight": "part.bin"}}), PRUNE_MODEL, "names 'part.bin'"),
+    case("index-of-numbers", index_of({"weight_map": {"lm_head.weight": 3}}), PRUNE_MODEL, "names 3"),
+    case("index-of-nothing", index_of([]), PRUNE_MODEL, "index.json cannot be read", "get it anew"),
     case("pickle", copy(only_pickle), PRUNE_MODEL, "no weights as safetensors", "can run code", "convert"),
     case("encoder", other(bert), PRUNE_MODEL, "model is a BertForMaskedLM", "decoder-only", "ForCausalLM"),
     case("encoder-decoder", other(t5), "inspect model", "model is a T5ForConditionalGeneration", "decoder-only"),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,8 @@ def test_version(command: CommandLine) -> None:
 
 def test_help_names_every_verb(command: CommandLine) -> None:
     assert VERBS == [
-        "analyze", "apply", "bench", "demo", "evaluate", "export", "inspect", "prune", "recipes", "scatter",
+        "analyze", "apply", "bench", "compare", "demo", "evaluate", "export", "inspect", "prune", "recipes", "report",
+        "scatter",
     ]  # fmt: skip
     for flag in ("-h", "--help"):
         done = command(flag)
@@ -174,6 +176,9 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         progress.advance(2, "loss [2.5]")
         progress.say("something [notable]")
         progress.advance(1, "loss [1.5]")
+        until = time.monotonic() + 10  # bars are drawn a few times a second
+        while "loss [1.5]" not in screen.getvalue() and time.monotonic() < until:
+            time.sleep(0.05)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     for words in ("load model", "1/1", "train", "3/3", "something [notable]", "loss [1.5]"):
         assert words in shown
@@ -237,7 +242,7 @@ def test_prune_does_what_its_options_say(command: CommandLine, checkpoint: Path,
     )
     results = json.loads((out / "results.json").read_text())
     assert f"{results['sparsity']['block']:.2%} of the block parameters" in done.stdout
-    assert done.stdout.rstrip().endswith(str(out / "report.md"))
+    assert done.stdout.rstrip().endswith(str(out / "report.html"))
     stages = [line for line in done.stderr.splitlines() if STAGE.fullmatch(line)]
     assert [stages[0], stages[-1]] == ["read text …", "perplexity, window 32 …"]
     assert not [line for line in stages if line in done.stdout]

@@ -16,7 +16,6 @@ from regrow.compensation.solve import (
     output_error,
     repaired_errors,
 )
-from regrow.errors import InputError
 from regrow.progress import Silent
 from regrow.recovery.compensate import Compensator
 from regrow.settings import Compensation
@@ -245,11 +244,3 @@ def test_an_adapter_of_full_rank_carries_the_whole_refit() -> None:
             Compensator(model, gates, settings).run(groups, random_keep(groups, 2), [IDS], Silent())
             results.append(logits(model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
-
-
-def test_a_bias_needs_a_model_with_biases() -> None:
-    model = build("llama-gqa")
-    groups = find_groups(model)
-    compensator = Compensator(model, Gates(model, groups.groups), Compensation(method="bias"))
-    with pytest.raises(InputError, match="have no bias to carry it"):
-        compensator.check(groups)

@@ -10,6 +10,7 @@ from regrow.criteria.lora import lora, lora_gradient, lora_squared
 from regrow.criteria.registry import CRITERIA, find_criterion
 from regrow.criteria.simple import magnitude, random
 from regrow.criteria.taylor import taylor, taylor_vector
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.recovery.losses import language_loss
@@ -172,6 +173,8 @@ def scorer_for(name: str, decay: float | None = 0.9):
 def backward(model, gates: Gates, scorer: Scorer, seed: int = 0) -> None:
     ids = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(seed))
     model.train()
+    with gates:
+        scorer.look(Batch(ids))
     with gates, scorer.recording(ids[:, 1:].numel()):
         language_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
 

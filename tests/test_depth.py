@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import QUICK, SIZES, build, logits, random_keep, uniform_keep, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_checkpoint import IDS, save
 from transformers import (
     AutoConfig,
@@ -588,3 +590,14 @@ def test_a_whole_run(recipe: str, overrides: dict[str, object], checkpoint: Path
     number = result.plan.removed_layers[0]
     assert f"| {number} | removed | removed |" in (result.folder / "report.md").read_text()
     assert "1 of 3 layers" in (result.model / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("lean")
+@pytest.mark.parametrize("criterion", ["gate-fisher", "gate-second-order"])
+def test_gate_scores_choose_whole_layers_in_a_run(criterion: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "pruning.kinds": ["layer"], "pruning.criterion": criterion, "pruning.sparsity": 0.3}
+    result = regrow.prune(str(checkpoint), tmp_path / "out", "magnitude", data=str(text), steps=1, overrides=settings)
+    scores = load_file(tmp_path / "out" / "scores.safetensors")
+    layers = [float(scores[f"layers.{number}"]) for number in range(3)]
+    assert len(set(layers)) == 3
+    assert result.plan.removed_layers == (int(np.argmin(layers)),), "layers of equal size: the one of least damage"

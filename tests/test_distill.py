@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, build, logits, random_keep, with_lora
+from conftest import HEADS, QUICK, SIZES, build, logits, random_keep, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import regrow
 from regrow.data.corpus import Corpus, Source
@@ -31,6 +32,7 @@ from regrow.settings import Distillation, Training
 from regrow.structure.adapters import adapter_parameters, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
+from regrow.structure.quantised import kept_as, quantised_linears
 
 B, T, V = 2, 7, 19
 PLAIN = Wish(temperature=1.0)
@@ -234,6 +236,24 @@ def test_a_copy_in_bfloat16_takes_half_and_says_nearly_the_same() -> None:
     assert exact.bytes == 2 * half.bytes
     said, nearly = (teacher.lesson(Batch(IDS)).target for teacher in (exact, half))
     assert 0 < number(divergence(nearly.logits_BTV, said, 1.0)) < 0.01
+
+
+@pytest.mark.parametrize(("kind", "share", "close"), [("int8", 0.45, 0.003), ("nf4", 0.4, 0.3)])
+def test_a_quantised_copy_is_small_frozen_and_says_nearly_the_same(kind: str, share: float, close: float) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = {**SIZES, "hidden_size": 192, "intermediate_size": 128}
+    config = LlamaConfig(**wide, **HEADS, head_dim=64)  # rows end where nf4's blocks of scales do
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with_lora(model)
+    exact, rounded = ModelTeacher(model, PLAIN), ModelTeacher(model, PLAIN, kind)
+    assert {kept_as(linear.weight) for linear in quantised_linears(rounded.model)} == {kind}
+    assert len(list(quantised_linears(rounded.model))) == 7 * 2
+    assert rounded.bytes < share * exact.bytes
+    assert not any(p.requires_grad or ".lora_" in name for name, p in rounded.model.named_parameters())
+    said, nearly = (teacher.lesson(Batch(IDS)).target for teacher in (exact, rounded))
+    assert 0 < number(divergence(nearly.logits_BTV, said, 1.0)) < close
+    assert torch.equal(rounded.lesson(Batch(IDS)).target.logits_BTV, nearly.logits_BTV)  # nothing is repacked
 
 
 def progressive(**changes: object) -> Recipe:
@@ -483,7 +503,8 @@ def test_no_weight_is_no_distillation(tmp_path: Path) -> None:
 
 
 def test_a_distilled_run_leaves_a_plain_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher_dtype": "bfloat16"}
+    pytest.importorskip("bitsandbytes")
+    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher_dtype": "int8"}
     overrides = {**QUICK, **{f"distillation.{key}": value for key, value in chosen.items()}}
     result = regrow.prune(str(checkpoint), tmp_path / "out", data=str(text), steps=4, overrides=overrides)
     history = json.loads((result.folder / "history.json").read_text())

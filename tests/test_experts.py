@@ -25,6 +25,8 @@ from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.experts import expert_price, fold, unfold
 from regrow.planning.plan import Plan
+from regrow.preflight import check_experts
+from regrow.recipe import load_recipe
 from regrow.recovery.scoring import gather_evidence
 from regrow.report.graph import draw_graph
 from regrow.run import prune
@@ -32,9 +34,9 @@ from regrow.settings import Pruning
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.graph import layer_graph
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.structure.residual import block_cost
 
-MIXTURES = ["Mixtral", "Qwen3-MoE", "OLMoE", "gpt-oss"]
 IDS = torch.randint(3, 96, (4, 9), generator=torch.Generator().manual_seed(7))
 
 
@@ -50,11 +52,12 @@ def thinned(groups: Groups, experts: int, channels: int, seed: int = 0) -> dict[
     return keep
 
 
-CASES = {"channels": (4, 8), "experts": (3, 16), "both": (2, 8)}
+CASES = {"channels": (4, 8), "experts": (3, 16), "all": (2, 8)}
 
 
 @pytest.mark.parametrize(
-    ("family", "case"), [*((f, case) for f in MIXTURES[:3] for case in CASES), ("gpt-oss", "both")]
+    ("family", "case"),
+    [("Mixtral", "channels"), ("OLMoE", "experts"), ("Mixtral", "all"), ("Qwen3-MoE", "all"), ("gpt-oss", "all")],
 )
 def test_masked_is_cut(family: str, case: str) -> None:
     experts, channels = CASES[case]
@@ -63,8 +66,10 @@ def test_masked_is_cut(family: str, case: str) -> None:
     if case == "experts":
         channels = groups.by_name("layers.0.expert0.ffn").units
     keep = thinned(groups, experts, channels)
+    if case == "all":
+        keep[RESIDUAL] = np.sort(np.random.default_rng(1).choice(64, 40, replace=False))
     whole = logits_of(model)
-    with Gates(model, groups.groups) as gates:
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
         assert torch.equal(whole, logits_of(model)), "open gates change no bit"
         for name, units in keep.items():
             gates.keep(name, units.tolist())
@@ -78,8 +83,9 @@ def test_masked_is_cut(family: str, case: str) -> None:
     assert left.total_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert groups.total_parameters - plan.removed_parameters == left.total_parameters == traced.total_parameters
     assert left.block_parameters == traced.block_parameters
+    assert left.layers == traced.layers
     for ours, theirs in zip(left, traced, strict=True):
-        assert (ours.kind, ours.units, ours.cost) == (theirs.kind, theirs.units, theirs.cost)
+        assert (ours.units, ours.cost, ours.hidden) == (theirs.units, theirs.cost, theirs.hidden)
         for one, other in zip(ours.slices, theirs.slices, strict=True):
             assert (one.parameter, one.axis, one.expert) == (other.parameter, other.axis, other.expert)
             assert np.array_equal(one.index, other.index)
@@ -180,6 +186,11 @@ def test_a_closed_expert_is_closed_to_the_router() -> None:
 # --- planning --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def mixtral() -> Groups:
+    return prunable_groups(build("Mixtral"))
+
+
 def some_scores(groups: Groups) -> dict[str, torch.Tensor]:
     chance = torch.Generator().manual_seed(0)
     return {g.name: torch.rand(g.units, generator=chance) * (30 if g.kind == "expert" else 1) for g in groups}
@@ -187,9 +198,8 @@ def some_scores(groups: Groups) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kinds", [("attention", "ffn"), ("expert",), ("attention", "ffn", "expert", "layer")])
 @pytest.mark.parametrize("shape", ["uniform", "free"])
-def test_the_target_is_reached_to_one_step(kinds: tuple[str, ...], shape: str) -> None:
-    model = build("Mixtral")
-    groups = prunable_groups(model)
+def test_the_target_is_reached_to_one_step(kinds: tuple[str, ...], shape: str, mixtral: Groups) -> None:
+    groups = mixtral
     pruning = Pruning(sparsity=0.3, kinds=kinds, shape=shape, allocation="global")
     scores = some_scores(groups)
     plan = choose(groups, Plan.whole(groups), scores, pruning)
@@ -210,6 +220,21 @@ def test_the_target_is_reached_to_one_step(kinds: tuple[str, ...], shape: str) -
     assert all(len(g.keep) % 8 == 0 for name, g in halfway.groups.items() if name.endswith("ffn"))
 
 
+@pytest.mark.parametrize("kinds", [("hidden", "expert"), ("attention", "ffn", "expert", "hidden")])
+def test_experts_and_hidden_channels_reach_a_target_together(kinds: tuple[str, ...], mixtral: Groups) -> None:
+    model, groups, whole = build("Mixtral"), mixtral, Plan.whole(mixtral)
+    scores = some_scores(groups) | {RESIDUAL: torch.arange(64.0)}
+    plan = choose(groups, whole, scores, Pruning(sparsity=0.4, kinds=kinds))
+    assert plan.narrows
+    assert len(plan.groups["layers.0.expert"].keep) < 4
+    left = cut(model, groups, plan.positions_within(whole))
+    assert left.total_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert left.total_parameters == groups.total_parameters - plan.removed_parameters
+    assert left.block_parameters == groups.block_parameters - plan.removed_block_parameters
+    step = 8 * max(block_cost(left), sum(group.cost for group in left if group.expert is not None))
+    assert 0 <= plan.removed_block_parameters - 0.4 * groups.block_parameters < step
+
+
 def test_folded_channels_are_the_worst_of_every_expert_that_stays() -> None:
     groups = find_groups(build("Qwen3-MoE"))
     nothing = {group.name: 0 for group in groups}
@@ -223,17 +248,15 @@ def test_folded_channels_are_the_worst_of_every_expert_that_stays() -> None:
     assert (counts["layers.0.expert"], counts["layers.0.expert2.ffn"], counts["layers.1.expert2.ffn"]) == (1, 8, 0)
 
 
-def test_fewer_experts_than_a_token_needs_are_out_of_reach() -> None:
-    groups = prunable_groups(build("Mixtral"))
+def test_fewer_experts_than_a_token_needs_are_out_of_reach(mixtral: Groups) -> None:
     with pytest.raises(InputError, match="2 of 4 experts"):
-        choose(groups, Plan.whole(groups), some_scores(groups), Pruning(sparsity=0.6, kinds=("expert",)))
+        choose(mixtral, Plan.whole(mixtral), some_scores(mixtral), Pruning(sparsity=0.6, kinds=("expert",)))
 
 
-def test_a_plan_empties_the_channels_of_experts_that_go() -> None:
-    groups = find_groups(build("Mixtral"))
-    plan = Plan.whole(groups).keeping({"layers.1.expert": [0, 2, 3]})
+def test_a_plan_empties_the_channels_of_experts_that_go(mixtral: Groups) -> None:
+    plan = Plan.whole(mixtral).keeping({"layers.1.expert": [0, 2, 3]})
     assert plan.groups["layers.1.expert1.ffn"].keep == ()
-    assert plan.removed_parameters == expert_price(groups, 1) == 40 * 192 + 64
+    assert plan.removed_parameters == expert_price(mixtral, 1) == 40 * 192 + 64
     broken = plan.to_json()
     broken["groups"]["layers.1.expert1.ffn"]["keep"] = [0]
     with pytest.raises(InputError, match="expert"):
@@ -257,12 +280,18 @@ def test_magnitude_sees_experts() -> None:
     assert torch.allclose(seen["layers.0.expert"], squares.sqrt())
 
 
-@pytest.mark.parametrize("name", ["lora", "obs"])
-def test_criteria_that_look_at_adapters_or_inputs_are_refused(name: str) -> None:
-    groups = find_groups(build("Mixtral"))
+@pytest.mark.parametrize("name", ["lora", "obs", "wanda", "flap", "mini-llm", "taylor-second"])
+def test_criteria_that_look_at_adapters_or_linears_are_refused(name: str, mixtral: Groups) -> None:
     with pytest.raises(InputError, match="experts"):
-        find_criterion(name).check_experts(groups, ("attention", "ffn"))
-    find_criterion(name).check_experts(groups, ("attention",))
+        find_criterion(name).check_experts(mixtral, ("attention", "ffn"))
+    find_criterion(name).check_experts(mixtral, ("attention", "hidden"))
+
+
+def test_offloaded_experts_are_refused(mixtral: Groups) -> None:
+    offloaded = {"training.offload": "disk"}
+    with pytest.raises(InputError, match="offload=disk does not go with pruning experts"):
+        check_experts(load_recipe("magnitude", offloaded), mixtral)
+    check_experts(load_recipe("magnitude", offloaded | {"pruning.kinds": ["attention"]}), mixtral)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from pathlib import Path
 import regrow
 
 FLOORS = {
-    "errors": 0, "progress": 0, "settings": 0, "recipe": 0, "data": 0,
+    "errors": 0, "progress": 0, "interrupt": 0, "settings": 0, "recipe": 0, "data": 0,
     "structure": 1, "compensation": 1, "criteria": 1,
     "planning": 2,
     "analysis": 3, "recovery": 3, "evaluation": 3, "report": 3, "checkpoint": 3, "formats": 3,
     "aim": 4, "trials": 4, "walk": 4, "run": 4, "measure": 4, "reuse": 4, "preflight": 4, "text": 4, "demo": 4,
-    "cli": 5, "cli_reuse": 5, "console": 5, "terminal": 5, "__init__": 5, "__main__": 5,
+    "comparison": 4, "resume": 4, "results": 4,
+    "cli": 5, "cli_compare": 5, "cli_reuse": 5, "console": 5, "terminal": 5, "__init__": 5, "__main__": 5,
 }  # fmt: skip
 PACKAGE = Path(regrow.__file__).parent
 

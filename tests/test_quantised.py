@@ -292,7 +292,7 @@ def test_what_a_quantised_base_cannot_do_is_refused(settings: dict[str, object],
 
 
 def test_without_bitsandbytes_it_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.checkpoint.load.find_spec", lambda name: None)
+    monkeypatch.setattr("regrow.structure.quantise.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"regrow\[quant\]"):
         load_model(str(folder), quantization="nf4")
 

@@ -157,7 +157,7 @@ def test_a_run_without_text(checkpoint: Path, text: Path, tmp_path: Path) -> Non
     assert "own_text" not in again.results
     assert (own.model / "model.safetensors").read_bytes() == (again.model / "model.safetensors").read_bytes()
     elsewhere = regrow.prune(
-        str(checkpoint), tmp_path / "own", "magnitude", eval_data=str(text), steps=1, overrides=settings
+        str(checkpoint), tmp_path / "own", "magnitude", eval_data=str(text), steps=1, overrides=settings, fresh=True
     )
     assert not elsewhere.results["own_text"]["evaluated_on_it"]
     assert elsewhere.results["perplexity"]["dense"]["window-32"]["source"] == str(text)

@@ -164,13 +164,16 @@ def test_a_share_stands_for_a_whole_number_of_parameters(block: int, way: float)
     assert math.ceil(share_of(removed, Any) * block - 1e-6) == removed  # type: ignore[arg-type]  # as `demands` rounds
 
 
-def run(checkpoint: Path, text: Path, out: Path, recipe: str = "magnitude", steps: int = 2, **given: object):
+def run(
+    checkpoint: Path, text: Path, out: Path, recipe: str = "magnitude", steps: int = 2, fresh: bool = False,
+    **given: object,
+):  # fmt: skip
     overrides = {
         **QUICK,
         "evaluation.max_windows": 4,
         **{key.replace("__", "."): value for key, value in given.items()},
     }
-    return regrow.prune(str(checkpoint), out, recipe, data=str(text), steps=steps, overrides=overrides)
+    return regrow.prune(str(checkpoint), out, recipe, data=str(text), steps=steps, overrides=overrides, fresh=fresh)
 
 
 @pytest.mark.usefixtures("lean")
@@ -308,7 +311,7 @@ def test_a_run_for_speed(checkpoint: Path, text: Path, tmp_path: Path, monkeypat
         (result.folder / "report.md").read_text()
     )
     assert load_recipe(str(result.folder / "recipe.yaml")).pruning.sparsity == told["sparsity"]
-    again = run(checkpoint, text, tmp_path / "out", "regrow", steps=1, pruning__allocation="global", **fast)
+    again = run(checkpoint, text, tmp_path / "out", "regrow", 1, fresh=True, pruning__allocation="global", **fast)
     assert len(tables) == 1  # the second run, whose widths hang on scores, found the table
     assert again.results["target"]["predicted"] >= 1.25
 
@@ -413,11 +416,16 @@ def test_a_run_for_perplexity(checkpoint: Path, text: Path, tmp_path: Path, monk
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for file in ("plan.json", "history.json", "adapters.safetensors", "scores.safetensors"):
         assert (result.folder / file).read_bytes()[:50] == (plain.folder / file).read_bytes()[:50]
-    # Trials that are there are not made again, unless they are of another recipe.
-    monkeypatch.setattr("regrow.walk.train", None)
-    assert run(checkpoint, text, tmp_path / "out", **given, **asked).results["target"] == told
+    # Trials that are there are not made again when a run goes on, nor is anything measured for them.
+    for name in ("walk.train", "trials.validation_loss", "trials.cut_losses"):
+        monkeypatch.setattr(f"regrow.{name}", None)
+    (result.folder / "results.json").unlink()
+    (result.model / "model.safetensors").unlink()
+    again = run(checkpoint, text, tmp_path / "out", **given, **asked)
+    assert again.results["target"] == told
+    assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(again.model / "model.safetensors").items())
     with pytest.raises(TypeError):
-        run(checkpoint, text, tmp_path / "out", lora__rank=3, **given, **asked)
+        run(checkpoint, text, tmp_path / "out", fresh=True, lora__rank=3, **given, **asked)
 
 
 @pytest.mark.usefixtures("lean")

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regrow.comparison.run import Comparison, compare
     from regrow.criteria.evidence import Evidence
     from regrow.errors import InputError
     from regrow.formats.export import export
@@ -17,23 +18,25 @@ if TYPE_CHECKING:
     from regrow.planning.plan import Plan
     from regrow.planning.sensitivity import Sensitivity
     from regrow.recipe import Recipe, load_recipe
+    from regrow.results import Result
     from regrow.reuse import apply, scatter
     from regrow.run import prune
     from regrow.structure.groups import Group, Groups, find_groups
-    from regrow.walk import Result
 
 _HOMES = {
+    "Comparison": "regrow.comparison.run",
     "Evidence": "regrow.criteria.evidence",
     "Group": "regrow.structure.groups",
     "Groups": "regrow.structure.groups",
     "InputError": "regrow.errors",
     "Plan": "regrow.planning.plan",
     "Recipe": "regrow.recipe",
-    "Result": "regrow.walk",
+    "Result": "regrow.results",
     "Sensitivity": "regrow.planning.sensitivity",
     "analyze": "regrow.measure",
     "apply": "regrow.reuse",
     "bench": "regrow.measure",
+    "compare": "regrow.comparison.run",
     "evaluate": "regrow.measure",
     "export": "regrow.formats.export",
     "find_groups": "regrow.structure.groups",
@@ -43,6 +46,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Evidence",
     "Group",
     "Groups",
@@ -54,6 +58,7 @@ __all__ = [
     "analyze",
     "apply",
     "bench",
+    "compare",
     "evaluate",
     "export",
     "find_groups",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.biases import added_count
+from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.checkpoint.shape import added_parameters
 from regrow.checkpoint.stock import prunable_groups
@@ -44,6 +46,7 @@ class Aim:
     folder: Path
     """The run's."""
     progress: Progress
+    journal: Forgetful = field(default_factory=Forgetful)
     latency: Latency | None = None
     """Target speedup: this machine's table."""
     trials: list[Trial] = field(default_factory=list)
@@ -75,14 +78,24 @@ class Aim:
                 f"target {self.target.text!r}: forecasts are of widths, not of whole layers; take layer out of "
                 "pruning.kinds, or give --sparsity"
             )
+        if "hidden" in recipe.pruning.kinds and self.target.kind == "speedup":
+            raise InputError(
+                f"target {self.target.text!r}: the latency table knows no other hidden sizes; take hidden out of "
+                "pruning.kinds, or give --sparsity"
+            )
         match self.target.kind:
             case "params" | "size":
                 other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
-                saved = replace(groups, total_parameters=groups.total_parameters + added_parameters(model.config))
+                added = added_parameters(model.config)
+                if recipe.compensation.method == "bias":
+                    added += added_count(model.config, groups)
+                saved = replace(groups, total_parameters=groups.total_parameters + added)
                 share = sparsity_for(
                     self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )
-                return recipe.with_sparsity(share)
+                if "hidden" not in recipe.pruning.kinds:
+                    return recipe.with_sparsity(share)
+                return recipe.with_sparsity(share * saved.total_parameters / groups.total_parameters, "total")
             case "speedup":
                 self.latency = self._table(model, groups, machine)
                 check_speedup(self.target, groups, recipe.pruning, self._seconds(recipe))
@@ -114,7 +127,7 @@ class Aim:
         """
         scores = None
         if self.target.kind == "perplexity":
-            trials = Trials(self.name, self.folder, recipe, corpus, self.progress)
+            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal)
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
@@ -127,9 +140,10 @@ class Aim:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
         scores = None
         if recipe.pruning.allocation != SCORELESS:
-            scores = measure_scores(model, groups, recipe, text, self.progress)
+            scores = measure_scores(model, groups, recipe, text, self.progress, self.journal)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
-        share = sparsity_for_speedup(self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table
         self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
         return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None
 
@@ -143,6 +157,7 @@ class Aim:
             "asked": self.target.text,
             "kind": self.target.kind,
             "sparsity": recipe.pruning.sparsity,
+            "basis": recipe.pruning.basis,
             "limit": self.target.value,
         }
         match self.target.kind:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from regrow.cli_reuse import apply, export, scatter
-from regrow.console import AsJson, Trust, quiet, shown_progress
+from regrow.cli_compare import compare
+from regrow.cli_reuse import apply, export, report, scatter
+from regrow.console import AsJson, Trust, going_on_later, quiet, shown_progress
 from regrow.errors import InputError
 
 app = typer.Typer(
@@ -84,12 +85,19 @@ def prune(
         str | None,
         typer.Option(help="Keep the frozen weights in int8 or nf4 while scoring and training; the result is plain."),
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Keep the frozen weights in memory (cpu) or in their files (disk), for a model too large."),
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do it from the start, whatever run --out holds; else that one goes on.")
+    ] = False,
 ) -> None:
-    """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.md in --out."""
+    """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.html in --out."""
     from regrow.recipe import load_recipe, parse_assignments
 
     given = {
@@ -104,14 +112,15 @@ def prune(
         "pruning.shape": shape,
         "output.keep_adapter": keep_adapter or None,
         "training.quantization": quantize,
+        "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)
     quiet()
-    with shown_progress() as progress:
+    with going_on_later(), shown_progress() as progress:
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, progress=progress)
+        result = run(model, out, chosen, fresh=fresh, progress=progress, argv=sys.argv[1:])
     _summary(result.results, result.folder)
 
 
@@ -145,15 +154,17 @@ def inspect(
     from rich.table import Table
 
     table = Table("layer", "kind", "units", "parameters a unit", "share of total", "slices")
-    for group in groups:
+    for group in (*groups, *([groups.residual] if groups.residual else [])):
         share = group.units * group.cost / groups.total_parameters
         names = ", ".join(
             f"{s.parameter.removesuffix('.weight').split('.')[-1]}{'[:, …]' if s.is_input else '[…]'}"
             for s in group.slices
-            if "bias" not in s.parameter
+            if "bias" not in s.parameter and group.layer >= 0
         )
+        names = names or f"{len(group.slices)} parameters, from the embeddings to the head"
+        where = str(group.layer) if group.layer >= 0 else "all"
         kind = group.kind if group.expert is None else f"{group.kind}, expert {group.expert}"
-        table.add_row(str(group.layer), kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
+        table.add_row(where, kind, str(group.units), f"{group.cost:,}", f"{share:.2%}", names)
     console = Console()
     console.print(table, markup=False)
     console.print(
@@ -300,8 +311,10 @@ def recipes(
             print(f"{known:12} {load_recipe(known).description}")
 
 
+app.command()(compare)
 app.command()(apply)
 app.command()(scatter)
+app.command()(report)
 app.command()(export)
 
 
@@ -318,10 +331,10 @@ def demo(
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
     load_recipe(recipe, {"pruning.sparsity": share, "training.steps": count})  # before the corpus is gathered
     quiet()
-    with shown_progress() as progress:
+    with going_on_later(), shown_progress() as progress:
         from regrow.demo.show import run_demo
 
-        result = run_demo(out, recipe, share, count, progress)
+        result = run_demo(out, recipe, share, count, progress, sys.argv[1:])
     _summary(result.results, result.folder)
 
 

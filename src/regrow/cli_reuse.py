@@ -1,4 +1,4 @@
-"""The verbs that use again what a run has left: `apply`, `scatter` and `export`."""
+"""The verbs that use again what a run has left: `apply`, `scatter`, `report` and `export`."""
 
 import json
 from pathlib import Path
@@ -45,6 +45,17 @@ def scatter(
     from regrow.reuse import scatter as work
 
     print(f"{work(adapter, out, plan=plan, model=model)}: a PEFT adapter of {model}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a finished run of regrow prune.")],
+) -> None:
+    """Make a run's report.md and report.html anew from its results, history, scores and plan."""
+    quiet()
+    from regrow.reuse import report as work
+
+    for file in work(folder):
+        print(file)
 
 
 def export(

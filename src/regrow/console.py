@@ -2,12 +2,16 @@
 
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from regrow.interrupt import interruptible
 
 if TYPE_CHECKING:
     from regrow.progress import Progress
@@ -23,11 +27,24 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-evaluation-harness has no other switch for its bars
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, peft imports it, and it talks
     warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """Within this context Ctrl-C and SIGTERM end the command with a line that says how to go on, and exit code 130."""
+    try:
+        with interruptible():
+            yield
+    except KeyboardInterrupt as stopped:
+        words = [word for word in sys.argv[1:] if word != "--fresh"]
+        print(f"regrow: {stopped or 'stopped'}; to go on: {shlex.join(['regrow', *words])}", file=sys.stderr)
+        raise typer.Exit(130) from stopped
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.analysis.stage import analyse, conditions_of
 from regrow.checkpoint.files import storage_errors, write_json, write_text
 from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
+from regrow.checkpoint.offloaded import load
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Bos, Windows, make_windows
 from regrow.errors import InputError
@@ -143,6 +144,9 @@ def analyze(
     given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
     recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
     check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.quantization)
+    if recipe.training.offloaded:
+        check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.offload, "offload")
+        recipe = recipe.override({"training.gradient_checkpointing": True})
     folder, progress = Path(out) if out is not None else None, progress or Silent()
     if folder is not None and folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
@@ -152,7 +156,8 @@ def analyze(
     held_out, calibration = _analysis_text(data, tokenizer, recipe)
     progress.stage("load model")
     torch.manual_seed(recipe.seed)
-    loaded = load_model(model, pick_device(recipe.device), quantization=recipe.training.quantization)
+    training = recipe.training
+    loaded = load(model, pick_device(recipe.device), offload=training.offload, quantization=training.quantization)
     check_vocabulary(loaded, tokenizer, model)
     conditions = conditions_of(local_folder(model), loaded.dtype, recipe, held_out, calibration)
     if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:

@@ -4,18 +4,31 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from regrow.checkpoint.load import load_skeleton, pick_device, weights_folder
+from regrow.checkpoint.load import (
+    check_length,
+    compute_dtype,
+    load_config,
+    load_skeleton,
+    load_tokenizer,
+    pick_device,
+    weights_folder,
+)
 from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
-from regrow.data.corpus import list_sources
+from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
+from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
-from regrow.structure.groups import find_groups
+from regrow.recovery.self_text import start_token, tokens_to_write
+from regrow.recovery.tracking import check_tracker
+from regrow.structure.depth import check_depth
+from regrow.structure.groups import Groups, find_groups
+from regrow.text import training_tokens
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -31,9 +44,81 @@ def check_settings(recipe: Recipe) -> None:
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
     if "expert" in recipe.pruning.kinds and recipe.pruning.shape == "free" and recipe.search.evaluations:
         raise InputError("search.evaluations exchanges widths only: with expert in pruning.kinds use shape=uniform")
+    check_hidden(recipe)
     check_one_shot(recipe)
+    check_prefix(recipe)
     check_distillation(recipe)
+    check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
+    check_tasks(recipe.evaluation.tasks)
+
+
+def check_prefix(recipe: Recipe) -> None:
+    """Refuse selection on the pruned prefix by what is not measured there.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    if recipe.compensation.selection == "prefix":
+        criterion = find_criterion(recipe.pruning.criterion)
+        if criterion.needs != {"channels"}:
+            raise InputError(
+                f"compensation.selection=prefix needs a criterion of inputs alone (wanda, flap), not {criterion.name}"
+            )
+        if recipe.search.evaluations:
+            raise InputError("compensation.selection=prefix goes without a search: set search.evaluations=0 or obs")
+
+
+def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Refuse what config and tokenizer tell will not work.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: naming what is in the way.
+    """
+    config = load_config(model)
+    if "layer" in recipe.pruning.kinds:
+        check_depth(config)
+    for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
+        check_length(config, length)
+    tokenizer = load_tokenizer(model)
+    if writes_own_text(recipe.data):
+        check_length(config, recipe.generate.length)
+        start_token(tokenizer)
+        tokens_to_write(recipe, training_tokens(recipe))
+    return tokenizer
+
+
+def check_experts(recipe: Recipe, groups: Groups) -> None:
+    """Refuse to prune experts where the criterion cannot score them, or they are not at hand.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    find_criterion(recipe.pruning.criterion).check_experts(groups, recipe.pruning.kinds)
+    if recipe.training.offloaded and groups.in_experts(recipe.pruning.kinds):
+        raise InputError(
+            f"training.offload={recipe.training.offload} does not go with pruning experts: set pruning.kinds="
+            "[attention], or training.offload=none"
+        )
+
+
+def check_hidden(recipe: Recipe) -> None:
+    """Refuse what does not go with a narrower residual stream.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if "hidden" not in recipe.pruning.kinds:
+        return
+    asked = {
+        "pruning.shape=free": recipe.pruning.shape == "free",
+        "distillation.hidden_weight": recipe.distillation.hidden_weight > 0,
+    }
+    for setting in (name for name, wanted in asked.items() if wanted):
+        raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
 def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
@@ -46,32 +131,35 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
         InputError: if the estimate is more than what is free, and `training.check_memory` has not been turned off.
     """
     device = pick_device(recipe.device)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    weights = torch.float32 if device.type == "cpu" else stored
+    weights = compute_dtype(config, device)
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
     skeleton = load_skeleton(model)
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
+    if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
+        recipe = recipe.override({"training.offload": "none"})
     found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
     free = free_memory(device)
+    if recipe.training.offload == "cpu":
+        _check_host(sizes.matrices * weights.itemsize, recipe)
     stage = max(found, key=lambda stage: found[stage])
     if free is not None and found[stage] > free and recipe.training.check_memory:
         raise InputError(
             f"{stage} will need about {_amount(found[stage])} of memory, {device} has {_amount(free)} free: "
-            f"{_advice(recipe, stage)}; or training.check_memory=false to try all the same"
+            f"{_advice(recipe, stage, device)}; or training.check_memory=false to try all the same"
         )
     told = ", ".join(f"{stage} {_amount(size)}" for stage, size in found.items())
     return f"memory, estimated: {told}" + (f"; {_amount(free)} free on {device}" if free is not None else "")
 
 
 def check_files(model: str, recipe: Recipe) -> None:
-    """Refuse a checkpoint that `output.keep_adapter` could not read tensor by tensor in the end.
+    """Refuse a checkpoint that cannot be read tensor by tensor, if that will be wanted.
 
     Raises:
         InputError: as `Source`.
     """
-    if recipe.output.keep_adapter:
+    if recipe.output.keep_adapter or recipe.training.offloaded:
         Source(model, weights_folder(model))
 
 
@@ -85,13 +173,25 @@ def free_memory(device: torch.device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _advice(recipe: Recipe, stage: str) -> str:
+def _check_host(size: int, recipe: Recipe) -> None:
+    """Refuse weights that the host's memory cannot hold."""
+    free = free_memory(torch.device("cpu"))
+    if free is not None and size > free and recipe.training.check_memory:
+        raise InputError(
+            f"the offloaded weights take {_amount(size)} of memory, {_amount(free)} are free: give --offload disk; or "
+            "training.check_memory=false to try all the same"
+        )
+
+
+def _advice(recipe: Recipe, stage: str, device: torch.device) -> str:
     """What would need less, the most helpful first."""
     training, distillation = recipe.training, recipe.distillation
     advice = []
+    if not training.offloaded and not training.quantized:
+        advice.append("--offload disk" if device.type == "cpu" else "--offload cpu (or disk)")
     if stage == "train" and distillation.on and distillation.teacher in ("auto", "model"):
         advice.append("distillation.teacher=cached or self, which need no second model")
-    if stage != "save" and not training.gradient_checkpointing:
+    if stage != "save" and not (training.gradient_checkpointing or training.offloaded):
         advice.append("training.gradient_checkpointing=true")
     if stage != "save" and training.batch_size > 1:
         advice.append("a smaller training.batch_size, with more training.accumulate")

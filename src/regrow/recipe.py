@@ -53,9 +53,9 @@ class Recipe(Section):
         _change(tree, settings)
         return parse_recipe(tree, self.name)
 
-    def with_sparsity(self, share: float) -> "Recipe":
-        """This recipe with a share of the block parameters to remove; a target, if it has one, stays written in it."""
-        pruning = self.pruning.model_copy(update={"sparsity": share, "basis": "block"})
+    def with_sparsity(self, share: float, basis: str = "block") -> "Recipe":
+        """This recipe with a share of the block parameters (or of `total`) to remove; a target stays written in it."""
+        pruning = self.pruning.model_copy(update={"sparsity": share, "basis": basis})
         return self.model_copy(update={"pruning": pruning})
 
 

@@ -1,13 +1,15 @@
-"""What a run leaves, used again on checkpoints on disk: the verbs `apply` and `scatter` (floor 4)."""
+"""What a run leaves, used again: the verbs `apply`, `scatter` and `report` (floor 4)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from regrow.checkpoint.files import check_new, storage_errors
+from regrow.checkpoint.files import check_new, storage_errors, write_text
+from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
@@ -16,7 +18,11 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
-from regrow.report.markdown import model_card
+from regrow.report.card import model_card
+from regrow.report.facts import read_facts
+from regrow.report.markdown import write_report
+from regrow.report.page import write_page
+from regrow.settings import Output
 from regrow.structure.groups import find_groups
 from regrow.structure.positions import index_map
 
@@ -124,10 +130,47 @@ def keep_adapter(
     Adapter.of_run(factors, recipe.lora, str(folder / "base")).write(folder / "adapter")
 
 
+def save_streamed(
+    model: str,
+    folder: Path,
+    output: Output,
+    tokenizer: PreTrainedTokenizerBase,
+    extras: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Write a run's result into `model/` from the original files, its plan and its adapters; as `save_checkpoint`.
+
+    Args:
+        folder: the run's, with its plan and adapters.
+    """
+    stream_checkpoint(
+        Source(model, weights_folder(model)), folder / "model", read_plan(folder / "plan.json"),
+        open_adapters(folder / "adapters.safetensors"), tokenizer, dtype=output_dtype(model, output.dtype),
+        shard_size=output.shard_size, extras=extras, progress=progress,
+    )  # fmt: skip
+
+
+def report(run: str | Path) -> tuple[Path, Path]:
+    """Make a finished run's `report.md` and `report.html` anew from its other files.
+
+    Returns:
+        The two files.
+
+    Raises:
+        InputError: if the folder holds no finished run, or a file in it is damaged.
+    """
+    facts = read_facts(Path(run))
+    text, page = Path(run) / "report.md", Path(run) / "report.html"
+    with storage_errors():
+        write_text(text, write_report(facts))
+        write_text(page, write_page(facts))
+    return text, page
+
+
 def texts(model: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> dict[str, str]:
     """The text files that go with a pruned checkpoint: its card and its plan."""
     return {
-        "README.md": model_card(model, recipe, plan, results),
+        "README.md": model_card(model, recipe, plan, licence_of(model), results),
         "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
     }
 

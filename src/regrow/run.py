@@ -1,13 +1,14 @@
 """`regrow.prune`: settle the recipe, then walk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.files import storage_errors
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
-from regrow.walk import Result, Walk
+from regrow.results import Result
+from regrow.walk import Walk
 
 
 def prune(
@@ -24,24 +25,33 @@ def prune(
     seed: int | None = None,
     criterion: str | None = None,
     quantize: str | None = None,
+    offload: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    fresh: bool = False,
     progress: Progress | None = None,
+    argv: Sequence[str] = (),
 ) -> Result:
     """Prune a causal LM, regrow its skill, and leave a plain checkpoint and an honest report in `out`.
 
     Args:
         model: a folder, or a repository on the hub.
-        out: a new or empty folder, or that of an earlier run, which is then done afresh.
+        out: a new or empty folder, or that of an interrupted run, which then goes on, or of a finished one, which is
+            returned; either must have been asked for the same.
         recipe: a shipped recipe's name, a YAML file, or a recipe.
         data: text to score and train on; see `regrow.data.source.load_documents`. By default the model writes it.
         instructions: records to train on after the text; see `regrow.data.instructions`.
         eval_data: text to evaluate on; by default documents held out of `data`.
         target: instead of `sparsity`, what the result shall be: see `regrow.planning.target.parse_target`.
         quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
+        offload: cpu or disk: where the frozen weights lie when they are not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
+        fresh: do it from the start, whatever run `out` holds.
+        argv: the command line that asked for the run, without the program's name, for the report; by default it tells
+            how to call this function with the run's recipe.
 
     Raises:
         InputError: if something given cannot work; nothing half-written is left.
+        Stopped: a KeyboardInterrupt, if a signal asks for it while training; the same call goes on.
     """
     given = {
         "data.source": data,
@@ -53,8 +63,9 @@ def prune(
         "seed": seed,
         "pruning.criterion": criterion,
         "training.quantization": quantize,
+        "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     with storage_errors():
-        return Walk(model, Path(out), chosen, progress or Silent()).walk()
+        return Walk(model, Path(out), chosen, progress or Silent(), fresh, argv).walk()

@@ -2,34 +2,49 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from regrow.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class NotedBars(Bars):
+    """Bars with a line beneath them that says how the work goes, whatever the terminal's width."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, and the line if there is one."""
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note)
+
+
 class TerminalProgress:
     """One bar per stage."""
 
-    def __init__(self, bars: Bars) -> None:
+    def __init__(self, bars: NotedBars) -> None:
         self._bars = bars
         self._task: TaskID | None = None
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Finish the bar before, start the next."""
         self._finish()
-        self._task = self._bars.add_task(name, total=total, note="")
+        self._bars.note = ""
+        self._task = self._bars.add_task(name, total=total)
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move the bar."""
         if self._task is not None:
-            self._bars.update(self._task, advance=steps, note=note)
+            self._bars.note = note
+            self._bars.update(self._task, advance=steps)
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
@@ -44,6 +59,7 @@ class TerminalProgress:
 
     def close(self) -> None:
         """The last stage is done."""
+        self._bars.note = ""
         self._finish()
 
 
@@ -89,9 +105,8 @@ def terminal_progress() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Bars(*columns, console=console) as bars:
+    with NotedBars(*columns, console=console) as bars:
         progress = TerminalProgress(bars)
         yield progress
         progress.close()

@@ -1,8 +1,8 @@
 """Target perplexity: whole trainings at several sparsities, of which the smallest model that holds is kept.
 
 Whether a model holds is judged by its recovered perplexity on the validation windows; the text that the report is
-about decides nothing. Each trial leaves a folder in `trials/`; one that an earlier, interrupted run of the same
-recipe on the same model and text has finished is not trained again.
+about decides nothing. Each trial leaves a folder in `trials/`; one that is finished there is not trained again when an
+interrupted run goes on, nor is anything measured twice.
 """
 
 import hashlib
@@ -15,29 +15,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import write_bytes, write_json
+from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.planning.bracket import Search
 from regrow.planning.demand import reach
-from regrow.planning.plan import Plan
 from regrow.planning.target import Target, share_of
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.forecast import cut_losses, measure_scores
 from regrow.recovery.mixing import validation_loss
-from regrow.recovery.quantised_base import rebuild
+from regrow.recovery.outcome import FILES, read_trained
 from regrow.recovery.scoring import Average
-from regrow.recovery.train import History, Trained
+from regrow.recovery.train import Trained
 from regrow.structure.quantised import release
 
 CURVE_POINTS = 8
-FILES = ("scores.safetensors", "plan.json", "history.json", "adapters.safetensors")
-"""What a trial leaves, as a run does, besides `trial.json`."""
 
 TrainInto = Callable[[PreTrainedModel, Recipe, Path, Average | None], Trained]
 """Carries a LoRA-wrapped model through a recipe and leaves `FILES` in a folder."""
@@ -59,12 +56,15 @@ class Trial:
 class Trials:
     """The search: a loop around the training part of the walk."""
 
-    def __init__(self, name: str, folder: Path, recipe: Recipe, corpus: Corpus, progress: Progress) -> None:
+    def __init__(
+        self, name: str, folder: Path, recipe: Recipe, corpus: Corpus, progress: Progress, journal: Forgetful
+    ) -> None:
         self.name = name
         self.folder = folder
         self.recipe = recipe
         self.corpus = corpus
         self.progress = progress
+        self.journal = journal
 
     def search(
         self, target: Target, model: PreTrainedModel, fresh: Callable[[], PreTrainedModel], train_into: TrainInto
@@ -82,16 +82,18 @@ class Trials:
             InputError: if no trial holds; the message says which came closest.
         """
         recipe, groups = self.recipe, prunable_groups(model)
-        dense = validation_loss(model, self.corpus, recipe)
+        dense = self.journal.once("dense-loss", lambda: validation_loss(model, self.corpus, recipe))
         most = target.most_perplexity(math.exp(dense))
         self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")
         # The one place where what is known of the whole model is measured; every trial shares it.
-        scores = measure_scores(model, groups, recipe, self.corpus.train, self.progress)
+        scores = measure_scores(model, groups, recipe, self.corpus.train, self.progress, self.journal)
         largest = share_of(reach(groups, recipe.pruning), groups)
         shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
-        curve = cut_losses(model, groups, recipe, scores.scores, self.corpus, shares, self.progress)
+        curve = self.journal.once(
+            "forecast", lambda: cut_losses(model, groups, recipe, scores.scores, self.corpus, shares, self.progress)
+        )
         release(model)
-        search, trials = Search(dense, math.log(most), curve), list[Trial]()
+        search, trials = Search(dense, math.log(most), [(share, loss) for share, loss in curve]), list[Trial]()
         known = scores if recipe.pruning.schedule == "one-shot" else None
         while len(trials) < recipe.pruning.target_trials and (share := search.propose()) is not None:
             folder = self._folder(len(trials))
@@ -151,15 +153,10 @@ class Trials:
 
     def _load(self, folder: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, Trained]:
         """Build what a trial left anew, and copy its files to where a run has them."""
-        plan = Plan.parse((folder / "plan.json").read_text(encoding="utf-8"))
-        adapters = load_file(folder / "adapters.safetensors")
-        groups = rebuild(model, plan, adapters)
-        history, summary = (
-            json.loads((folder / file).read_text(encoding="utf-8")) for file in ("history.json", "summary.json")
-        )
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         for file in FILES:
             write_bytes(self.folder / file, (folder / file).read_bytes())
-        return model, Trained(plan, groups, adapters, History(**history), summary)
+        return model, read_trained(folder, model, summary)
 
 
 def smallest(trials: list[Trial]) -> Trial:

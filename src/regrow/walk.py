@@ -3,19 +3,21 @@ verify → evaluate → report.
 
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
-`plan.json`, `model/`, `results.json`, `report.md`. While a cached teacher teaches, it lies in `teacher/`.
+`plan.json`, `model/`, `results.json`, `report.md`, `report.html`. While a cached teacher teaches, it lies in
+`teacher/`.
 `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
-`latency.json` and `trials/` if the recipe's target needs them.
+`latency.json` and `trials/` if the recipe's target needs them, `tracker/` if figures go to TensorBoard.
+`checkpoint/` is what an interrupted run goes on from.
 Every file appears whole or not at all.
 """
 
 import json
 import shutil
-import time
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -23,120 +25,122 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
-from regrow.checkpoint.files import RUN_FILE, check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.biases import check_biases
+from regrow.checkpoint.files import check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.journal import Journal
+from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
-    check_length,
     check_vocabulary,
     load_config,
-    load_model,
-    load_tokenizer,
     output_dtype,
     pick_device,
 )
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
+from regrow.checkpoint.state import State
 from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, verify_checkpoint
-from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import writes_own_text
+from regrow.data.overlap import overlap
 from regrow.errors import InputError
-from regrow.evaluation.compare import compare, local_folder
-from regrow.evaluation.machine import machine
+from regrow.evaluation.compare import compare, local_folder, protocol_windows
+from regrow.evaluation.machine import environment, machine
 from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_files, check_memory, check_settings
+from regrow.preflight import check_experts, check_files, check_memory, check_model, check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
+from regrow.recovery.outcome import FILES, read_trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.quantised_base import rebuild, settle_quantization
+from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
 from regrow.recovery.scoring import Average
-from regrow.recovery.self_text import OwnText, start_token, tokens_to_write, write_own_text
+from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
+from regrow.recovery.tracking import tracking
 from regrow.recovery.train import Trained, train
-from regrow.report.markdown import model_card, write_report
+from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
-from regrow.reuse import keep_adapter, texts
-from regrow.structure.adapters import attach_lora, merge_lora
-from regrow.structure.depth import check_depth
+from regrow.results import Result, tell_results
+from regrow.resume import Books, where
+from regrow.reuse import keep_adapter, report, save_streamed, texts
+from regrow.structure.adapters import adapters_off, attach_lora, merge_lora
 from regrow.structure.groups import Groups
+from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    folder: Path
-    plan: Plan
-    results: dict[str, Any]
-    """What `results.json` holds."""
-
-    @property
-    def model(self) -> Path:
-        """The checkpoint's folder."""
-        return self.folder / "model"
-
-
 class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
-    def __init__(self, model: str, folder: Path, recipe: Recipe, progress: Progress) -> None:
+    def __init__(
+        self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str]
+    ) -> None:
         self.name = model
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
+        self.fresh = fresh
+        self.books = Books(folder, model, argv, progress)
+        self.journal = self.books.journal
         target = recipe.pruning.target
-        self.aim = None if target is None else Aim(parse_target(target), model, folder, progress)
+        self.aim = None if target is None else Aim(parse_target(target), model, folder, progress, self.journal)
         self.own_text: OwnText | None = None
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-        self._stage = ("", self._started)
 
     def walk(self) -> Result:
         """Everything, start to end."""
         tokenizer = self.check()
+        if self.books.is_finished(self.recipe.training.steps):
+            return Result.read(self.folder)
         text = None
         if not writes_own_text(self.recipe.data):
-            self.begin("read text")
+            self.books.begin("read text")
             text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
         memory = check_memory(self.name, load_config(self.name), self.recipe)
-        self.begin("load model")
+        self.books.begin("load model")
         model = self.load(tokenizer)
-        self.begin("trace groups")
+        self.books.begin("trace groups")
         whole = prunable_groups(model)
-        find_criterion(self.recipe.pruning.criterion).check_experts(whole, self.recipe.pruning.kinds)
+        check_experts(self.recipe, whole)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
+        if self.recipe.compensation.method == "bias":
+            check_biases(model, whole)
         self.check_reach(model, whole)
         known = self.known_sensitivity(whole)
-        if text is None:
-            text = self.write_text(model, tokenizer)
-        self.begin("attach LoRA")
+        self.books.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
+        if text is None:
+            text = self.write_text(model, tokenizer)
+        self.books.check_text(text)
         for note in notes:
             self.progress.say(note)
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
-        self.begin("merge and save")
-        if self.recipe.training.quantized:
-            del model  # before the original takes its place
-            model = self.attach(self.load(tokenizer, "none"), whole)
-            rebuild(model, trained.plan, trained.adapters)
-        merge_lora(model)
-        describe(model, whole, trained.groups)
-        self.save(model, tokenizer, trained.plan)
-        self.begin("verify in a fresh process")
-        verification = self.verify(model, text)
+        verification = self.saved()
+        if verification is None:
+            self.books.begin("merge and save")
+            if self.recipe.training.quantized:
+                del model  # before the original takes its place
+                model = self.attach(self.load(tokenizer, "none"), whole)
+                rebuild(model, trained.plan, trained.adapters)
+            merge_lora(model)
+            describe(model, whole, trained.groups)
+            self.save(model, tokenizer, trained.plan)
+            self.books.begin("verify in a fresh process")
+            verification = self.verify(model, text)
         del model
         if self.recipe.output.keep_adapter:
-            self.begin("keep the adapter")
-            keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
+            self.books.begin("keep the adapter")
+            self.journal.once(
+                "keep-adapter", lambda: keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
+            )
         results = self.evaluate(trained, tokenizer, text, verification)
         return self.report(trained, results)
 
@@ -146,47 +150,34 @@ class Walk:
         Raises:
             InputError: if the run cannot work.
         """
-        recipe = self.recipe = settle_quantization(self.recipe, self.progress)
+        given = self.recipe
+        recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
         check_settings(recipe)
         if Path(self.name).resolve() == (self.folder / "model").resolve():
             raise InputError(f"{self.name} is where the result would go; choose another --out")
-        if check_folder(self.folder):
-            self.progress.say(f"{self.folder} holds an earlier run; doing it afresh")
-        config = load_config(self.name)
-        if "layer" in recipe.pruning.kinds:
-            check_depth(config)
-        for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
-            check_length(config, length)
-        tokenizer = load_tokenizer(self.name)
-        if writes_own_text(recipe.data):
-            check_length(config, recipe.generate.length)
-            start_token(tokenizer)
-            tokens_to_write(recipe, training_tokens(recipe))
+        check_folder(self.folder)
+        tokenizer = check_model(self.name, recipe)
+        self.books.look(given, self.fresh)
         return tokenizer
-
-    def begin(self, stage: str, total: int | None = None) -> None:
-        """Close the books of the stage before, open the next."""
-        now = time.perf_counter()
-        name, since = self._stage
-        if name:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + now - since, 3)
-        self._stage = (stage, now)
-        if stage:
-            self.progress.stage(stage, total)
 
     def write_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
         """Documents that the model writes itself, as windows."""
-        tokens = tokens_to_write(self.recipe, training_tokens(self.recipe))
+        recipe, tokens = self.recipe, tokens_to_write(self.recipe, training_tokens(self.recipe))
         self.progress.say("no text was given (--data): the model writes its own; text of your own is better")
-        self.begin("write text", tokens)
-        self.own_text = write_own_text(model, tokenizer, self.recipe.generate, tokens, self.recipe.seed, self.progress)
-        return read_text(self.recipe, tokenizer, self.own_text.documents)
+        self.books.begin("write text", tokens)
+        with adapters_off(model):
+            work = partial(write_own_text, model, tokenizer, recipe.generate, tokens, recipe.seed, self.progress)
+            self.own_text = OwnText(**self.journal.once("write-text", lambda: asdict(work())))
+        lines = [json.dumps({recipe.data.text_field: document}) for document in self.own_text.documents]
+        write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
+        return read_text(recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: str | None = None) -> PreTrainedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
         """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
         torch.manual_seed(self.recipe.seed)
-        kept = quantization or self.recipe.training.quantization
-        model = load_model(self.name, pick_device(self.recipe.device), quantization=kept)
+        training, device = self.recipe.training, pick_device(self.recipe.device)
+        kept = quantization or training.quantization
+        model = load(self.name, device, offload=training.offload, quantization=kept)
         check_vocabulary(model, tokenizer, self.name)
         return model
 
@@ -214,17 +205,9 @@ class Walk:
 
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
-        for left_over in ("base", "adapter"):  # of an earlier run that kept its adapter
-            shutil.rmtree(self.folder / left_over, ignore_errors=True)
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "running", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        self.books.claim(self.recipe)
         write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         write_json(self.folder / "groups.json", groups.to_json())
-        if self.own_text is not None:
-            lines = [json.dumps({self.recipe.data.text_field: document}) for document in self.own_text.documents]
-            write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
         if self.aim is not None and self.aim.latency is not None:
             write_json(self.folder / LATENCY_FILE, self.aim.latency.to_json())
 
@@ -233,12 +216,16 @@ class Walk:
         recipe, corpus = self.recipe, text.corpus
         if not recipe.analysis.enabled:
             return None
-        self.begin("analyse")
+        self.books.begin("analyse")
         groups = prunable_groups(model)
         if known is None:
             held_out = corpus.validation.first(recipe.analysis.windows)
             conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
-            known = analyse(model, groups, recipe, held_out, corpus.train, conditions, self.progress)
+            found = self.journal.once(
+                "analyse",
+                lambda: analyse(model, groups, recipe, held_out, corpus.train, conditions, self.progress).to_json(),
+            )
+            known = Sensitivity.parse(json.dumps(found))
         prior = known.prior(recipe.analysis.protect)
         write_json(self.folder / "sensitivity.json", known.to_json())
         write_text(self.folder / "sensitivity.svg", to_svg(draw_sensitivity(known, prior.protected)))
@@ -259,7 +246,7 @@ class Walk:
         Returns:
             The cut and recovered model (for a perplexity not the one given, which then holds no weights).
         """
-        self.begin("train")
+        self.books.begin("train")
         if self.aim is None:
             return model, self.train(model, text, self.recipe, self.folder, None, prior)
         model, trained, self.recipe = self.aim.recover(
@@ -282,6 +269,14 @@ class Walk:
         prior: Prior | None,
     ) -> Trained:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
+        journal = self.journal
+        if folder != self.folder:
+            journal = Journal(folder, self.progress.say, self.books.seconds_so_far)
+            if journal.latest() is not None:
+                self.progress.say(f"trial {folder.name}: resuming {where(journal, recipe.training.steps)}")
+        done = journal.read("trained")
+        if done is not None:
+            return read_trained(folder, model, done.values)
 
         def record_cut(event: CutEvent) -> None:
             if gone := event.plan.removed_layers:
@@ -289,32 +284,37 @@ class Walk:
             write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
             write_json(folder / "plan.json", event.plan.to_json())
 
-        trained = train(
-            model,
-            prunable_groups(model),
-            recipe,
-            text.corpus,
-            self.progress,
-            teacher_folder=folder / "teacher",
-            on_cut=record_cut,
-            on_validation=lambda history: write_json(folder / "history.json", vars(history)),
-            scores=scores,
-            prior=prior,
-        )
+        with tracking(recipe, folder) as track:
+            trained = train(
+                model,
+                prunable_groups(model),
+                recipe,
+                text.corpus,
+                self.progress,
+                teacher_folder=folder / "teacher",
+                on_cut=record_cut,
+                on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+                scores=scores,
+                prior=prior,
+                track=track,
+                journal=journal,
+            )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
+        journal.write("trained", State(trained.summary), files=[folder / file for file in FILES])
+        journal.drop("score", "teach", "search", "train")
         return trained
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
-        """The checkpoint, with its plan and card inside."""
-        save_checkpoint(
-            model,
-            tokenizer,
-            self.folder / "model",
-            dtype=output_dtype(self.name, self.recipe.output.dtype),
-            shard_size=self.recipe.output.shard_size,
-            extras=texts(self.name, self.recipe, plan),
-        )
+        """The checkpoint, with its plan and card inside; of an offloaded model tensor by tensor, from the files."""
+        dtype, output = output_dtype(self.name, self.recipe.output.dtype), self.recipe.output
+        extras = texts(self.name, self.recipe, plan)
+        if self.recipe.training.offloaded:
+            save_streamed(self.name, self.folder, output, tokenizer, extras, self.progress)
+            convert(model, dtype)
+        else:
+            place, size = self.folder / "model", output.shard_size
+            save_checkpoint(model, tokenizer, place, dtype=dtype, shard_size=size, extras=extras)
 
     def verify(self, model: PreTrainedModel, text: Text) -> Verification:
         """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
@@ -329,34 +329,38 @@ class Walk:
         except InputError:
             shutil.rmtree(folder)
             raise
+        # All but the card, which will tell of the results.
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "README.md"]
+        self.journal.write("save", State(asdict(verification)), files=files)
         return verification
+
+    def saved(self) -> Verification | None:
+        """How the check went, if the checkpoint has been saved and is as it was then."""
+        done = self.journal.read("save")
+        return None if done is None else Verification(**done.values)
 
     def evaluate(
         self, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text, verification: Verification
     ) -> dict[str, Any]:
         """Dense, cut and recovered, all measured alike."""
-        self.begin("evaluate")
+        self.books.begin("evaluate")
         plan = trained.plan
         device = pick_device(self.recipe.device)
-        measured = compare(
-            self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
-            self.recipe, device, self.progress,
+        measured = self.journal.once(
+            "evaluate",
+            lambda: compare(
+                self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
+                self.recipe, device, self.progress,
+            ),
         )  # fmt: skip
-        self.begin("")
-        results: dict[str, Any] = {
-            "regrow": version("regrow"),
-            "model": self.name,
-            "recipe": self.recipe.name,
-            "seed": self.recipe.seed,
-            "sparsity": {"requested": self.recipe.pruning.sparsity, "basis": self.recipe.pruning.basis}
-            | plan.sparsity.model_dump(),
-            "widths": {name: len(group.keep) for name, group in plan.groups.items()},
-            **measured,
-            "training": trained.summary,
-            "verification": verification.to_json(),
-            "seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)},
-            "machine": machine(device),
-        }
+        seen = overlap(
+            text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
+        )
+        self.books.begin("")
+        results = tell_results(
+            self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
+            verification=verification.to_json(), seconds=self.books.seconds, machine=environment(device),
+        )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
             results["own_text"]["evaluated_on_it"] = self.recipe.data.eval_source is None
@@ -367,10 +371,10 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        write_text(self.folder / "report.md", write_report(results, trained.history.cuts, trained.history.validations))
-        write_text(self.folder / "model" / "README.md", model_card(self.name, self.recipe, trained.plan, results))
-        write_json(
-            self.folder / RUN_FILE,
-            {"state": "finished", "model": self.name, "recipe": self.recipe.name, "regrow": version("regrow")},
-        )
+        report(self.folder)
+        card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
+        write_text(self.folder / "model" / "README.md", card)
+        self.books.mark("finished", self.recipe)
+        files = [self.folder / file for file in ("results.json", "plan.json", "report.md", "report.html")]
+        self.journal.write("report", State(), files=files)
         return Result(self.folder, trained.plan, results)

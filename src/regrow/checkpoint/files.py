@@ -1,6 +1,7 @@
 """Files that are either whole or not there: temporary name, fsync, rename."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -71,6 +72,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sweep(folder: Path) -> None:
+    """Take away what a process that was killed had not finished writing."""
+    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
+        if left_over.is_dir():
+            shutil.rmtree(left_over)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
 def check_new(folder: Path) -> None:
     """See that a folder can be written anew, before any work is done for it.
 
@@ -107,7 +123,7 @@ def check_folder(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give a folder for the results")
     earlier = (path / RUN_FILE).is_file()
-    if path.is_dir() and not earlier and any(path.iterdir()):
+    if path.is_dir() and not earlier and any(not file.name.endswith(".partial") for file in path.iterdir()):
         raise InputError(f"{path} is not empty and holds no run of regrow; give another folder")
     return earlier
 

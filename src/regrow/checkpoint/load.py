@@ -1,10 +1,8 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no remote code."""
 
-import logging
 import re
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,13 +18,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from regrow.checkpoint.tensors import weight_files
 from regrow.data.source import looks_like_path
 from regrow.errors import InputError
-from regrow.structure.adapters import is_linear, linear_shape
-from regrow.structure.quantised import settle
-from regrow.structure.trace import decoder_layers
+from regrow.structure.adapters import is_linear
+from regrow.structure.quantise import check_bitsandbytes, quantisable
+from regrow.structure.quantised import Quantization, settle
 
-NF4_BLOCK = 64
 """Weights that share a scale."""
 
 
@@ -51,7 +49,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
-    quantization: str = "none",
+    quantization: Quantization | Literal["none"] = "none",
 ) -> PreTrainedModel:
     """A decoder-only language model.
 
@@ -70,8 +68,9 @@ def load_model(
             f"{name} holds no weights as safetensors; convert its pytorch_model.bin (never read here, for a pickle can "
             "run code), or give another checkpoint"
         )
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else config.dtype or torch.bfloat16
+    if Path(name).is_dir():
+        weight_files(Path(name))
+    dtype = dtype or compute_dtype(config, torch.device(device))
     ways: dict[str, Any] = {}
     if quantization != "none":
         ways = _quantised(load_skeleton(name, trust_remote_code), quantization, dtype, torch.device(device))
@@ -93,28 +92,24 @@ def load_model(
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def _quantised(bones: PreTrainedModel, quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What makes transformers quantise the linears of the decoder layers, and those alone, as it loads them.
+def compute_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """What a model is computed in unless something else is asked for: float32 on a CPU, else as it is stored."""
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else stored
 
-    On a CPU, 4-bit linears whose rows do not end where blocks of scales do are left alone too: bitsandbytes' kernel
-    would read the wrong scales.
+
+def _quantised(
+    bones: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What makes transformers quantise the linears of the decoder layers as it loads them (see `quantisable`).
 
     Args:
         bones: the model without its weights.
         dtype: what 4-bit weights are turned into for a product.
     """
-    if not find_spec("bitsandbytes"):
-        raise InputError(
-            f"training.quantization={quantization} needs bitsandbytes: pip install 'regrow[quant]', or set none"
-        )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns at every product of an 8-bit linear
-    inside, by_blocks = decoder_layers(bones)[0], quantization == "nf4" and device.type == "cpu"
-    linears = {name: module for name, module in bones.named_modules() if is_linear(module)}
-    left_alone = [
-        re.escape(name)
-        for name, module in linears.items()
-        if not name.startswith(f"{inside}.") or (by_blocks and linear_shape(module)[1] % NF4_BLOCK)
-    ]
+    check_bitsandbytes("training.quantization", quantization)
+    chosen = quantisable(bones, quantization, device)
+    left_alone = [re.escape(name) for name, module in bones.named_modules() if is_linear(module) and name not in chosen]
     config = BitsAndBytesConfig(
         load_in_8bit=quantization == "int8",
         load_in_4bit=quantization == "nf4",

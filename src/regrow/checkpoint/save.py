@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from regrow.checkpoint.files import new_folder
 from regrow.planning.target import parse_bytes
+from regrow.structure.offload import convert
 from regrow.structure.quantised import weight_count, weight_shape
 
 MODELING_FILE = "modeling_regrow.py"
@@ -62,8 +63,7 @@ def save_checkpoint(
     Args:
         extras: further text files (model card, plan), by name.
     """
-    for parameter in model.parameters():  # not the buffers: rotary tables stay as precise as a reload makes them
-        parameter.data = parameter.data.to(dtype)
+    convert(model, dtype)
     model.config.dtype = dtype
     with new_folder(folder) as partial:
         model.save_pretrained(partial, max_shard_size=shard_size)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from regrow.checkpoint.biases import with_biases
+from regrow.checkpoint.empty import parameter_names
 from regrow.errors import InputError
+from regrow.structure.biases import add_missing_biases, bias_names
 from regrow.structure.groups import Groups
 
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
@@ -24,8 +25,12 @@ FFN_KEYS = (
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Under which names they keep the number of experts."""
 
+HIDDEN_KEYS = ("hidden_size", "word_embed_proj_dim")
+"""Under which names configs keep the hidden size."""
+
 WITHOUT = {
     "mistral": ("attention_bias", "mlp_bias", "pretraining_tp"),
+    "granite": ("pretraining_tp",),
     "llama": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
 }
 """A model type under whose name another may be saved -> keys of the other that it does not know."""
@@ -34,13 +39,14 @@ WITHOUT = {
 def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> PretrainedConfig:
     """The config of a cut model: of a stock class if all layers have the same widths, else with `per_layer_config`.
 
-    With heads removed `head_dim` is written out. Where another class computes the same and loads in more places,
-    the config is of that class:
+    With heads or hidden channels removed `head_dim` is written out. Where another class computes the same and loads in
+    more places, the config is of that class:
 
     * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
-      Mistral: LLaMA's config class refuses both.
-    * A Qwen2 with fewer heads is described as a LLaMA with biases on q, k and v, and a zero one on o
-      (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
+      Mistral: LLaMA's config class refuses both. One with biases, which Mistral has not, as a Granite whose multipliers
+      change nothing.
+    * A Qwen2 with fewer heads, or of another hidden size, is described as a LLaMA with biases on q, k and v, and a zero
+      one on o (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
 
     Raises:
         InputError: if no class takes these widths.
@@ -48,7 +54,12 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     widths = layer_widths(config, original, now)
     described = config.to_dict()
     heads_cut = any(g.kind == "attention" and g.units < original.by_name(g.name).units for g in now)
-    if heads_cut and described.get("head_dim") is None and not isinstance(vars(type(config)).get("head_dim"), property):
+    hidden = _hidden_size(config, original, now)
+    narrower = hidden != config.get_text_config().hidden_size
+    if narrower:
+        described |= {key: hidden for key in _hidden_keys(config)}
+    computed = isinstance(vars(type(config)).get("head_dim"), property)
+    if (heads_cut or narrower) and described.get("head_dim") is None and not computed:
         described["head_dim"] = head_dimension(config, original)
     even = is_even(widths)
     if even:
@@ -56,15 +67,14 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     else:
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
     heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
-    divides = all(config.get_text_config().hidden_size % count == 0 for count in heads)
+    divides = all(hidden % count == 0 for count in heads)
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
-            raise InputError(
-                f"a LLaMA with biases needs equal layers and a number of heads that divides "
-                f"{described['hidden_size']}, not {sorted(heads)}; choose another sparsity"
-            )
-        described = _as_type("mistral", described) | {"sliding_window": None}
-    elif config.model_type == "qwen2" and even and divides and heads_cut and _sees_everything(config):
+            scale = head_dimension(config, original) ** -0.5
+            described = _as_type("granite", described) | {"attention_multiplier": scale}
+        else:
+            described = _as_type("mistral", described) | {"sliding_window": None}
+    elif config.model_type == "qwen2" and even and divides and (heads_cut or narrower) and _sees_everything(config):
         described = _as_type("llama", described) | {"attention_bias": True, "mlp_bias": False}
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
@@ -83,21 +93,17 @@ def _sees_everything(config: PretrainedConfig) -> bool:
 def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
     """Give a cut and merged model the config that describes it, and biases of zero where that config's class has some.
 
+    Where compensation has added biases, the config says so, and they count among those that the class has.
+
     Raises:
         InputError: if no class takes these widths.
     """
-    config = pruned_config(model.config, original, now)
+    added = bias_names(model) - parameter_names(model.config)
+    whole = with_biases(model.config, [name.removesuffix(".bias") for name in added])
+    config = pruned_config(whole, original, now)
     even = is_even(layer_widths(model.config, original, now))  # uneven layers have no stock model to compare with
-    if even and config.model_type != model.config.model_type:
-        named = dict(model.named_parameters())
-        for name, like in build_empty(config).named_parameters():
-            if name not in named:
-                owner, _, last = name.rpartition(".")
-                assert last == "bias", f"{config.model_type} has {name}, the model has not"
-                weight = model.get_submodule(owner).weight
-                assert isinstance(weight, nn.Parameter)
-                zeros = torch.zeros(like.shape, dtype=weight.dtype, device=weight.device)
-                model.get_submodule(owner).bias = nn.Parameter(zeros)
+    if added or (even and config.model_type != model.config.model_type):
+        add_missing_biases(model, parameter_names(config if even else whole))
     model.config = config
 
 
@@ -106,13 +112,6 @@ def added_parameters(config: PretrainedConfig) -> int:
     if config.model_type != "qwen2" or not _sees_everything(config):
         return 0
     return int(config.hidden_size * config.num_hidden_layers)
-
-
-def build_empty(config: PretrainedConfig) -> PreTrainedModel:
-    """The stock model of a config, on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def is_even(widths: Sequence[dict[str, int]]) -> bool:
@@ -153,6 +152,19 @@ def _ffn_key(described: Mapping[str, Any], units: int, of_experts: bool) -> str 
     named.sort(key=lambda key: key.startswith("moe_") != of_experts)
     unset = [key for key in FFN_KEYS if key in described and described[key] is None]  # GPT-2's: a default
     return next(iter(named + unset), None)
+
+
+def _hidden_size(config: PretrainedConfig, original: Groups, now: Groups) -> int:
+    size: int = config.get_text_config().hidden_size
+    if original.residual is None or now.residual is None:
+        return size
+    return size * now.residual.units // original.residual.units
+
+
+def _hidden_keys(config: PretrainedConfig) -> list[str]:
+    """The config's own keys that say how wide the residual stream is."""
+    size, described = config.get_text_config().hidden_size, config.get_text_config().to_dict()
+    return [key for key in (_native(config, key) for key in HIDDEN_KEYS) if described.get(key) == size]
 
 
 def head_dimension(config: PretrainedConfig, groups: Groups) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -53,7 +53,7 @@ class Origin:
 class Source:
     """A checkpoint on disk beside the model's skeleton."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, trust_remote_code: bool = False) -> None:
         """Match the tensors of the files with the model's.
 
         Args:
@@ -64,17 +64,24 @@ class Source:
             InputError: if a tensor has no counterpart on the other side, or is of another shape or quantised.
         """
         self.name = name
-        self.model = load_skeleton(name)
+        self.model = load_skeleton(name, trust_remote_code)
         self.stored = StoredTensors(weight_files(folder))
         conversions = get_model_conversion_mapping(self.model)
         self.at = self._match(self._origins(conversions))
-        self.conversions: list[WeightTransform] = [each for each in conversions if each.was_used()]
-        """Those that the files call for; taken back, they make such files again."""
+        # as if it had been loaded from these files: `stored_form` takes back the conversions that they call for
+        vars(self.model)["_weight_conversions"] = [each for each in conversions if each.was_used()]
         self._check_way_back()
 
     def read(self, name: str) -> Tensor:
         """One tensor of the model, by its own name; what is put together of several on disk is new memory."""
         return self._make(name, self.at[name], self.stored.read)
+
+    def generation_config(self) -> GenerationConfig:
+        """As transformers finds it: in its own file, else in the model's config."""
+        try:
+            return GenerationConfig.from_pretrained(self.name)
+        except OSError:
+            return GenerationConfig.from_pretrained(self.name, config_file_name="config.json", _from_model_config=True)
 
     def _origins(self, conversions: list[WeightTransform]) -> dict[str, Origin]:
         """Name of each tensor that the files tell of, as the model would call it -> what it is on disk."""
@@ -161,7 +168,6 @@ class Source:
             InputError: naming the first tensor of the files that would come out otherwise.
         """
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name in self.at}
-        self.give_format(self.model)
         together = stored_form(self.model, state)
         apart = [stored_form(self.model, {name: tensor}) for name, tensor in state.items()]
         shapes = {name: tensor.shape for pieces in apart for name, tensor in pieces.items()}
@@ -169,13 +175,9 @@ class Source:
             if shapes.get(name) != tensor.shape:
                 raise InputError(f"{self.name}: {name} cannot be written one tensor of the model at a time; {ANEW}")
 
-    def give_format(self, model: PreTrainedModel) -> None:
-        """Let a model be written in the format of these files, as if it had been loaded from them."""
-        vars(model)["_weight_conversions"] = self.conversions
-
 
 def stored_form(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model as they go to disk, in the order in which transformers fills files; see `give_format`."""
+    """Tensors of a source's model, or of a cut of it, in the format of the files, in the order of transformers' own."""
     form: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return form
 

@@ -15,13 +15,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.save import UNEVEN_MODEL
-from regrow.checkpoint.shape import build_empty, pruned_config
+from regrow.checkpoint.shape import pruned_config
 from regrow.errors import InputError
 from regrow.planning.demand import UNIT_NAMES
 from regrow.settings import Pruning
 from regrow.structure.depth import check_depth, shorten
-from regrow.structure.groups import Group, Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Group, Groups, find_groups
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -45,7 +46,11 @@ def prunable_groups(model: PreTrainedModel) -> Groups:
         InputError: as `find_groups`.
     """
     groups = find_groups(model)
-    return with_widths(groups, {kind: widths.counts for kind, widths in stock_widths(model.config, groups).items()})
+    groups = with_widths(groups, {kind: widths.counts for kind, widths in stock_widths(model.config, groups).items()})
+    if groups.residual is None:
+        return groups
+    widths = hidden_widths(model.config, groups)
+    return replace(groups, residual=replace(groups.residual, widths=widths.counts))
 
 
 def with_widths(groups: Groups, widths: Mapping[str, Sequence[int]]) -> Groups:
@@ -72,6 +77,52 @@ def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
         else:
             found[kind] = _possible(config, groups, whole, next(group for group in groups if group.kind == kind))
     return found
+
+
+def hidden_widths(config: PretrainedConfig, groups: Groups) -> Widths:
+    """The hidden sizes that a checkpoint of a stock class can have; arguments as for `stock_widths`.
+
+    Asked are one less than the whole, and, if that cannot be, multiples of the number of heads.
+    """
+    config, groups = _few_layers(config, groups)
+    residual = groups.residual
+    if residual is None:
+        return Widths((), "its layers do not read and write one and the same stream")
+    units, heads = residual.units, config.get_text_config().num_attention_heads
+    try:
+        whole = build_empty(config)
+    except Exception as error:
+        return Widths((units,), _first_line(error))
+    if not (refusal := _hidden_refusal(config, groups, whole, units - 1)):
+        return Widths(range(1, units + 1))
+    if units % heads or units == heads:
+        return Widths((units,), refusal)
+    if coarse := _hidden_refusal(config, groups, whole, units - heads):
+        return Widths((units,), coarse)
+    return Widths(range(heads, units + 1, heads), refusal)
+
+
+def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, units: int) -> str:
+    """Why the stock class cannot have so many hidden channels; empty if it can.
+
+    A number that a module has computed from the hidden size (the scale of Gemma's embeddings) would be another one in
+    the narrow model than in the one that was cut.
+    """
+    assert groups.residual is not None
+    narrow = replace(groups, residual=replace(groups.residual, units=units))
+    try:
+        built = build_empty(pruned_config(config, groups, narrow))
+    except Exception as error:
+        return _first_line(error)
+    mismatch = _mismatch(_shapes(built), _cut_shapes(_shapes(whole), groups, {RESIDUAL: units}))
+    if mismatch:
+        return mismatch
+    there = {name: module for name, module in built.named_modules()}
+    for name, module in whole.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and name in there and vars(there[name]).get(key, value) != value:
+                return f"{key} of {name} depends on it"
+    return ""
 
 
 def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, group: Group) -> Widths:
@@ -149,8 +200,17 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
         check_free(config, groups)
         return []
     offered = {group.kind.rstrip("0123456789") for group in groups if group.widths and len(group.widths) > 1}
+    hidden = hidden_widths(config, groups) if "hidden" in pruning.kinds else Widths((), "")
+    if len(hidden.counts) > 1:
+        offered.add("hidden")
+        if hidden.refusal and "attention" in pruning.kinds and "attention" in offered:
+            raise InputError(
+                f"a {config.model_type!r} model cannot be saved with fewer heads and fewer hidden channels at once "
+                f"({hidden.refusal}); take attention or hidden out of pruning.kinds"
+            )
     wanted = [kind for kind in pruning.kinds if kind != "layer" and kind not in offered]
     refusals = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items()} if wanted else {}
+    refusals["hidden"] = hidden.refusal
     told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NONE)}" for kind in wanted]
     if len(told) == len(pruning.kinds):
         raise InputError(
@@ -168,6 +228,9 @@ def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
     for kind, widths in stock_widths(config, groups).items():
         of = f"{ranges(widths.counts)} of {widths.counts[-1]} in every layer"
         told[f"{UNIT_NAMES.get(kind, kind)}"] = of if not widths.refusal else f"{of} (others: {widths.refusal})"
+    hidden = hidden_widths(config, groups)
+    of = f"{ranges(hidden.counts)} in all layers alike" if hidden.counts else "as they are"
+    told[UNIT_NAMES["hidden"]] = of if not hidden.refusal else f"{of} (others: {hidden.refusal})"
     total = len(groups.layers)
     told["layers"] = _told(lambda: check_depth(config), f"{ranges(range(1, total + 1))} of {total}")
     told["widths of its own for each layer"] = _told(lambda: check_free(config, groups), "yes (pruning.shape=free)")
@@ -194,16 +257,25 @@ def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedCon
     config = copy.deepcopy(config)
     shorten(config.get_text_config(), range(last + 1))
     kept = tuple(group for group in groups if group.layer <= last)
-    return config, replace(groups, groups=kept, layers=groups.layers[: last + 1])
+    residual = groups.residual
+    if residual is not None:
+        gone = tuple(f"{layer.name}." for layer in groups.layers[last + 1 :])
+        along = tuple(s for s in residual.slices if not gone or not s.parameter.startswith(gone))
+        residual = replace(residual, slices=along)
+    return config, replace(groups, groups=kept, layers=groups.layers[: last + 1], residual=residual)
 
 
 def _shapes(model: PreTrainedModel) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Of parameters, tied ones by their first name, and of the buffers that are saved with them."""
+    saved = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(saved.items())}
+    return {name: tuple(tensor.shape) for name, tensor in saved.items() if first[id(tensor)] == name}
 
 
 def _cut_shapes(whole: Shapes, groups: Groups, left: Mapping[str, int]) -> Shapes:
     shapes = dict(whole)
-    for group in groups:
+    every = (*groups, *([groups.residual] if groups.residual else []))
+    for group in (group for group in every if group.name in left):
         for piece in group.slices if group.expert in (None, 0) else ():  # all experts are as wide as the first
             if not piece.is_adapter:
                 name = f"{piece.module}.{piece.parameter.rpartition('.')[2]}"

@@ -10,16 +10,16 @@ tensor in one file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint.files import new_folder, write_json
-from regrow.checkpoint.load import load_skeleton
 from regrow.checkpoint.save import write_description
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.source import Source, first_names, stored_form
@@ -28,6 +28,7 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.structure.adapters import ADAPTER, linear_shape, merged_weight
+from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 from regrow.structure.positions import IndexMap, index_map
@@ -57,8 +58,9 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
         InputError: naming the first group that differs, or the number of parameters.
     """
     own = Plan.whole(groups)
-    for group in sorted(own.groups.keys() | plan.groups.keys()):
-        here, there = (each.groups.get(group) for each in (own, plan))
+    parts = own.parts if plan.residual is not None else own.groups
+    for group in sorted(parts.keys() | plan.parts.keys()):
+        here, there = (each.get(group) for each in (parts, plan.parts))
         if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
             raise InputError(
                 f"the plan is of another model than {name}: {group} has "
@@ -154,14 +156,15 @@ def stream_checkpoint(
     Raises:
         InputError: if plan or adapters do not fit, or no class takes such widths.
     """
-    model = load_skeleton(source.name)
-    source.give_format(model)
+    model = deepcopy(source.model)
     whole = find_groups(model)
     check_plan(plan, whole, source.name)
     keep = plan.positions_within(Plan.whole(whole))
     change = _Change(source, index_map(model, whole, keep), adapters, merge, model)
     left = cut(model, whole, keep)
     if adapters is not None:
+        biases = (key.replace(".base_layer.", ".") for key in adapters.entries if key.endswith(".bias"))
+        add_missing_biases(model, frozenset(biases))
         change.check()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -170,7 +173,7 @@ def stream_checkpoint(
     model.config.architectures = [type(model).__name__]
     with new_folder(folder) as partial:
         model.config.save_pretrained(partial)
-        _generation_config(source).save_pretrained(partial)
+        source.generation_config().save_pretrained(partial)
         _write_weights(partial, change, shard_size, progress)
         write_description(partial, model.config, tokenizer, extras)
 
@@ -202,11 +205,3 @@ def _stored(change: _Change, of: Mapping[str, str], names: Sequence[str]) -> Ite
         pieces = stored_form(change.model, {name: change.tensor(name)})
         yield from ((piece, pieces.pop(piece)) for piece in names if of[piece] == name)
         del pieces  # before the next is read
-
-
-def _generation_config(source: Source) -> GenerationConfig:
-    """As transformers finds it: in its own file, else in the model's config."""
-    try:
-        return GenerationConfig.from_pretrained(source.name)
-    except OSError:
-        return GenerationConfig.from_pretrained(source.name, config_file_name="config.json", _from_model_config=True)

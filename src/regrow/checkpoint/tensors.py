@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint, as transformers picks them.
 
     Raises:
-        InputError: if there are none, or the index cannot be read.
+        InputError: if there are none, or the index cannot be read or names a file of another folder.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -107,6 +107,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no model.safetensors and no index of several such files") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} cannot be read; get it anew") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}, which is no safetensors file of its folder; get it anew")
     return [folder / name for name in sorted(names)]

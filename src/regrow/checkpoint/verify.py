@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.save import needs_remote_code
 from regrow.errors import InputError
+from regrow.structure.offload import is_offloaded
 
 PROBE = Path(__file__).with_name("reload_probe.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -59,6 +60,8 @@ def verify_checkpoint(model: PreTrainedModel, folder: Path, ids_BT: Tensor) -> V
         command = [sys.executable, "-P", str(PROBE), str(folder), str(ids_file), str(logits_file), str(model.device)]
         if needs_remote_code(folder):
             command.append("--trust-remote-code")
+        if is_offloaded(model):
+            command.append(f"--offload={scratch}")
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             last = child.stderr.strip().splitlines()[-1:] or ["no message"]

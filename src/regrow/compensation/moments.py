@@ -38,6 +38,11 @@ class InputMoments:
         return self.sum_C / self.tokens
 
     @property
+    def channels(self) -> "ChannelMoments":
+        """Those of each channel by itself."""
+        return ChannelMoments(self.sum_C, self.gram_CC.diagonal(), self.tokens)
+
+    @property
     def second_CC(self) -> Tensor:
         """`E[x xᵀ]`."""
         return self.gram_CC / self.tokens
@@ -46,3 +51,35 @@ class InputMoments:
     def covariance_CC(self) -> Tensor:
         """`E[x xᵀ] − E[x] E[x]ᵀ`."""
         return self.second_CC - torch.outer(self.mean_C, self.mean_C)
+
+
+@dataclass
+class ChannelMoments:
+    """`Σ x` and `Σ x²` of every channel over tokens, float64: two numbers a channel, whatever the width."""
+
+    sum_C: Tensor
+    square_C: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, channels: int, device: torch.device | str = "cpu") -> "ChannelMoments":
+        """Nothing seen yet."""
+        first_C, second_C = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        return cls(first_C, second_C)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of a batch, shape `[..., C]`."""
+        x_TC = x.detach().reshape(-1, x.shape[-1]).double()
+        self.sum_C += x_TC.sum(0)
+        self.square_C += x_TC.square().sum(0)
+        self.tokens += len(x_TC)
+
+    @property
+    def norm_C(self) -> Tensor:
+        """`√E[x²]`: the channel's 2-norm over the tokens, divided by the root of their number."""
+        return (self.square_C / self.tokens).sqrt()
+
+    @property
+    def variance_C(self) -> Tensor:
+        """`E[x²] − E[x]²`, over all tokens at once."""
+        return (self.square_C / self.tokens - (self.sum_C / self.tokens).square()).clamp(min=0)

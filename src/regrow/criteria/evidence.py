@@ -1,14 +1,14 @@
 """What a criterion may look at: the tensors of one group, and what was measured of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from regrow.compensation.moments import InputMoments
+from regrow.compensation.moments import ChannelMoments, InputMoments
 from regrow.structure.gates import GateMoments
 
 ROWS_AT_ONCE = 256
@@ -35,6 +35,12 @@ class Linear:
     start_a: Float[Tensor, "rank in"] | None = None
     """`lora_a` as it was when the current period of an lhspg schedule began."""
     start_b: Float[Tensor, "out rank"] | None = None
+    inputs: ChannelMoments | None = None
+    """Of each of its input channels, if the criterion needs them."""
+    squared_grad: Float[Tensor, "out in"] | None = None
+    """Mean over sequences of the squared gradient of each one's mean loss, if the criterion needs it."""
+    estimated_grad: Float[Tensor, "out in"] | None = None
+    """What forward passes alone tell of the gradient, if the criterion needs it."""
 
     def row_blocks(self) -> Iterator[slice]:
         """Slices of rows that cover the weight, `ROWS_AT_ONCE` at a time."""
@@ -42,10 +48,10 @@ class Linear:
             yield slice(start, start + ROWS_AT_ONCE)
 
     def effective_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
-        """`W + s B A` of some rows, float32 and never the weight itself: what the layer computes with."""
+        """`W + s B A` of some rows, float32: what the layer computes with. A copy: criteria work on it in place."""
+        weight = self.weight[rows].to(torch.float32, copy=True)
         if self.lora_a is None or self.lora_b is None:
-            return self.weight[rows].to(torch.float32, copy=True)
-        weight = self.weight[rows].float()
+            return weight
         return torch.addmm(weight, self.lora_b[rows].float(), self.lora_a.float(), alpha=self.scaling)
 
     def start_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
@@ -64,6 +70,17 @@ class Linear:
             a, b = torch.cat([a, self.start_a], 0), torch.cat([b, -self.start_b], 1)
         return self.scaling * (b[rows].float() @ a.float())
 
+    def sum_over_units(self, entries: Callable[[slice], Float[Tensor, "rows in"]]) -> Float[Tensor, " units"]:
+        """Sum a value per entry of the weight, given some rows at a time, over all that each unit owns; on the CPU."""
+        per_position = torch.zeros(self.weight.shape[self.axis], device=self.weight.device)
+        for rows in self.row_blocks():
+            values = entries(rows)
+            if self.axis == 0:
+                per_position[rows] = values.sum(1)
+            else:
+                per_position += values.sum(0)
+        return self.per_unit(per_position).cpu()
+
     def per_unit(self, per_position: Float[Tensor, " positions"]) -> Float[Tensor, " units"]:
         """Sum a value per row (axis 0) or per column (axis 1) over the positions of each unit."""
         return per_position[self.positions].sum(1)
@@ -78,7 +95,7 @@ class Evidence:
 
     name: str
     kind: str
-    """`attention`, `ffn` (also of one expert) or `expert`; `layer` for a whole layer."""
+    """`attention`, `ffn` (also of one expert), `expert`, `hidden` (the residual stream), or `layer` (a whole one)."""
     units: int
     linears: Sequence[Linear]
     gate: GateMoments | None = None
@@ -94,3 +111,8 @@ class Evidence:
     def consumers(self) -> tuple[Linear, ...]:
         """The linears of which the units own columns."""
         return tuple(linear for linear in self.linears if linear.axis == 1)
+
+
+def summed(evidence: Evidence, entries: Callable[[Linear, slice], Float[Tensor, "rows in"]]) -> Float[Tensor, " units"]:
+    """Sum a value per entry, given some rows of a linear at a time, over everything that each unit owns."""
+    return torch.stack([linear.sum_over_units(partial(entries, linear)) for linear in evidence.linears]).sum(0)

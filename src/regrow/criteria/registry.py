@@ -11,15 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import depth, gate, lhspg, lora, repair, simple, taylor
+from regrow.criteria import activation, depth, gate, lhspg, lora, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 from regrow.structure.groups import Groups
 
-Need = Literal["lora", "gate", "weight", "similarity", "inputs"]
+Need = Literal["lora", "gate", "weight", "squares", "probes", "similarity", "channels", "inputs"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
-of the gate derivatives, gradients of the frozen weights (as large as the weights), how alike a layer's input and
-output are, or second moments of the consumers' inputs (as large as their squared width; one-shot schedules only)."""
+of the gate derivatives, gradients of the frozen weights (as large as the weights), their squares sequence by sequence
+(as large again), estimates of them by forward passes (one-shot schedules only), how alike a layer's input and
+output are, mean and mean square of every linear's input channels, or second moments of the consumers' inputs (as large
+as their squared width; one-shot schedules only)."""
 
 Scored = Literal["width", "depth"]
 """What a criterion scores: units of the groups, whole layers, or both (then in the same measure)."""
@@ -40,7 +42,7 @@ class Criterion:
     scores: frozenset[Scored] = frozenset({"width"})
 
     def check_kinds(self, kinds: Collection[str]) -> None:
-        """Refuse to prune widths by a criterion that scores none (layers do without: their units' scores add up).
+        """Refuse to prune what a criterion does not score (layers do without: their units' scores add up).
 
         Raises:
             InputError: if it is asked to.
@@ -49,16 +51,21 @@ class Criterion:
             raise InputError(
                 f"criterion {self.name} scores whole layers only: set pruning.kinds=[layer], or take another criterion"
             )
+        if "hidden" in kinds and "inputs" in self.needs and "gate" not in self.needs:
+            raise InputError(
+                f"criterion {self.name} looks at the input of one linear, and hidden channels have many: take hidden "
+                "out of pruning.kinds, or another criterion"
+            )
 
     def check_experts(self, groups: Groups, kinds: Collection[str]) -> None:
-        """Refuse to prune experts by a criterion that knows nothing of them: they have no adapters, and moments of the
-        inputs of their down projections are not taken.
+        """Refuse to prune experts by a criterion that knows nothing of them: they have no adapters, and of what is
+        measured at linears only the gradients of their weights are taken.
 
         Raises:
             InputError: if it is asked to.
         """
-        wanted = any(g.expert is not None or g.kind == "expert" for g in groups if g.kind.rstrip("0123456789") in kinds)
-        if wanted and self.needs and self.needs <= {"lora", "inputs"}:
+        elsewhere = bool(self.needs) and self.needs <= {"lora", "inputs"}
+        if groups.in_experts(kinds) and (elsewhere or self.needs & {"channels", "squares", "probes"}):
             raise InputError(
                 f"criterion {self.name} cannot score experts, which have no adapters and no linears of their own: take "
                 "another (gate-fisher, taylor, magnitude), or set pruning.kinds=[attention]"
@@ -74,6 +81,12 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("lora-squared", lora.lora_squared, frozenset({"lora"})),
         Criterion("taylor", taylor.taylor, frozenset({"weight"})),
         Criterion("taylor-vector", taylor.taylor_vector, frozenset({"weight"})),
+        Criterion("taylor-second", taylor.taylor_second, frozenset({"weight", "squares"})),
+        Criterion("taylor-mix", taylor.taylor_mix, frozenset({"weight", "squares"})),
+        Criterion("mini-llm", activation.mini_llm, frozenset({"channels", "probes"})),
+        Criterion("wanda", activation.wanda, frozenset({"channels"})),
+        Criterion("wanda-norm", activation.wanda_norm, frozenset({"channels"})),
+        Criterion("flap", activation.flap, frozenset({"channels"})),
         Criterion("gate-fisher", gate.gate_fisher, frozenset({"gate"}), BOTH),
         Criterion("gate-second-order", gate.gate_second_order, frozenset({"gate"}), BOTH),
         Criterion("repairable-fisher", repair.repairable_fisher, frozenset({"gate", "inputs"})),
@@ -114,7 +127,7 @@ def find_criterion(name: str) -> Criterion:
     A user's function takes an `Evidence` and returns one score per unit, or a mapping of named terms with one
     value per unit each, which `combine` makes a score of. It is given LoRA gradients and gate
     moments; if it also needs gradients of the frozen weights, the file says `NEEDS = {"weight"}` (any subset
-    of `{"lora", "gate", "weight", "similarity", "inputs"}`). One for whole layers says `SCORES = {"depth"}` (default
+    of `Need`). One for whole layers says `SCORES = {"depth"}` (default
     `{"width"}`, or both).
 
     Raises:

@@ -10,7 +10,8 @@ from regrow.criteria.evidence import Evidence
 def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
     """2-norm of the unit's columns in its consumers (o_proj, down_proj), as in FLAP's magnitude baseline.
 
-    Of a whole expert, which has no consumer: of all its weights.
+    A hidden channel's consumers are all linears that read the residual stream. Of a whole expert, which has no
+    consumer: of all its weights.
     """
     total = torch.zeros(evidence.units)
     for linear in evidence.consumers or evidence.linears:

@@ -42,10 +42,14 @@ class Sampler:
         self.sources = tuple(sources)
         self.size = size
         self.seed = seed
+        self.go_on(state)
+
+    def go_on(self, state: SamplerState) -> None:
+        """Stand where `state` says; it is kept up to date from here on, not copied."""
         self.state = state
         self._orders = [
-            itertools.islice(window_order(len(source), seed + SEED_STEP * number), taken, None)
-            for number, (source, taken) in enumerate(zip(sources, state.taken, strict=True))
+            itertools.islice(window_order(len(source), self.seed + SEED_STEP * number), taken, None)
+            for number, (source, taken) in enumerate(zip(self.sources, state.taken, strict=True))
         ]
 
     def __iter__(self) -> Iterator[Batch]:

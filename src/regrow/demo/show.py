@@ -1,13 +1,14 @@
 """The demo: a small LLaMA, trained on Python's own documentation, pruned and regrown on the same."""
 
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from regrow.demo.corpus import write_corpus
 from regrow.progress import Progress
+from regrow.results import Result
 from regrow.run import prune
-from regrow.walk import Result
 
 PROMPTS = ("Return a list of", "Raised when")
 
@@ -19,8 +20,13 @@ def model_folder() -> Path:
     return folder
 
 
-def run_demo(out: Path, recipe: str, sparsity: float, steps: int, progress: Progress) -> Result:
+def run_demo(
+    out: Path, recipe: str, sparsity: float, steps: int, progress: Progress, argv: Sequence[str] = ()
+) -> Result:
     """Prune the demo's model on the documentation that every Python carries.
+
+    Args:
+        argv: as for `regrow.prune`.
 
     Raises:
         InputError: as `regrow.prune` does.
@@ -37,4 +43,5 @@ def run_demo(out: Path, recipe: str, sparsity: float, steps: int, progress: Prog
             steps=steps,
             overrides={"evaluation.max_windows": 256, "evaluation.prompts": list(PROMPTS)},
             progress=progress,
+            argv=argv,
         )

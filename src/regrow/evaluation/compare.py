@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from regrow.checkpoint.load import load_model
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import needs_remote_code
 from regrow.data.tokens import Windows, make_windows
 from regrow.evaluation.generate import complete
@@ -18,11 +18,12 @@ from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
+from regrow.evaluation.tasks import run_tasks
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.structure.gates import Gates
-from regrow.structure.groups import find_groups
+from regrow.structure.groups import RESIDUAL, find_groups
 
 PROMPT_TOKENS = 16
 EVAL_BATCH = 8
@@ -64,13 +65,15 @@ def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
     """The gates that make a whole model compute what it would after the plan's cut."""
     groups = find_groups(model)
     gone = [layer for layer in groups.layers if layer.number in plan.removed_layers]
-    gates = Gates(model, groups.groups, gone)
+    gates = Gates(model, groups.groups, gone, groups.residual if plan.narrows else None)
     for layer in gone:
         gates.set(layer.unit, torch.zeros(1))
     for group in groups:
         if group.layer in plan.removed_layers:
             continue
         gates.keep(group.name, plan.groups[group.name].keep)
+    if plan.narrows and plan.residual is not None:
+        gates.keep(RESIDUAL, plan.residual.keep)
     return gates
 
 
@@ -93,8 +96,10 @@ def compare(
     wanted = recipe.evaluation
     protocols = protocol_windows(documents, tokenizer, source, recipe)
     own_code = needs_remote_code(Path(pruned_name))
-    dense, pruned = load_model(dense_name, device), load_model(pruned_name, device, trust_remote_code=own_code)
-    prompts = wanted.prompts or (start_of(documents[0], tokenizer),)
+    offload = recipe.training.offload
+    dense = load(dense_name, device, offload=offload)
+    pruned = load(pruned_name, device, offload=offload, trust_remote_code=own_code)
+    prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]
     quality: dict[str, Any] = {}
     completions: dict[str, list[str]] = {}
     contenders = (
@@ -115,6 +120,15 @@ def compare(
         {"prompt": prompt, **{kind: texts[number] for kind, texts in completions.items()}}
         for number, prompt in enumerate(prompts)
     ]
+    if wanted.tasks:
+        progress.stage("tasks")
+        results["tasks"] = {
+            name: {
+                task: asdict(score)
+                for task, score in run_tasks(model, tokenizer, wanted.tasks, limit=wanted.task_limit).items()
+            }
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
     if wanted.speed:
         progress.stage("speed")
         speed = measure_speed({"dense": dense, "pruned": pruned}, batches=wanted.speed_batches)

@@ -28,10 +28,12 @@ from regrow.planning.experts import (
     fold,
     unfold,
 )
+from regrow.planning.hidden import with_hidden
+from regrow.planning.logarithmic import log_increasing
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,21 @@ def lose(
     keep = {}
     multiples = {group.name: group.multiple for group in groups}
     for name, count in counts.items():
-        if layer_of(name) in newly:
+        if name != RESIDUAL and layer_of(name) in newly:
             continue
-        left = plan.groups[name].units - math.floor(count * fraction + 0.5)
-        left = min(-(-left // multiples[name]) * multiples[name], plan.groups[name].units)
-        now = max(gone[name], plan.groups[name].units - left)
+        units, multiple = plan.parts[name].units, multiples.get(name, 1)
+        left = -(-(units - math.floor(count * fraction + 0.5)) // multiple) * multiple
+        now = max(gone[name], units - left)
         order = torch.argsort(present[name], stable=True)[now - gone[name] :]
-        keep[name] = [plan.groups[name].keep[position] for position in order.tolist()]
+        keep[name] = [plan.parts[name].keep[position] for position in order.tolist()]
     return plan.keeping(keep, now_removed)
 
 
 def present_units(plan: Plan, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
     """For `final_counts`: units gone, and the scores of those still there, those of layers as they are."""
-    gone = {name: group.units - len(group.keep) for name, group in plan.groups.items()}
-    present = {name: scores[name][list(group.keep)].double() for name, group in plan.groups.items()}
+    known = {name: group for name, group in plan.parts.items() if name in scores or name != RESIDUAL}
+    gone = {name: group.removed for name, group in known.items()}
+    present = {name: scores[name][list(group.keep)].double() for name, group in known.items()}
     return gone, {**scores, **present}
 
 
@@ -123,6 +126,10 @@ def final_counts(
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
+    if "hidden" in pruning.kinds:
+        return with_hidden(
+            groups, gone, pruning, lambda less, rest: final_counts(less, dict(gone), scores, rest, prior)
+        )
 
     def best(demand: Demand, scores: Mapping[str, Tensor]) -> list[Counts]:
         if pruning.shape == "uniform":
@@ -131,7 +138,11 @@ def final_counts(
             case "local":
                 return [_local(demand)]
             case "global":
-                return [_global(demand, scores)]
+                return [_lowest_first(demand, scores, demand.price)]
+            case "pooled":
+                return [_lowest_first(demand, scores, dict.fromkeys(demand.price, 1))]
+            case "log-increasing":
+                return [log_increasing(demand, pruning.first_share)]
             case "by-kind":
                 return [_by_kind(demand, scores)]
             case "curves":
@@ -284,11 +295,11 @@ def _local(demand: Demand) -> Counts:
     return settle_counts(demand, counts, [group.name for group in (*channels, *heads)])
 
 
-def _global(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
-    """Lowest score per parameter first, wherever it is (the LP relaxation of the budgeted choice)."""
+def _lowest_first(demand: Demand, scores: Mapping[str, Tensor], per: Mapping[str, int]) -> Counts:
+    """Lowest score divided by `per` first, wherever it is: by the price, the budgeted choice's LP relaxation."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
     ranked = [
-        (score / demand.price[group.name], index)
+        (score / per[group.name], index)
         for index, group in enumerate(demand.groups)
         for score in scores[group.name].tolist()
     ]

@@ -18,7 +18,12 @@ from regrow.structure.groups import Group, Groups
 Counts = dict[str, int]
 """Group name -> units removed of the original ones; all of them in a layer that goes whole."""
 
-UNIT_NAMES = {"attention": "KV heads", "ffn": "FFN channels", "expert": "experts"}
+UNIT_NAMES = {
+    "attention": "KV heads",
+    "ffn": "FFN channels",
+    "expert": "experts",
+    "hidden": "hidden channels",
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,14 @@ def most_removed(groups: Groups, pruning: Pruning, prior: Prior | None = None) -
     return nothing | {group.name: demand.most(group) for demand in asked for group in demand.groups}
 
 
-def reach(groups: Groups, pruning: Pruning) -> int:
-    """Most block parameters that the recipe's shape and limits let go."""
+def reach(groups: Groups, pruning: Pruning, basis: str = "block") -> int:
+    """Most parameters that the recipe's shape and limits let go, hidden channels apart.
+
+    Args:
+        basis: `block`, or `total`.
+    """
     nothing = {group.name: 0 for group in groups}
-    most = pruning.model_copy(update={"sparsity": 1 - 1e-9, "basis": "block"})
+    most = pruning.model_copy(update={"sparsity": 1 - 1e-9, "basis": basis})
     zeros = {group.name: torch.zeros(group.units) for group in groups}
     found = 0
     for layers in layer_choices(groups, nothing, zeros, most):

@@ -84,6 +84,13 @@ def unfold(groups: Groups, counts: Mapping[str, int], experts: Mapping[str, int]
     }
 
 
+def emptied_experts(groups: Groups, counts: Mapping[str, int]) -> Counts:
+    """The counts once experts that go have lost all their channels: the first in number, for all bring the same."""
+    gone = {group.layer: counts[group.name] for group in groups if group.kind == "expert"}
+    inside = (group for group in groups if group.expert is not None and group.expert < gone.get(group.layer, 0))
+    return {**counts, **{group.name: group.units for group in inside}}
+
+
 def expert_choices(
     groups: Groups, gone: Mapping[str, int], pruning: Pruning, layers: frozenset[int], wanted: int
 ) -> Iterator[dict[str, int]]:

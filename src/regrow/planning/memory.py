@@ -3,7 +3,7 @@
 The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
 size, F FFN width, V vocabulary, b_a bytes of an activation):
 
-    weights      b_w P (quantised linears: 1 or 9/16 each)
+    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: those of one layer)
     adapters     16 R: weight, gradient and AdamW's two moments in float32
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from regrow.recipe import Recipe
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
+from regrow.structure.trace import decoder_layers
 
 ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENTS_BYTES = 8
@@ -39,6 +40,8 @@ class Sizes:
     parameters: int
     block_parameters: int
     """Of the linears in the decoder layers."""
+    matrices: int
+    """All numbers of the decoder layers that can be offloaded."""
     adapters: int
     """Parameters of the LoRA factors."""
     dropped: int
@@ -60,6 +63,7 @@ class Sizes:
         return cls(
             parameters=groups.total_parameters,
             block_parameters=groups.block_parameters,
+            matrices=sum(p.numel() for p in decoder_layers(model)[1].parameters() if p.ndim > 1),
             adapters=sum(lora.rank * sum(weight.shape) for weight in adapted),
             dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
             gram=sum(consumer.index.size**2 for consumer in consumers),
@@ -92,23 +96,29 @@ def estimate_memory(
     if recipe.pruning.calibration_batches and needs:
         found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
+        found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4"
     present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
     adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
-    copied, taught = _teacher(sizes, recipe, tokens, whole, b_a)
+    copied, taught = _teacher(sizes, recipe, tokens, whole, b_a, b_w)
     found["train"] = max(present + copied + adapters + step + taught, whole + copied)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
     kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
     merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
     found["save"] = max(merged, b_w * kept + stored * kept)
+    if recipe.training.offloaded:  # the other process sees to itself
+        found["save"] = 2 * left
     return {stage: size + OVERHEAD for stage, size in found.items()}
 
 
 def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int) -> int:
     """Bytes of the frozen weights after so many parameters have been removed."""
+    if recipe.training.offloaded:
+        brought = (sizes.matrices - removed) / sizes.layers
+        return round(b_w * (sizes.parameters - sizes.matrices + brought))
     of_linear = QUANTISED_BYTES.get(recipe.training.quantization, b_w)
     return round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * (sizes.block_parameters - removed))
 
@@ -127,7 +137,7 @@ def _activations(sizes: Sizes, recipe: Recipe, tokens: int, b_a: int) -> int:
     return b_a * tokens * sizes.layers * inside + dropped
 
 
-def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int) -> tuple[int, int]:
+def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int, b_w: int) -> tuple[int, int]:
     """Bytes of a copy of the model, which has `whole` bytes, and of what a lesson adds to a step."""
     settings = recipe.distillation
     if not settings.on:
@@ -135,6 +145,9 @@ def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int) ->
     states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
     if settings.teacher == "cached":
         return 0, 0
-    if settings.teacher_dtype != "auto":
+    if settings.teacher_dtype in QUANTISED_BYTES:
+        of_linear = QUANTISED_BYTES[settings.teacher_dtype]
+        whole = round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * sizes.block_parameters)
+    elif settings.teacher_dtype != "auto" and not recipe.training.offloaded:
         whole = getattr(torch, settings.teacher_dtype).itemsize * sizes.parameters
     return 0 if settings.teacher == "self" else whole, tokens * sizes.vocabulary * b_a + states

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from regrow.planning.document import Document
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Group, Groups
 
 
 def layer_of(group: str) -> int:
@@ -33,6 +33,8 @@ class PlannedGroup(BaseModel):
     """How many the original model has."""
     cost: int
     """Parameters of one unit."""
+    hidden: int = 0
+    """How many of them lie on each hidden channel."""
     keep: tuple[int, ...]
     """Numbers of the units that stay, ascending; none in a layer, or an expert, that is removed whole."""
 
@@ -44,6 +46,16 @@ class PlannedGroup(BaseModel):
             raise ValueError(f"keep must name units from 0 to {self.units - 1} and no others")
         return self
 
+    @classmethod
+    def whole(cls, group: Group) -> "PlannedGroup":
+        """All of a group's units."""
+        return cls(units=group.units, cost=group.cost, hidden=group.hidden, keep=tuple(range(group.units)))
+
+    @property
+    def removed(self) -> int:
+        """Units that go."""
+        return self.units - len(self.keep)
+
 
 class PlannedLayer(BaseModel):
     """What removing one layer whole would take away."""
@@ -53,6 +65,10 @@ class PlannedLayer(BaseModel):
     parameters: int
     block_parameters: int
     """Of its prunable linears."""
+    hidden: int = 0
+    """Of `parameters`, those on each hidden channel."""
+    block_hidden: int = 0
+    """Of `block_parameters`."""
 
 
 class Sparsity(BaseModel):
@@ -61,7 +77,7 @@ class Sparsity(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     units: float
-    """Share of the units (KV heads, FFN channels and experts counted alike)."""
+    """Share of the units (KV heads, FFN channels and experts counted alike, and hidden channels if any go)."""
     block: float
     """Share of the parameters of the blocks' linears."""
     total: float
@@ -90,6 +106,8 @@ class Plan(Document):
     """The original model's; empty in plans from before layers could be removed."""
     removed_layers: tuple[int, ...] = ()
     """Numbers of the layers that are removed whole, ascending."""
+    residual: PlannedGroup | None = None
+    """The hidden channels, which cross everything else; none in plans from before they could be removed."""
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
@@ -99,6 +117,8 @@ class Plan(Document):
             raise ValueError(f"removed_layers must name some of the {len(self.layers)} layers that the plan describes")
         if self.layers and len(self.removed_layers) == len(self.layers):
             raise ValueError("removed_layers names every layer; at least one must stay")
+        if self.residual is not None and not self.residual.keep:
+            raise ValueError("residual: keep must name at least one hidden channel")
         for name, group in self.groups.items():
             if bool(group.keep) == _is_gone(name, self.groups, self.removed_layers):
                 wanted = (
@@ -111,59 +131,84 @@ class Plan(Document):
     def whole(cls, groups: Groups) -> "Plan":
         """The plan that keeps everything."""
         return cls(
-            groups={g.name: PlannedGroup(units=g.units, cost=g.cost, keep=tuple(range(g.units))) for g in groups},
+            groups={group.name: PlannedGroup.whole(group) for group in groups},
             block_parameters=groups.block_parameters,
             total_parameters=groups.total_parameters,
             layers=tuple(
-                PlannedLayer(parameters=layer.parameters, block_parameters=layer.block_parameters)
+                PlannedLayer(
+                    parameters=layer.parameters,
+                    block_parameters=layer.block_parameters,
+                    hidden=layer.hidden,
+                    block_hidden=layer.block_hidden,
+                )
                 for layer in groups.layers
             ),
+            residual=None if groups.residual is None else PlannedGroup.whole(groups.residual),
         )
 
     def keeping(self, keep: Mapping[str, Sequence[int]], removed_layers: Iterable[int] = ()) -> "Plan":
-        """This plan with other units kept in the groups named, and more layers removed whole."""
+        """This plan with other units kept in the groups named, `residual` perhaps, and more layers removed whole."""
         removed = {*self.removed_layers, *removed_layers}
-
-        def changed_to(names: Mapping[str, Sequence[int]]) -> dict[str, PlannedGroup]:
-            return {
-                name: PlannedGroup(
-                    units=self.groups[name].units, cost=self.groups[name].cost, keep=tuple(sorted(units))
-                )
-                for name, units in names.items()
-            }
-
-        changed = changed_to(keep)
-        changed |= changed_to({n: () for n in self.groups if _is_gone(n, {**self.groups, **changed}, removed)})
+        changed = {name: _keeping(self.groups[name], units) for name, units in keep.items() if name != RESIDUAL}
+        then = {**self.groups, **changed}
+        changed |= {name: _keeping(group, ()) for name, group in then.items() if _is_gone(name, then, removed)}
+        residual = self.residual
+        if residual is not None and RESIDUAL in keep:
+            residual = _keeping(residual, keep[RESIDUAL])
         return Plan(
             groups={**self.groups, **changed},
             block_parameters=self.block_parameters,
             total_parameters=self.total_parameters,
             layers=self.layers,
             removed_layers=tuple(sorted(removed)),
+            residual=residual,
         )
+
+    @property
+    def parts(self) -> dict[str, PlannedGroup]:
+        """All groups by name, `residual` among them if there is one."""
+        return self.groups if self.residual is None else {**self.groups, RESIDUAL: self.residual}
+
+    @property
+    def narrows(self) -> bool:
+        """Whether hidden channels go."""
+        return self.residual is not None and self.residual.removed > 0
 
     @property
     def removed_parameters(self) -> int:
         """Parameters that the plan takes away: of its units, and everything in the layers it removes."""
-        return self._removed_units() + sum(self.layers[number].parameters for number in self.removed_layers)
+        on_channel = 0 if self.residual is None else self.residual.cost
+        return self._removed(
+            sum(self.layers[number].parameters for number in self.removed_layers),
+            on_channel - sum(self.layers[number].hidden for number in self.removed_layers),
+        )
 
     @property
     def removed_block_parameters(self) -> int:
         """Those of them that are in the blocks' linears."""
-        return self._removed_units() + sum(self.layers[number].block_parameters for number in self.removed_layers)
-
-    def _removed_units(self) -> int:
-        return sum(
-            group.cost * (group.units - len(group.keep))
-            for name, group in self.groups.items()
-            if layer_of(name) not in self.removed_layers
+        left = [layer for number, layer in enumerate(self.layers) if number not in self.removed_layers]
+        return self._removed(
+            sum(self.layers[number].block_parameters for number in self.removed_layers),
+            sum(layer.block_hidden for layer in left),
         )
+
+    def _removed(self, of_layers: int, on_channel: int) -> int:
+        """What goes with layers, with units of the others, and with hidden channels of what is then left.
+
+        Args:
+            on_channel: parameters on a hidden channel in the layers that stay (and outside of all).
+        """
+        stay = [group for name, group in self.groups.items() if layer_of(name) not in self.removed_layers]
+        of_units = sum(group.cost * group.removed for group in stay)
+        channels = 0 if self.residual is None else self.residual.removed
+        return of_layers + of_units + channels * (on_channel - sum(group.hidden * group.removed for group in stay))
 
     @property
     def sparsity(self) -> Sparsity:
         """The three ratios."""
-        units = sum(group.units for group in self.groups.values())
-        kept = sum(len(group.keep) for group in self.groups.values())
+        counted = self.parts if self.narrows else self.groups
+        units = sum(group.units for group in counted.values())
+        kept = sum(len(group.keep) for group in counted.values())
         return Sparsity(
             units=(units - kept) / units,
             block=self.removed_block_parameters / self.block_parameters,
@@ -177,8 +222,9 @@ class Plan(Document):
         removed may come back.
         """
         positions = {}
-        for name, group in self.groups.items():
-            before = earlier.groups[name].keep
+        before_of = earlier.parts
+        for name, group in self.parts.items():
+            before = before_of[name].keep
             if group.keep != before:
                 assert set(group.keep) <= set(before)
                 positions[name] = np.searchsorted(before, group.keep)
@@ -192,3 +238,7 @@ class Plan(Document):
     @classmethod
     def _ignore_ratios(cls, data: Any) -> Any:
         return {key: value for key, value in data.items() if key != "sparsity"} if isinstance(data, dict) else data
+
+
+def _keeping(group: PlannedGroup, units: Iterable[int]) -> PlannedGroup:
+    return PlannedGroup(units=group.units, cost=group.cost, hidden=group.hidden, keep=tuple(sorted(units)))

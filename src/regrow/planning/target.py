@@ -10,6 +10,7 @@ from torch import Tensor
 from regrow.errors import InputError
 from regrow.planning.allocation import final_counts
 from regrow.planning.demand import reach
+from regrow.planning.hidden import reach_with_hidden
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
 
@@ -108,7 +109,7 @@ def _positive(number: float, text: str) -> float:
 def sparsity_for(
     target: Target, groups: Groups, pruning: Pruning, *, bytes_per_parameter: int, other_bytes: int
 ) -> float:
-    """The share of the block parameters to remove for a target in parameters or bytes.
+    """The share of the block parameters to remove for a target in parameters or bytes; of all, if hidden channels go.
 
     What is then removed is never less than the target needs, and less than one step of the shape more (see
     `regrow.planning.allocation`).
@@ -126,7 +127,8 @@ def sparsity_for(
     assert is_size or target.kind == "params"
     most = (target.value - other_bytes) // bytes_per_parameter if is_size else target.value
     removed = groups.total_parameters - int(most)
-    within = reach(groups, pruning)
+    basis = "total" if "hidden" in pruning.kinds else "block"
+    within = reach_with_hidden(groups, pruning, basis)
     if not 0 < removed <= within:
 
         def told(parameters: int) -> str:
@@ -137,15 +139,15 @@ def sparsity_for(
             f"target {target.text!r} is out of reach: the model has {told(groups.total_parameters)} and can be cut to "
             f"{told(groups.total_parameters - within)}; ask for so many, or for something between"
         )
-    return share_of(removed, groups)
+    return share_of(removed, groups, basis)
 
 
-def share_of(removed: int, groups: Groups) -> float:
-    """The sparsity (of the block parameters) whose demand is exactly `removed` parameters.
+def share_of(removed: int, groups: Groups, basis: str = "block") -> float:
+    """The sparsity (of the block parameters, or of all) whose demand is exactly `removed` parameters.
 
     Half a parameter less is asked for: the demand is rounded up, and rounding errors stay far from a whole number.
     """
-    return (removed - 0.5) / groups.block_parameters
+    return (removed - 0.5) / (groups.total_parameters if basis == "total" else groups.block_parameters)
 
 
 def with_share(pruning: Pruning, share: float) -> Pruning:

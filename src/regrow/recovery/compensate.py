@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.biases import lone_consumers, possible_biases
 from regrow.compensation.moments import InputMoments
 from regrow.compensation.solve import (
     bias_only,
@@ -25,10 +26,13 @@ from regrow.compensation.solve import (
     output_error,
 )
 from regrow.criteria.evidence import Linear
+from regrow.criteria.registry import Criterion
 from regrow.errors import InputError
 from regrow.progress import Progress
-from regrow.recovery.scoring import linear_evidence
+from regrow.recovery.measured import Measured
+from regrow.recovery.scoring import gather_evidence, linear_evidence
 from regrow.settings import Compensation
+from regrow.structure.biases import add_bias
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk, watching_inputs
@@ -53,23 +57,25 @@ class Compensated:
 class Compensator:
     """Refits the consumers of a gated model."""
 
-    def __init__(self, model: PreTrainedModel, gates: Gates, settings: Compensation) -> None:
+    def __init__(
+        self, model: PreTrainedModel, gates: Gates, settings: Compensation, criterion: Criterion | None = None
+    ) -> None:
+        """Take charge of a model.
+
+        Args:
+            criterion: what selects, with `selection: prefix`.
+        """
         self.model = model
+        self.criterion = criterion
         self.gates = gates
         self.settings = settings
 
-    def check(self, groups: Groups) -> None:
-        """Fail early.
-
-        Raises:
-            InputError: if only a bias was asked for and no consumer has one.
-        """
-        biases = [self._bias(group) for group in groups if self.treats(group)]
-        if self.settings.method == "bias" and all(bias is None for bias in biases):
-            raise InputError(
-                f"compensation.method=bias: the consumers of {type(self.model).__name__} have no bias to carry it; "
-                "use least-squares"
-            )
+    def make_room(self, groups: Groups) -> None:
+        """Give every consumer that can have one a bias of zero, if biases are what compensates."""
+        if self.settings.method == "bias":
+            for name in possible_biases(self.model.config, groups):
+                consumer = next(c for c in lone_consumers(groups) if c.module == name)
+                add_bias(self.model, consumer.parameter.rpartition(".")[0])
 
     def run(
         self, groups: Groups, keep: Mapping[str, Units], batches: Sequence[Tensor], progress: Progress
@@ -78,7 +84,7 @@ class Compensator:
 
         Args:
             groups: as the model's tensors are now.
-            keep: group name -> numbers of the units that are to stay. With `selection: obs` only how many counts.
+            keep: group name -> numbers of the units that are to stay; only how many, unless the criterion selects.
             batches: token ids, each `[B, T]`.
 
         Returns:
@@ -97,6 +103,8 @@ class Compensator:
         return done
 
     def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated) -> None:
+        if self.settings.selection == "prefix" and 0 < len(keep) < group.units:
+            keep = np.delete(np.arange(group.units), self.lowest(group, walk, group.units - len(keep)))
         if self.treats(group) and len(keep):
             moments = self.measure(group, walk)
             if self.settings.selection == "obs":
@@ -114,7 +122,8 @@ class Compensator:
     @property
     def written(self) -> frozenset[str]:
         """Which parameters of a consumer a refit may write to."""
-        return frozenset({"bias"} if self.settings.carrier == "adapter" else {"weight", "bias"})
+        only = self.settings.method == "bias" or self.settings.carrier == "adapter"
+        return frozenset({"bias"} if only else {"weight", "bias"})
 
     def treats(self, group: Group) -> bool:
         """Whether the recipe wants a refit, and there is one consumer that can be given it: a linear of its own."""
@@ -128,6 +137,17 @@ class Compensator:
         with watching_inputs(self.model.get_submodule(consumer.module), moments.add):
             walk.run()
         return moments
+
+    def lowest(self, group: Group, walk: LayerWalk, count: int) -> Units:
+        """The `count` units of least score on the pruned prefix; the walk stands before the group's layer."""
+        assert self.criterion is not None
+        measured = Measured(self.model, self.criterion.needs, seed=0, perturbations=1)
+        measured.watch([group])
+        with measured.recording(1.0):
+            walk.run()
+        scores = self.criterion.score(gather_evidence(self.model, group, None, torch.Generator(), measured=measured))
+        assert isinstance(scores, Tensor)
+        return torch.argsort(scores, stable=True)[:count].numpy()
 
     def order(self, group: Group, moments: InputMoments, count: int) -> Units:
         """The first `count` units to go by greedy optimal brain surgeon, in their order."""

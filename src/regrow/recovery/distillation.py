@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.state import State
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -13,9 +15,10 @@ from regrow.recipe import Recipe
 from regrow.recovery.cached import CachedTeacher, write_cache
 from regrow.recovery.learner import Learner
 from regrow.recovery.objective import Objective
-from regrow.recovery.teacher import AutoTeacher, ModelTeacher, SelfTeacher, Teacher, Wish
+from regrow.recovery.teacher import AutoTeacher, Kept, ModelTeacher, SelfTeacher, Teacher, Wish
 from regrow.settings import Distillation
 from regrow.structure.gates import Gates
+from regrow.structure.quantise import check_bitsandbytes
 from regrow.structure.trace import decoder_layers
 
 
@@ -30,6 +33,8 @@ def check_distillation(recipe: Recipe) -> None:
         raise InputError(
             "distillation.hidden_weight: a cached teacher has no hidden states; choose another teacher, or 0"
         )
+    if settings.on and settings.teacher_dtype in ("int8", "nf4"):
+        check_bitsandbytes("distillation.teacher_dtype", settings.teacher_dtype)
     pruning = recipe.pruning
     unscored = pruning.schedule != "one-shot" and pruning.calibration_batches == 0
     if settings.weight == 1 and unscored and find_criterion(pruning.criterion).needs:
@@ -40,7 +45,13 @@ def check_distillation(recipe: Recipe) -> None:
 
 
 def distil(
-    settings: Distillation, learner: Learner, gates: Gates, text: Windows, folder: Path, progress: Progress
+    settings: Distillation,
+    learner: Learner,
+    gates: Gates,
+    text: Windows,
+    folder: Path,
+    progress: Progress,
+    journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
 ) -> Objective:
     """The objective of a learner whose model is still whole (scored, perhaps, but neither cut nor trained).
 
@@ -48,20 +59,30 @@ def distil(
         gates: of the model.
         text: what is trained on.
         folder: where a cached teacher writes.
+        journal: knows whether it has written.
     """
     layers = decoder_layers(learner.model)[0] if settings.hidden_weight > 0 else None
     wish = Wish(settings.temperature, layers)
-    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
+    kept: Kept | None
+    match settings.teacher_dtype:
+        case "auto":
+            kept = None
+        case "int8" | "nf4":
+            kept = settings.teacher_dtype
+        case _:
+            kept = getattr(torch, settings.teacher_dtype)
     teacher: Teacher
     match settings.teacher:
         case "self":
             teacher = SelfTeacher(learner.model, gates, wish)
         case "model":
-            teacher = ModelTeacher(learner.model, wish, dtype)
+            teacher = ModelTeacher(learner.model, wish, kept)
         case "auto":
-            teacher = AutoTeacher(learner.model, gates, wish, dtype)
+            teacher = AutoTeacher(learner.model, gates, wish, kept)
         case "cached":
-            _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+            if journal.read("teach") is None:
+                _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+                journal.write("teach", State(), files=sorted(folder.iterdir()))
             teacher = CachedTeacher(folder)
     return Objective(settings, teacher, layers)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
 from regrow.data.corpus import Corpus
 from regrow.data.tokens import Windows, batches
 from regrow.planning.allocation import choose
@@ -21,7 +22,7 @@ from regrow.structure.groups import Groups
 
 
 def measure_scores(
-    model: PreTrainedModel, groups: Groups, recipe: Recipe, text: Windows, progress: Progress
+    model: PreTrainedModel, groups: Groups, recipe: Recipe, text: Windows, progress: Progress, journal: Forgetful
 ) -> Average:
     """The scores on which a one-shot run of this recipe would act, measured without changing the model.
 
@@ -29,15 +30,22 @@ def measure_scores(
         model: LoRA-wrapped and whole.
         groups: of it, adapters attached.
         text: what the run trains on.
+        journal: knows whether they have been measured.
     """
     one_shot = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update={"schedule": "one-shot"})})
     size = recipe.training.batch_size
     learner = Learner(model, recipe.training, batches(text, size, recipe.seed))
     calibration = batches(text, size, recipe.seed + 1)
-    progress.stage("score", max(recipe.pruning.calibration_batches, 1))
     with Pruner(model, groups, one_shot, learner, calibration) as pruner:
+        average = pruner.scorer.average
+        done = journal.read("target-scores")
+        if done is not None:
+            average.go_on(done)
+            return average
+        progress.stage("score", max(recipe.pruning.calibration_batches, 1))
         pruner.calibrate(progress.advance)
-        return pruner.scorer.average
+        journal.write("target-scores", average.state())
+        return average
 
 
 def cut_losses(
@@ -60,10 +68,10 @@ def cut_losses(
     """
     progress.stage("forecast", len(shares))
     whole, found = Plan.whole(groups), []
-    with Gates(model, groups.groups) as gates:
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
         for share in shares:
             plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
-            for name, group in plan.groups.items():
+            for name, group in plan.parts.items():
                 gates.keep(name, group.keep)
             found.append((share, validation_loss(model, corpus, recipe)))
             progress.advance()

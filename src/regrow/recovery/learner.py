@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.recovery.objective import Objective
 from regrow.settings import Training
-from regrow.structure.adapters import adapter_parameters
+from regrow.structure.adapters import adapter_names, adapter_parameters
 
 Recording = Callable[[float], AbstractContextManager[None]]
 """Given the factor from the loss that runs backward to summed NLL: a context for one backward pass."""
@@ -93,13 +94,18 @@ class Learner:
         return nullcontext()
 
     def backward(
-        self, data: Iterator[Batch], recording: Recording | None = None, labels: torch.Generator | None = None
+        self,
+        data: Iterator[Batch],
+        recording: Recording | None = None,
+        labels: torch.Generator | None = None,
+        look: Callable[[Batch], None] = lambda batch: None,
     ) -> float:
         """Gradients of one step: `accumulate` forward and backward passes.
 
         Args:
             labels: if given, the model's own predictions are sampled with it and take the place of the text as
                 what is to be predicted: squared gradients are then the true Fisher information.
+            look: sees every batch before its pass.
 
         Returns:
             The mean loss; not a number as soon as one is not finite.
@@ -108,6 +114,7 @@ class Learner:
         total, self.terms, accumulate = 0.0, {}, self.training.accumulate
         for _ in range(accumulate):
             batch = next(data).to(self.model.device)
+            look(batch)
             with self.autocast:
                 lesson = self.objective.lesson(batch)
             with recording(batch.tokens * accumulate) if recording else nullcontext():
@@ -155,6 +162,31 @@ class Learner:
                 f"{self._skipped_in_a_row} updates in a row were not finite (step {self.step_number}); "
                 "lower training.learning_rate, or check the model and the text"
             )
+
+    def state(self) -> State:
+        """Adapters, AdamW's moments and counters."""
+        factors = dict(zip(adapter_names(self.model), self.parameters, strict=True))
+        moments = {
+            f"{name}/{key}": value
+            for name, factor in factors.items()
+            for key, value in self.optimizer.state.get(factor, {}).items()
+        }
+        counters = {"step": self.step_number, "skipped": self.skipped, "in_a_row": self._skipped_in_a_row}
+        return State(counters, named("adapters", {**factors}) | named("moments", moments))
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken; the model has been cut as it was then."""
+        self.step_number, self.skipped = state.values["step"], state.values["skipped"]
+        self._skipped_in_a_row = state.values["in_a_row"]
+        adapters = state.under("adapters")
+        moments = State(tensors=state.under("moments"))
+        for name, factor in zip(adapter_names(self.model), self.parameters, strict=True):
+            factor.data.copy_(adapters[name])
+            if held := moments.under(name):
+                self.optimizer.state[factor] = {
+                    key: moment.to(factor.device) if moment.shape == factor.shape else moment
+                    for key, moment in held.items()
+                }
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the adapters, on the CPU."""

@@ -7,12 +7,13 @@ names (`data/mixture.py`). With one source, and nothing to end a stage early, no
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State
 from regrow.data.corpus import Corpus
 from regrow.data.mixture import Shares, reweight
 from regrow.data.sampler import Sampler, SamplerState
@@ -91,6 +92,27 @@ class DataMix:
         state = SamplerState(list(shares.current), [0] * len(members))
         return Sampler(self.corpus.train, ranges, self.recipe.training.batch_size, seed, state)
 
+    def state(self) -> State:
+        """How far every stage is, and what has been measured."""
+        return State(
+            {
+                "stages": [asdict(stage.state) for stage in self.stages],
+                "dense": self.dense,
+                "history": self.history,
+                "measured": self._measured,
+            }
+        )
+
+    def go_on(self, state: State, step: int) -> None:
+        """Be where `state` was taken, before a step."""
+        for stage, values in zip(self.stages, state.values["stages"], strict=True):
+            sampler, shares = SamplerState(**values.pop("sampler")), values.pop("shares")
+            stage.sampler.go_on(sampler)
+            vars(stage.state).update(values, sampler=sampler, shares=Shares(*(tuple(q) for q in shares.values())))
+        self.dense, self._measured = state.values["dense"], (*state.values["measured"],)
+        self.history[:] = state.values["history"]
+        self.stage = self._stage_of(step)
+
     def calibration(self) -> Sampler:
         """Other batches of the first stage, in its initial shares."""
         first = self.stages[0]
@@ -128,9 +150,9 @@ class DataMix:
         if self.in_rounds:
             self.dense = [self.measure(source.validation) for source in self.corpus.sources]
 
-    def steps(self) -> Iterator[int]:
-        """The numbers of the run's steps, without those of a stage that has ended early."""
-        return (step for step in range(self.recipe.training.steps) if not self.has_ended(step))
+    def steps(self, first: int = 0) -> Iterator[int]:
+        """The numbers of the run's steps from one on, without those of a stage that has ended early."""
+        return (step for step in range(first, self.recipe.training.steps) if not self.has_ended(step))
 
     def has_ended(self, step: int) -> bool:
         """Whether the stage of a step has ended before it."""

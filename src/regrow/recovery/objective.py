@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State
 from regrow.data.tokens import Batch
 from regrow.recovery.losses import hidden_distance, language_loss, sampled_labels, token_loss
 from regrow.recovery.teacher import Lesson, Teacher, layer_outputs
@@ -95,6 +96,18 @@ class Objective:
         if self.teacher is not None:
             self._steps[self.teacher.kind] += 1
             self._bytes = max(self._bytes, self.teacher.bytes)
+
+    def state(self) -> State:
+        """Who teaches, and what `summary` tells."""
+        kind = None if self.teacher is None else self.teacher.kind
+        return State({"kind": kind, "steps": dict(self._steps), "seconds": self._seconds, "bytes": self._bytes})
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken. The model is whole: a teacher that had taken its copy by then takes it now."""
+        if self.teacher is not None and self.teacher.kind != state.values["kind"]:
+            self.before_change()
+        self._steps = Counter(state.values["steps"])
+        self._seconds, self._bytes = state.values["seconds"], state.values["bytes"]
 
     def close(self) -> None:
         """Training is over: let the teacher go."""

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
+from regrow.criteria.registry import find_criterion
+from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
 from regrow.planning.experts import fold, folded_name, unfold
+from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
@@ -21,7 +25,7 @@ from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass
@@ -41,7 +45,7 @@ def windows_wanted(recipe: Recipe) -> int:
     """
     search, compensation = recipe.search, recipe.compensation
     searching = search.windows + search.judge_windows if search.evaluations else 0
-    return max(searching, compensation.windows if compensation.method != "none" else 0)
+    return max(searching, compensation.windows if compensation.walks else 0)
 
 
 class Preparation:
@@ -55,6 +59,7 @@ class Preparation:
         batches: Sequence[Tensor],
         held_out: Callable[[], float],
         progress: Progress,
+        journal: Forgetful,
     ) -> None:
         """Nothing is measured yet.
 
@@ -62,6 +67,7 @@ class Preparation:
             gates: on the model.
             batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
+            journal: knows whether the search is done.
         """
         self.model = model
         self.gates = gates
@@ -69,7 +75,9 @@ class Preparation:
         self.batches = batches
         self.held_out = held_out
         self.progress = progress
-        self.compensator = Compensator(model, gates, recipe.compensation)
+        self.journal = journal
+        criterion = find_criterion(recipe.pruning.criterion)
+        self.compensator = Compensator(model, gates, recipe.compensation, criterion)
         self.done = Prepared()
         self.refitted: set[str] = set()
         """Names of the groups whose consumers have been written to."""
@@ -81,8 +89,8 @@ class Preparation:
 
     @property
     def compensates(self) -> bool:
-        """Whether the recipe wants compensation."""
-        return self.recipe.compensation.method != "none"
+        """Whether the recipe wants compensation, or a selection that goes from layer to layer as it does."""
+        return self.recipe.compensation.walks
 
     def search(self, groups: Groups, plan: Plan, scores: Mapping[str, Tensor], prior: Prior | None) -> Plan:
         """A plan of the same size as the recipe's allocation would make, nearer to the dense model.
@@ -91,7 +99,34 @@ class Preparation:
             groups: of the whole model; nothing has been cut yet.
             plan: the whole one.
         """
-        pruning, settings = self.recipe.pruning, self.recipe.search
+        self.compensator.make_room(groups)
+
+        def work() -> dict[str, Any]:
+            with evaluation_mode(self.model):
+                counts = self._search(groups, scores, prior)
+            return {"counts": counts, "report": self.done.search}
+
+        found = self.journal.once("search", work)
+        self.done.search = found["report"]
+        return lose(groups, plan, found["counts"], scores, self.recipe.pruning)
+
+    def _search(self, groups: Groups, scores: Mapping[str, Tensor], prior: Prior | None) -> Counts:
+        """Units lost by each group of the best candidate."""
+        pruning = self.recipe.pruning
+        if "hidden" not in pruning.kinds:
+            return self._searched(groups, scores, pruning, prior)
+        # The stream's width is not searched: the others are, behind a mask that makes it as narrow as it will be.
+        counts = final_counts(groups, {group.name: 0 for group in groups}, scores, pruning, prior)
+        narrow, rest = the_rest(groups, pruning, counts.get(RESIDUAL, 0))
+        if RESIDUAL in scores:
+            self.gates.keep(RESIDUAL, torch.argsort(scores[RESIDUAL], stable=True)[counts[RESIDUAL] :].tolist())
+        if rest.kinds:
+            counts |= self._searched(narrow, scores, rest, prior)
+        return counts
+
+    def _searched(self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
+        """How many units each group had best lose."""
+        settings = self.recipe.search
         nothing = {group.name: 0 for group in groups}
         present = {name: score.double() for name, score in scores.items()}
         if pruning.shape == "uniform":
@@ -135,7 +170,7 @@ class Preparation:
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
         self.done.search["best"] = value
-        return lose(groups, plan, counts, scores, pruning)
+        return counts
 
     def _batches_of(self, windows: int) -> int:
         return max(1, round(windows / len(self.batches[0])))
@@ -147,15 +182,21 @@ class Preparation:
             groups: as the tensors are now, cut to `cut_plan`.
 
         Returns:
-            The plan; with `selection: obs`, of the same widths but other units.
+            The plan; unless the criterion selects, of the same widths but other units.
         """
+        self.compensator.make_room(groups)
         for number in set(plan.removed_layers) - set(cut_plan.removed_layers):
             self.gates.set(f"layers.{number}", torch.zeros(1))
         keep = {name: units for name, units in plan.positions_within(cut_plan).items() if len(units)}
+        if (hidden := keep.pop(RESIDUAL, None)) is not None:
+            self.gates.keep(RESIDUAL, hidden.tolist())
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
-        done = self.compensator.run(groups, keep, batches, self.progress)
+        with evaluation_mode(self.model):
+            done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
-        self.done.compensation = {"repaired": float(np.mean(list(done.repaired.values()))) if done.repaired else 0.0}
+        if self.recipe.compensation.method != "none":
+            repaired = list(done.repaired.values())
+            self.done.compensation = {"repaired": float(np.mean(repaired)) if repaired else 0.0}
         if done.changes:  # none where the adapters carry the refit
             self.done.compensation |= self._blend(done)
         chosen = {

@@ -6,11 +6,13 @@ With the lhspg schedule a fade takes a period, and a unit may be gone before its
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
@@ -22,12 +24,12 @@ from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
 from regrow.recovery.lhspg import HalfSpace, forget_moments
-from regrow.recovery.preparation import Preparation
+from regrow.recovery.preparation import Preparation, Prepared
 from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups
+from regrow.structure.groups import RESIDUAL, Groups
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_one_shot(recipe: Recipe) -> None:
         "compensation.carrier=adapter": recipe.compensation.carrier == "adapter"
         and recipe.compensation.method != "none",
         "pruning.interactions": pruning.interactions > 1,
-        f"pruning.criterion={pruning.criterion}": "inputs" in needs,
+        f"pruning.criterion={pruning.criterion}": bool(needs & {"inputs", "probes"}),
     }
     for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
         raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
@@ -105,12 +107,18 @@ class Pruner:
         self.settled_plan = self.plan
         """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
         self.depth = "layer" in self.pruning.kinds
-        self.gates = Gates(model, groups.groups, groups.layers if self.depth else ())
+        self.hidden = "hidden" in self.pruning.kinds
+        self.gates = Gates(
+            model, groups.groups, groups.layers if self.depth else (), groups.residual if self.hidden else None
+        )
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
         criterion = find_criterion(self.pruning.criterion)
-        self.scorer = Scorer(model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth)
+        self.scorer = Scorer(
+            model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth, self.hidden,
+            perturbations=self.pruning.perturbations,
+        )  # fmt: skip
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
         self.preparation = prepare(self.gates) if prepare else None
@@ -147,7 +155,8 @@ class Pruner:
         count = self.pruning.calibration_batches
         if not self.scorer.criterion.needs:
             count = min(count, 1)
-        at_once = "inputs" in self.scorer.criterion.needs  # moments of all batches before the one, costly, score
+        # What adds up over batches is scored when all are in: over more tokens, and once.
+        at_once = bool(self.scorer.criterion.needs & {"inputs", "channels", "probes"})
         self.scorer.keep_samples = self.pruning.interactions > 1
         for number in range(batches := max(count, 1 if 0 in self.events else 0)):
             fine = not self.scorer.criterion.needs or self._measure()
@@ -159,7 +168,7 @@ class Pruner:
 
     def _measure(self) -> bool:
         labels = self.scorer.generator if self.pruning.labels == "model" else None
-        loss = self.learner.backward(self.calibration, self.scorer.recording, labels)
+        loss = self.learner.backward(self.calibration, self.scorer.recording, labels, self.scorer.look)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters, self.learner.training.clip)
         return math.isfinite(loss) and bool(torch.isfinite(norm))
 
@@ -222,6 +231,46 @@ class Pruner:
             if name in names
         }
 
+    def state(self) -> State:
+        """Plans, gates, scores, and the base weights that are not those of the checkpoint any more."""
+        plans = {"plan": self.plan, "cut": self.cut_plan, "settled": self.settled_plan}
+        values: dict[str, Any] = {name: plan.model_dump(mode="json") for name, plan in plans.items()}
+        values |= {"chosen_at": self._chosen_at, "reached": self._reached, "in_period": self._half_space is not None}
+        if self.preparation:
+            values |= {"done": asdict(self.preparation.done), "refitted": sorted(self.preparation.refitted)}
+        gates = {name: self.gates.value(name) for name in self._gated()}
+        tensors = named("gates", gates) | named("fading", self._fading) | named("refitted", self.refitted())
+        return State.of(own=State(values, tensors), scorer=self.scorer.state())
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken; the model is whole and untouched."""
+        own = state.part("own")
+        plan, cut_plan, settled_plan = (Plan.model_validate(own.values[name]) for name in ("plan", "cut", "settled"))
+        self._chosen_at, self._reached = own.values["chosen_at"], own.values["reached"]
+        if self.preparation:
+            self.preparation.done = Prepared(**own.values["done"])
+            self.preparation.refitted = set(own.values["refitted"])
+            if self.preparation.refitted:
+                self.preparation.compensator.make_room(self.groups)
+        if cut_plan != self.cut_plan:
+            self.plan = cut_plan
+            self._cut()
+        self.plan, self.settled_plan = plan, settled_plan
+        self._fading = own.under("fading")
+        for name, value in own.under("gates").items():
+            self.gates.set(name, value)
+        for name, weight in own.under("refitted").items():
+            self.model.get_parameter(name).data.copy_(weight)
+        if own.values["in_period"]:
+            self._half_space = HalfSpace(self.model, self.groups, self.pruning.epsilon)
+        self.scorer.go_on(state.part("scorer"))
+        if self._reached:
+            self.scorer.close()
+
+    def _gated(self) -> list[str]:
+        stream = [RESIDUAL] if self.hidden and self.groups.residual is not None else []
+        return [group.name for group in self.groups] + [layer.unit for layer in self.gates.layers] + stream
+
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors
             raise InputError(f"criterion {self.pruning.criterion}: scores at step {step} are not finite")
@@ -229,8 +278,8 @@ class Pruner:
         scores = self.scorer.average.scores
         before, self.plan = self.plan, self._next_plan(scores, fraction)
         self._fading = {
-            name: self._is_one_of(name, set(group.keep) - set(self.plan.groups[name].keep))
-            for name, group in before.groups.items()
+            name: self._is_one_of(name, set(group.keep) - set(self.plan.parts[name].keep))
+            for name, group in before.parts.items()
         }
         self._chosen_at = step
         self._reached = step == self.last_event
@@ -276,7 +325,7 @@ class Pruner:
 
     def _is_one_of(self, name: str, units: Collection[int]) -> torch.Tensor:
         """For each unit of a group as it is now: whether it is among `units` (original numbers)."""
-        return torch.isin(torch.tensor(self.cut_plan.groups[name].keep), torch.tensor(sorted(units), dtype=torch.long))
+        return torch.isin(torch.tensor(self.cut_plan.parts[name].keep), torch.tensor(sorted(units), dtype=torch.long))
 
     def _fade(self, value: float) -> None:
         for number in set(self.plan.removed_layers) - set(self.cut_plan.removed_layers):
@@ -287,6 +336,9 @@ class Pruner:
                 continue
             gone = torch.where(self._fading[name], value, 0.0)
             self.gates.set(name, torch.where(self._is_one_of(name, group.keep), 1.0, gone))
+        if self.hidden and self.plan.residual is not None:  # hidden channels do not fade: they go when the others have
+            present = self._is_one_of(RESIDUAL, self.plan.residual.keep)
+            self.gates.set(RESIDUAL, (present | self._fading[RESIDUAL] if value > 0 else present).float())
 
     def _cut(self) -> None:
         self.learner.objective.before_change()
@@ -295,7 +347,12 @@ class Pruner:
         self.learner.objective.layer_numbers = [layer.number for layer in self.groups.layers]
         self.cut_plan = self.settled_plan = self.plan
         ones = {group.name: torch.ones(group.units) for group in self.groups}
-        self.gates.rebuild(self.groups.groups, ones, self.groups.layers if self.depth else ())
+        self.gates.rebuild(
+            self.groups.groups,
+            ones,
+            self.groups.layers if self.depth else (),
+            self.groups.residual if self.hidden else None,
+        )
         self._half_space = None
         if not self._reached:
             self.scorer.watch(self.groups)

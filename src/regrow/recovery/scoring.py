@@ -13,15 +13,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.state import State, named
 from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import Criterion, combine
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
+from regrow.recovery.experts import expert_evidence, weight_pieces
+from regrow.recovery.measured import Measured
 from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
-from regrow.structure.experts import is_experts
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
+from regrow.structure.offload import Offloaded
 from regrow.structure.prefix import watching_inputs
 from regrow.structure.quantised import dequantised, kept_as, weight_shape
 from regrow.structure.similarity import Cosines, watching_layers
@@ -48,8 +52,17 @@ class Average:
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
         for name, score in scores.items():
-            kept = list(plan.groups[name].keep) if name in plan.groups else [0]
+            kept = list(plan.parts[name].keep) if name in plan.parts else [0]
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
+
+    def state(self) -> State:
+        """The averages, uncorrected, and what they weigh."""
+        return State({"count": self.count, "weight": self._weight}, dict(self.values))
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.count, self._weight = state.values["count"], state.values["weight"]
+        self.values = dict(state.tensors)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -58,7 +71,7 @@ class Average:
 
 
 class Scorer:
-    """Scores the groups of a model as it trains, and whole layers if asked to and the criterion can."""
+    """Scores the groups of a model as it trains, and the residual stream and whole layers if asked to."""
 
     def __init__(
         self,
@@ -69,12 +82,15 @@ class Scorer:
         decay: float | None,
         seed: int,
         depth: bool = False,
+        hidden: bool = False,
+        perturbations: int = 1,
     ) -> None:
         self.model = model
         self.gates = gates
         self.criterion = criterion
         self.depth = depth and "depth" in criterion.scores
-        units = {name: group.units for name, group in plan.groups.items()}
+        self.hidden = hidden
+        units = {name: group.units for name, group in (plan.parts if hidden else plan.groups).items()}
         layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
         self.average = Average(units | layers, decay)
         self.generator = torch.Generator().manual_seed(seed)
@@ -85,6 +101,7 @@ class Scorer:
         """If `keep_samples`: group name -> gate derivatives `[B, U]` of every sequence recorded."""
         self._cosines: dict[str, Cosines] = defaultdict(Cosines)
         self._layers: tuple[Layer, ...] = ()
+        self.measured = Measured(model, criterion.needs, seed, perturbations)
         self._consumers: dict[str, str] = {}
         self._inputs: dict[str, InputMoments] = {}
 
@@ -95,6 +112,7 @@ class Scorer:
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
         self._layers = groups.layers
+        self.measured.watch(groups.groups)
         if "inputs" in self.criterion.needs:
             for group in groups:
                 if len(group.consumers) == 1 and group.expert is None:
@@ -105,6 +123,39 @@ class Scorer:
                     self._inputs[group.name] = InputMoments.zeros(channels, weight.device)
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
 
+    def state(self) -> State:
+        """The averages, chance, and what a step that was skipped has left behind."""
+        evidence = State(
+            {
+                "seen": {name: moments.samples for name, moments in self._moments.items()},
+                "cosines": {unit: [each.total, each.tokens] for unit, each in self._cosines.items()},
+            },
+            {f"{name}/first": moments.first for name, moments in self._moments.items()}
+            | {f"{name}/second": moments.second for name, moments in self._moments.items()}
+            | {"chance": self.generator.get_state()},
+        )
+        start = {
+            f"{name}/{factor}": t for name, pair in self._start.items() for factor, t in zip("AB", pair, strict=True)
+        }
+        samples = {name: torch.cat(each) for name, each in self.samples.items()}
+        kept = State(tensors=named("start", start) | named("samples", samples))
+        return State.of(average=self.average.state(), evidence=evidence, kept=kept)
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        self.average.go_on(state.part("average"))
+        evidence, kept = state.part("evidence"), state.part("kept")
+        self.generator.set_state(evidence.tensors["chance"])
+        self._moments = {
+            name: GateMoments(evidence.tensors[f"{name}/first"], evidence.tensors[f"{name}/second"], samples)
+            for name, samples in evidence.values["seen"].items()
+        }
+        self._cosines.update({unit: Cosines(*each) for unit, each in evidence.values["cosines"].items()})
+        start, device = kept.under("start"), self.model.device
+        names = {name.rpartition("/")[0] for name in start}
+        self._start = {name: (start[f"{name}/A"].to(device), start[f"{name}/B"].to(device)) for name in names}
+        self.samples.update({name: [c_NU] for name, c_NU in kept.under("samples").items()})
+
     def begin_period(self) -> None:
         """Remember the adapters: the displacement that a criterion sees counts from now on."""
         self._start = copy_factors(self.model)
@@ -113,6 +164,7 @@ class Scorer:
     def recording(self, scale: float) -> Iterator[None]:
         """A context for one forward and backward pass; see `Gates.recording`. Moments add up until `update`."""
         with ExitStack() as stack:
+            stack.enter_context(self.measured.recording(scale))
             if "gate" in self.criterion.needs:
                 stack.enter_context(self.gates.recording(scale, self._count))
             if "inputs" in self.criterion.needs:
@@ -122,6 +174,11 @@ class Scorer:
                 look = watching_layers(self.model, self._layers, lambda unit, c_BT: self._cosines[unit].add(c_BT))
                 stack.enter_context(look)
             yield
+
+    def look(self, batch: Batch) -> None:
+        """Let a batch tell by forward passes what the criterion needs of that kind."""
+        if "probes" in self.criterion.needs:
+            self.measured.probes.take(batch)
 
     def _count(self, name: str, c_BU: Tensor) -> None:
         if name not in self._moments:
@@ -149,6 +206,7 @@ class Scorer:
         self._cosines.clear()
         self._moments = {}
         self._inputs = {}
+        self.measured.clear()
         for parameter in self._weights(groups):
             parameter.grad = None
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
@@ -183,14 +241,15 @@ class Scorer:
         if "width" not in self.criterion.scores:
             return
         stays = plan.positions_within(cut_plan)
-        for group in groups:
+        stream = [groups.residual] if self.hidden and groups.residual is not None else []
+        for group in (*groups, *stream):
             moments = self._moments.get(group.name)
-            if not plan.groups[group.name].keep:
+            if not plan.parts[group.name].keep:
                 continue
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
                 moments = moments and moments.only(torch.from_numpy(units))
-            evidence = gather_evidence(self.model, group, moments, self.generator, self._start)
+            evidence = gather_evidence(self.model, group, moments, self.generator, self._start, self.measured)
             yield replace(evidence, inputs=self._inputs.get(group.name))
 
     def _of_layers(self, groups: Groups, plan: Plan) -> Iterator[Evidence]:
@@ -207,6 +266,9 @@ class Scorer:
 
     def _weights(self, groups: Groups) -> list[nn.Parameter]:
         names = {s.parameter for group in groups for s in group.slices if not s.is_adapter}
+        if self.hidden and isinstance(groups, Groups) and groups.residual is not None:
+            stream = (s for s in groups.residual.slices if not s.is_adapter)
+            names |= {s.parameter for s in stream if is_linear(self.model.get_submodule(s.module))}
         return [parameter for name in sorted(names) if (parameter := self.model.get_parameter(name)).ndim > 1]
 
     def _require_weight_gradients(self, groups: Groups | list[Group], wanted: bool) -> None:
@@ -234,32 +296,30 @@ def gather_evidence(
     gate: GateMoments | None,
     generator: torch.Generator,
     start: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    measured: Measured | None = None,
 ) -> Evidence:
     """What a criterion may look at, of one group.
 
     Args:
         start: the LoRA factors from which displacements count, as `copy_factors` gives them; empty: from zero.
+        measured: of single linears.
     """
-    pieces = [piece for piece in group.slices if not piece.is_adapter and _is_weight(model, group, piece)]
-    return Evidence(group.name, group.kind, group.units, Linears(model, pieces, start), gate, generator=generator)
-
-
-def _is_weight(model: PreTrainedModel, group: Group, piece: Slice) -> bool:
-    """Whether a slice is of a product's weight: a linear's, all experts' of a layer, or a router's."""
-    if model.get_parameter(piece.parameter).ndim == 3:
-        return True
-    routes = group.kind == "expert" and not is_experts(model.get_submodule(piece.module))
-    return piece.parameter.endswith(".weight") and (routes or is_linear(model.get_submodule(piece.module)))
+    linears = Linears(model, weight_pieces(model, group), start, measured)
+    return Evidence(group.name, group.kind, group.units, linears, gate, generator=generator)
 
 
 class Linears(Sequence[Linear]):
-    """Looked up one at a time, as they are asked for: those of a quantised base take memory while they are."""
+    """Looked up one at a time, as they are asked for: quantised and offloaded ones take memory while they are."""
 
     def __init__(
-        self, model: PreTrainedModel, pieces: Sequence[Slice], start: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        model: PreTrainedModel,
+        pieces: Sequence[Slice],
+        start: Mapping[str, tuple[Tensor, Tensor]],
+        measured: Measured | None,
     ) -> None:
         """Arguments as for `linear_evidence`, of every one."""
-        self._model, self._pieces, self._start = model, pieces, start
+        self._model, self._pieces, self._start, self._measured = model, pieces, start, measured
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -270,24 +330,38 @@ class Linears(Sequence[Linear]):
     def __getitem__(self, index: slice) -> "Linears": ...
     def __getitem__(self, index: int | slice) -> "Linear | Linears":
         if isinstance(index, slice):
-            return Linears(self._model, self._pieces[index], self._start)
+            return Linears(self._model, self._pieces[index], self._start, self._measured)
         piece = self._pieces[index]
-        return linear_evidence(self._model, piece, self._start.get(piece.module))
+        return linear_evidence(self._model, piece, self._start.get(piece.module), self._measured)
 
 
-def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, Tensor] | None = None) -> Linear:
+def linear_evidence(
+    model: PreTrainedModel,
+    piece: Slice,
+    start: tuple[Tensor, Tensor] | None = None,
+    measured: Measured | None = None,
+) -> Linear:
     """A base weight that a group has a share in, as a criterion sees it: oriented `[out, in]`, with its adapter."""
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad
     if weight.ndim == 3:
-        return _expert_evidence(piece, weight, gradient)
+        return expert_evidence(piece, weight, gradient)
     if kept_as(parameter):
         weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
+    elif isinstance(parameter, Offloaded):
+        weight = parameter.bring()
     if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
         weight, gradient = weight.T, None if gradient is None else gradient.T
     positions = torch.from_numpy(piece.index).to(weight.device)
     linear = Linear(piece.module, weight, axis, positions, gradient)
+    if measured is not None:
+        linear = replace(
+            linear,
+            inputs=measured.channels(piece.module),
+            squared_grad=measured.squared_grad(piece.module),
+            estimated_grad=measured.estimated_grad(piece.module),
+        )
     module = model.get_submodule(piece.module)
     if not isinstance(module, LoraLayer):
         return linear
@@ -303,17 +377,3 @@ def linear_evidence(model: PreTrainedModel, piece: Slice, start: tuple[Tensor, T
         start_a=start_a,
         start_b=start_b,
     )
-
-
-def _expert_evidence(piece: Slice, weight: Tensor, gradient: Tensor | None) -> Linear:
-    """Of all experts' weights in one tensor: one expert's, or (whole experts) all, their rows below one another."""
-    if piece.expert is None:
-        rows = weight.shape[1]
-        positions = torch.from_numpy(piece.index)[:, :, None] * rows + torch.arange(rows)
-        flat = None if gradient is None else gradient.flatten(0, 1)
-        return Linear(piece.module, weight.flatten(0, 1), 0, positions.flatten(1).to(weight.device), flat)
-    axis = 1 if piece.is_input else 0
-    own, slope = weight[piece.expert], None if gradient is None else gradient[piece.expert]
-    if piece.axis - 1 != axis:  # kept as [in, out]
-        own, slope = own.T, None if slope is None else slope.T
-    return Linear(piece.module, own, axis, torch.from_numpy(piece.index).to(weight.device), slope)

@@ -156,7 +156,8 @@ class Fitness:
         self.supernet = supernet
         self.batches = [ids_BT.to(supernet.model.device) for ids_BT in batches]
         supernet.close()
-        self._dense = [self._logits(ids_BT) for ids_BT in self.batches]
+        with supernet.gates.opened():  # hidden channels may be behind closed ones
+            self._dense = [self._logits(ids_BT) for ids_BT in self.batches]
 
     @torch.no_grad()
     def _logits(self, ids_BT: Tensor) -> Tensor:

@@ -23,8 +23,13 @@ from regrow.evaluation.perplexity import evaluation_mode
 from regrow.recovery.losses import FullTarget, Target
 from regrow.structure.adapters import adapter_parameters, adapters_off, lora_layers
 from regrow.structure.gates import Gates
-from regrow.structure.quantised import copy_into, held_bytes, quantised_linears
+from regrow.structure.offload import Offloaded, come_and_go
+from regrow.structure.quantise import quantisable, quantise
+from regrow.structure.quantised import Quantization, copy_into, held_bytes, kept_as, quantised_linears
 from regrow.structure.trace import unhook
+
+Kept = torch.dtype | Quantization
+"""How a copy of a model keeps its weights."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,13 @@ class ModelTeacher:
 
     kind = "model"
 
-    def __init__(self, model: PreTrainedModel, wish: Wish, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, wish: Wish, kept: Kept | None = None) -> None:
         """Copy a model whose base weights are still whole.
 
         Args:
-            dtype: of the copy; by default the model's.
+            kept: how the copy keeps its weights; by default as the model does.
         """
-        self.model = copy_without_adapters(model, dtype)
+        self.model = copy_without_adapters(model, kept)
         self.wish = wish
 
     @property
@@ -146,9 +151,9 @@ class ModelTeacher:
 class AutoTeacher:
     """`SelfTeacher` while the base is whole; just before it first changes, the `ModelTeacher` takes over."""
 
-    def __init__(self, model: PreTrainedModel, gates: Gates, wish: Wish, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, gates: Gates, wish: Wish, kept: Kept | None = None) -> None:
         self.model = model
-        self.dtype = dtype
+        self.kept = kept
         self.present: SelfTeacher | ModelTeacher = SelfTeacher(model, gates, wish)
 
     @property
@@ -172,7 +177,7 @@ class AutoTeacher:
     def before_change(self) -> None:
         """Copy the model while it is whole."""
         if isinstance(self.present, SelfTeacher):
-            self.present = ModelTeacher(self.model, self.present.wish, self.dtype)
+            self.present = ModelTeacher(self.model, self.present.wish, self.kept)
 
     def close(self) -> None:
         """See `Teacher`."""
@@ -196,23 +201,33 @@ def layer_outputs(model: nn.Module, layers: str | None) -> Iterator[list[Tensor]
             handle.remove()
 
 
-def copy_without_adapters(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+def copy_without_adapters(model: PreTrainedModel, kept: Kept | None) -> PreTrainedModel:
     """A frozen copy in evaluation mode, without adapters and hooks; parameters never exist twice in two precisions.
 
     Args:
-        dtype: of the copy, or the model's; what is quantised stays so.
+        kept: how the copy keeps its weights (quantised: those of the decoder layers' linears), or as the model does;
+            what is quantised already stays as it is.
     """
     memo: dict[int, Any] = {id(factor): factor for factor in adapter_parameters(model)}
+    dtype = kept if isinstance(kept, torch.dtype) else None
+    if kept == "int8" or kept == "nf4":
+        for linear in quantisable(model, kept, model.device).values():
+            if not kept_as(linear.get_parameter("weight")):
+                memo[id(linear)] = quantise(linear, kept, model.dtype)
+                memo |= {id(parameter): parameter for parameter in linear.parameters()}  # not copied, for not reached
     for linear in quantised_linears(model):
         copy_into(memo, linear)
     for parameter in model.parameters():
-        if id(parameter) not in memo:
+        if isinstance(parameter, Offloaded):
+            memo[id(parameter)] = parameter.twin(dtype)
+        elif id(parameter) not in memo:
             copied = parameter.detach().to(dtype or parameter.dtype, copy=True)
             memo[id(parameter)] = nn.Parameter(copied, requires_grad=False)
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
     for name, layer in lora_layers(teacher).items():
         teacher.set_submodule(name, layer.get_base_layer())
     unhook(teacher)
+    come_and_go(teacher)
     teacher.eval()
     return teacher
 

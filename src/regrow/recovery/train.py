@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.state import State
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
+from regrow.evaluation.machine import memory_in_use
+from regrow.interrupt import Stopped, stop_requests
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior
 from regrow.progress import Progress, Silent
@@ -24,9 +29,14 @@ from regrow.recovery.mixing import DataMix, validation_loss
 from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.scoring import Average
+from regrow.recovery.tracking import Track, ignore
+from regrow.structure.adapters import adapter_names
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.quantised import held_bytes
+
+RECENT = 20
+"""Steps that the speed shown is the mean of."""
 
 
 @dataclass
@@ -56,6 +66,16 @@ class Best:
         if loss < self.loss:
             self.loss, self.step, self.adapters, self.waited = loss, step, learner.snapshot(), 0
 
+    def state(self) -> State:
+        """All of it."""
+        values = {"loss": self.loss, "step": self.step, "waited": self.waited}
+        return State(values, {str(number): factor for number, factor in enumerate(self.adapters)})
+
+    def go_on(self, state: State) -> None:
+        """Be where `state` was taken."""
+        vars(self).update(state.values)
+        self.adapters = [state.tensors[str(number)] for number in range(len(state.tensors))]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -82,6 +102,8 @@ def train(
     on_validation: Callable[[History], None],
     scores: Average | None = None,
     prior: Prior | None = None,
+    track: Track = ignore,
+    journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -92,26 +114,26 @@ def train(
         on_validation: sees the history whenever it is worth writing down.
         scores: as `measure_scores` found them before; by default they are measured here.
         prior: what an analysis has found, for the allocation.
+        track: gets the figures of every step, validation and round.
+        journal: knows what of it an interrupted run has done; the model is then as that run got it, too.
 
     Raises:
         InputError: if training diverges.
+        Stopped: if a signal asks for it: after the step under way, its state noted.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation)
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal)
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
-    prepare = preparer(model, recipe, corpus, progress)
+    prepare = preparer(model, recipe, corpus, progress, journal)
     with Pruner(
         model, groups, recipe, loop.learner, loop.mix.calibration(), loop.record_cut, early, prepare, scores, prior
     ) as pruner:
-        if recipe.pruning.calibration_batches and scores is None:
-            progress.stage("score", recipe.pruning.calibration_batches)
-        pruner.calibrate(progress.advance)
+        loop.score(pruner, known=scores is not None)
         if recipe.distillation.on:
             loop.learner.objective = distil(
-                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress
+                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress, journal
             )
-        pruner.before_step(0)
-        loop.run(pruner)
+        loop.run(pruner, loop.begin(pruner))
         loop.end(pruner)
     return loop.trained(pruner)
 
@@ -127,21 +149,76 @@ class Loop:
         progress: Progress,
         on_cut: Callable[[CutEvent], None],
         on_validation: Callable[[History], None],
+        track: Track,
+        journal: Forgetful,
     ) -> None:
-        """Arguments as for `train`; the losses of the dense model are measured here."""
+        """Arguments as for `train`."""
         self.model = model
         self.recipe = recipe
         self.training = recipe.training
         self.progress = progress
         self.on_cut = on_cut
         self.on_validation = on_validation
+        self.track = track
+        self.journal = journal
         self.bytes = held_bytes(model)
         """Of the whole model, adapters included."""
         self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
         self.learner = Learner(model, recipe.training, self.mix)
         self.history = History(mixture=self.mix.history)
         self.best = Best()
+        self._last_steps = deque[float](maxlen=RECENT + 1)
+        self._tracked_rounds = 0
+        self.seconds = 0.0
+        """Of training, before this process began with it."""
+
+    def score(self, pruner: Pruner, known: bool) -> None:
+        """Measure, while the model is whole, its losses and its units' worth; or take it from the journal."""
+        done = self.journal.read("score")
+        if done is not None:
+            self.mix.go_on(done.part("mix"), 0)
+            self.learner.go_on(done.part("learner"))
+            pruner.scorer.go_on(done.part("scorer"))
+            return
         self.mix.remember_dense()
+        if self.recipe.pruning.calibration_batches and not known:
+            self.progress.stage("score", self.recipe.pruning.calibration_batches)
+        pruner.calibrate(self.progress.advance)
+        parts = {"mix": self.mix.state(), "learner": self.learner.state(), "scorer": pruner.scorer.state()}
+        self.journal.write("score", State.of(**parts))
+
+    def begin(self, pruner: Pruner) -> int | None:
+        """Do what comes before the first step, or take it from the journal.
+
+        Returns:
+            The step that is ready to be taken, if an interrupted run has come to one.
+        """
+        done = self.journal.read("train")
+        if done is None:
+            pruner.before_step(0)
+            return None
+        own = done.part("own").values
+        self.learner.objective.go_on(done.part("objective"))
+        pruner.go_on(done.part("pruner"))
+        self.learner.go_on(done.part("learner"))
+        self.mix.go_on(done.part("mix"), own["ready"])
+        self.best.go_on(done.part("best"))
+        self.history.steps, self.history.validations, self.history.cuts = own["history"]
+        self.seconds = own["seconds"]
+        self._tracked_rounds = len(self.mix.history)
+        return int(own["ready"])
+
+    def state(self, pruner: Pruner, ready: int, seconds: float) -> State:
+        """All that `begin` needs, with everything done that comes before step `ready`."""
+        history = self.history.steps, self.history.validations, self.history.cuts
+        return State.of(
+            own=State({"ready": ready, "history": history, "seconds": seconds}),
+            objective=self.learner.objective.state(),
+            pruner=pruner.state(),
+            learner=self.learner.state(),
+            mix=self.mix.state(),
+            best=self.best.state(),
+        )
 
     def record_cut(self, event: CutEvent) -> None:
         """Write an event into the history."""
@@ -152,27 +229,77 @@ class Loop:
         """Measure the held-out loss, and keep the adapters if they are the best since the last cut."""
         loss = self.mix.validation_loss(step)
         self.history.validations.append({"step": step, "loss": loss})
+        self.track({"validation_loss": loss}, step)
         self.best.offer(loss, step, self.learner)
         self.on_validation(self.history)
 
-    def run(self, pruner: Pruner) -> None:
-        """Take the steps, until they are used up or nothing gets better."""
+    def run(self, pruner: Pruner, ready: int | None) -> None:
+        """Take the steps, until they are used up or nothing gets better.
+
+        Args:
+            ready: as `begin` said.
+
+        Raises:
+            Stopped: if asked to.
+        """
         self.progress.stage("train", self.training.steps)
-        began = time.perf_counter()
-        for step in self.mix.steps():
-            if step:  # what comes before the first one has been done
-                pruner.before_step(step)
-            self.mix.before_step(step, pruner.finished)
-            if self._has_ended(step, pruner.finished):
-                break
-            if self.mix.has_ended(step):
-                self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
-                continue
-            self.learner.step_number = step  # after a stage that ended early the learning rate goes on with the next's
-            loss = pruner.train_step()
-            seconds = round(time.perf_counter() - began, 3)
-            self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
-            self.progress.advance(1, f"loss {loss:.3f} · removed {pruner.cut_plan.sparsity.block:.1%}")
+        self.progress.advance(ready or 0)
+        began = time.perf_counter() - self.seconds
+        self._last_steps.append(time.perf_counter())
+        with stop_requests() as stop:
+            for step in self.mix.steps(ready or 0):
+                if step != ready and not self._prepare(step, pruner):
+                    break
+                if self.mix.has_ended(step):
+                    self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
+                    continue
+                if step != ready:
+                    self._note(step, pruner, time.perf_counter() - began, stop())
+                self.learner.step_number = step  # after a stage that ended early the rate goes on with the next's
+                loss = pruner.train_step()
+                seconds = round(time.perf_counter() - began, 3)
+                self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
+                self._tell(step, loss, pruner.cut_plan.sparsity.block)
+
+    def _prepare(self, step: int, pruner: Pruner) -> bool:
+        """Whatever comes before a step; whether training goes on."""
+        if step:  # before the first one it has been done
+            pruner.before_step(step)
+        self.mix.before_step(step, pruner.finished)
+        self._track_rounds()
+        return not self._has_ended(step, pruner.finished)
+
+    def _note(self, step: int, pruner: Pruner, seconds: float, stop: bool) -> None:
+        """Leave a checkpoint, if it is time to or somebody wants to stop here."""
+        if stop or step % self.training.steps_between_checkpoints == 0:
+            self.journal.write("train", self.state(pruner, step, seconds), step)
+        if stop:
+            raise Stopped(f"stopped before step {step} of {self.training.steps}")
+
+    def _tell(self, step: int, loss: float, removed: float) -> None:
+        """How it goes, to whoever watches."""
+        self._last_steps.append(time.perf_counter())
+        seconds = self._last_steps[-1] - self._last_steps[0]
+        rate = (len(self._last_steps) - 1) * self.tokens_a_step / seconds
+        held = memory_in_use(self.model.device)
+        seen = f" · validation {self.history.validations[-1]['loss']:.3f}" if self.history.validations else ""
+        self.progress.advance(
+            1, f"loss {loss:.3f}{seen} · removed {removed:.1%} · {rate:,.0f} tokens/s · {held / 2**20:,.0f} MiB"
+        )
+        pace = {"learning_rate": self.learner.optimizer.param_groups[0]["lr"], "tokens_per_second": rate, "bytes": held}
+        self.track({"loss": loss, **self.learner.terms, "sparsity": removed, **pace}, step)
+
+    def _track_rounds(self) -> None:
+        """Pass on what rounds of data have been noted since."""
+        for one in self.mix.history[self._tracked_rounds :]:
+            named = {f"data_weight/{name}": weight for name, weight in one["weights"].items()}
+            self.track(named | {f"degradation/{name}": lost for name, lost in one["degradation"].items()}, one["step"])
+        self._tracked_rounds = len(self.mix.history)
+
+    @property
+    def tokens_a_step(self) -> int:
+        """What an optimizer step reads."""
+        return self.training.batch_size * self.training.accumulate * self.mix.corpus.train.length
 
     def _has_ended(self, step: int, finished: bool) -> bool:
         """Validate if it is time to; whether patience has run out then."""
@@ -195,6 +322,7 @@ class Loop:
         pruner.before_step(self.training.steps)
         pruner.settle()
         self.mix.record(self.learner.step_number)
+        self._track_rounds()
         self.validate(self.learner.step_number)
         if not self.best.adapters:
             raise InputError("the validation loss is not finite; lower training.learning_rate, or check the model")
@@ -204,8 +332,7 @@ class Loop:
 
     def trained(self, pruner: Pruner) -> Trained:
         """What has come of it."""
-        names = [name for name, _ in self.model.named_parameters() if ".lora_" in name]
-        adapters = dict(zip(names, self.learner.snapshot(), strict=True)) | pruner.refitted()
+        adapters = dict(zip(adapter_names(self.model), self.learner.snapshot(), strict=True)) | pruner.refitted()
         summary = self._summary()
         if pruner.preparation:
             summary |= {name: value for name, value in vars(pruner.preparation.done).items() if value}
@@ -215,7 +342,7 @@ class Loop:
         training, text, learner, steps = self.training, self.mix.corpus.train, self.learner, len(self.history.steps)
         return {
             "steps": steps,
-            "tokens": steps * training.batch_size * training.accumulate * text.length,
+            "tokens": steps * self.tokens_a_step,
             "learning_rate": learner.learning_rate,
             "rank": self.recipe.lora.rank,
             "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
@@ -231,7 +358,7 @@ class Loop:
 
 
 def preparer(
-    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress
+    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress, journal: Forgetful
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
     if not (wanted := windows_wanted(recipe)):
@@ -240,5 +367,5 @@ def preparer(
     batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
-        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown
+        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown, journal
     )

@@ -1,85 +1,53 @@
-"""The report and the model card, from the same facts that `results.json` holds."""
+"""The report as Markdown: the same facts as the page's, for terminals and for programs."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from regrow.planning.plan import Plan
-from regrow.recipe import Recipe
+from regrow.report.cautions import cautions
+from regrow.report.facts import Facts
+from regrow.report.words import place, quoted, short_bytes, short_count, short_name, table
+from regrow.structure.groups import RESIDUAL
 
 CARRIED = "the adapters began at the best approximation of it that their rank allows"
 """How a refit is told of that left the base weights alone."""
 
 
-def write_report(
-    results: dict[str, Any], cuts: Sequence[dict[str, float]], validations: Sequence[dict[str, float]]
-) -> str:
+def write_report(facts: Facts) -> str:
     """The whole run on one page."""
+    results, cuts, validations = facts.results, facts.history["cuts"], facts.history["validations"]
     parts = [
         f"# {short_name(results['model'])}, pruned with `{results['recipe']}`",
         _summary(results),
-        *_asked(results),
+        *asked_lines(results),
+        "\n".join(f"* {caution}" for caution in cautions(results)),
         "## Before and after",
-        _before_after(results),
+        before_after(results),
         "## What was removed",
         _removed(results, cuts),
         *_prepared(results["training"]),
-        "## Side by side",
+        *(["## Side by side"] if results["completions"] else []),
         *(_completion(item) for item in results["completions"]),
         "## Training",
         _training(results, validations),
         *(["## Data over time", _mixture(results["training"]["mixture"])] if "mixture" in results["training"] else []),
         "## Checked",
-        _checked(results),
+        checked_line(results),
+        "## How to make it again",
+        f"```\n{facts.command}\n```",
+        f"The whole recipe is `recipe.yaml` (SHA-256 {facts.recipe_sha256}).",
         "## Where the time went",
-        _table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
         "## Measured on",
-        _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()]),
+        table(["", ""], [[key, str(value)] for key, value in results["machine"].items()]),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def model_card(name: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> str:
-    """The checkpoint's README: metadata for the hub, then what was done to the model (without a recipe: only cut)."""
-    name = short_name(name)
-    metadata = ("---", f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation")
-    head = "\n".join([*metadata, "tags: [pruned, regrow]", "---", ""])
-    done = (
-        ""
-        if recipe is None
-        else (
-            f" (recipe `{recipe.name}`, seed {recipe.seed}) and LoRA "
-            "adapters, trained to make up for them, were merged in"
-        )
-    )
-    body = [
-        f"# {name}, {plan.sparsity.block:.0%} of its block parameters removed",
-        f"A plain checkpoint: {_what_went(plan)} were cut out with "
-        f"[regrow](https://pypi.org/project/regrow/){done}. It loads like any other.",
-    ]
-    if results:
-        body += [*_asked(results), _before_after(results), _ratios(results)]
-    return head + "\n" + "\n\n".join(body) + "\n"
-
-
-def _what_went(plan: Plan) -> str:
-    layers = f"{len(plan.removed_layers)} of {len(plan.layers)} layers" if plan.removed_layers else ""
-    narrowed = {name for name, group in plan.groups.items() if 0 < len(group.keep) < group.units}
-    experts = {name for name in narrowed if name.endswith(".expert")}
-    widths = "whole attention heads and FFN channels" if narrowed - experts or not (layers or experts) else ""
-    return " and ".join(part for part in (layers, "whole experts" if experts else "", widths) if part)
-
-
-def short_name(model: str) -> str:
-    """A folder's own name; a repository's as it is."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def _summary(results: dict[str, Any]) -> str:
     protocol, values = next(iter(_perplexities(results).items()))
     size = results["size"]
     text = (
-        f"**{_millions(size['dense']['total'])} → {_millions(size['pruned']['total'])} parameters; "
+        f"**{short_count(size['dense']['total'])} → {short_count(size['pruned']['total'])} parameters; "
         f"perplexity {values['dense']:.2f} → {values['pruned']:.2f}** "
         f"({values['cut']:.2f} before recovery; {protocol})"
     )
@@ -91,7 +59,7 @@ def _summary(results: dict[str, Any]) -> str:
     return text + "."
 
 
-def _asked(results: dict[str, Any]) -> list[str]:
+def asked_lines(results: dict[str, Any]) -> list[str]:
     """What was asked for besides a sparsity and what came of it, and whose text it was: nothing for a plain run."""
     return [
         tell(results[key]) for key, tell in (("target", target_line), ("own_text", own_text_line)) if key in results
@@ -100,7 +68,8 @@ def _asked(results: dict[str, Any]) -> list[str]:
 
 def target_line(target: dict[str, Any]) -> str:
     """The target, the sparsity it came to, and what was reached."""
-    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of the block parameters to remove"
+    of = "all parameters" if target.get("basis") == "total" else "the block parameters"
+    said = f"Target `{target['asked']}`: {target['sparsity']:.4f} of {of} to remove"
     reached, limit = target["reached"], target["limit"]
     match target["kind"]:
         case "params":
@@ -141,7 +110,13 @@ def _perplexities(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name: {kind: measured[kind][name]["value"] for kind in measured} for name in measured["dense"]}
 
 
-def _before_after(results: dict[str, Any]) -> str:
+def before_after(results: dict[str, Any]) -> str:
+    """Quality, size, speed and memory of the models side by side."""
+    return table(["", "dense", "cut, not recovered", "pruned and recovered"], before_after_rows(results))
+
+
+def before_after_rows(results: dict[str, Any]) -> list[list[str]]:
+    """What is measured, then the dense model, the cut one where it differs, and the recovered one."""
     size, rows = results["size"], []
     for name, values in _perplexities(results).items():
         note = f"perplexity, {name}"
@@ -151,19 +126,24 @@ def _before_after(results: dict[str, Any]) -> str:
         ("non_embedding", "… without embeddings"),
         ("macs_per_token", "multiply-accumulates per token"),
     ):
-        rows.append([label, _millions(size["dense"][key]), "", _millions(size["pruned"][key])])
-    rows.append(["weights in memory", _bytes(size["dense"]["bytes"]), "", _bytes(size["pruned"]["bytes"])])
+        rows.append([label, short_count(size["dense"][key]), "", short_count(size["pruned"][key])])
+    rows.append(["weights in memory", short_bytes(size["dense"]["bytes"]), "", short_bytes(size["pruned"]["bytes"])])
     if "memory" in results:
-        peak = {name: _bytes(item["peak_bytes"]) for name, item in results["memory"].items()}
+        peak = {name: short_bytes(item["peak_bytes"]) for name, item in results["memory"].items()}
         rows.append(["peak memory of a forward pass", peak["dense"], "", peak["pruned"]])
+    for task, dense in results.get("tasks", {}).get("dense", {}).items():
+        pruned = results["tasks"]["pruned"][task]
+        label = f"{task}, {dense['metric']} of {dense['items']} items"
+        rows.append([label, f"{dense['value']:.1%}", "", f"{pruned['value']:.1%}"])
     for dense, pruned in zip(*(results.get("speed", {}).get(k, []) for k in ("dense", "pruned")), strict=True):
         for phase in ("prefill", "decode"):
             label = f"{phase} tokens/s, batch {dense['batch']}"
             rows.append([label, f"{dense[phase]['median']:.0f}", "", f"{pruned[phase]['median']:.0f}"])
-    return _table(["", "dense", "cut, not recovered", "pruned and recovered"], rows)
+    return rows
 
 
-def _ratios(results: dict[str, Any]) -> str:
+def ratios_line(results: dict[str, Any]) -> str:
+    """The sparsity asked for, and the three reached."""
     sparsity = results["sparsity"]
     return (
         f"Asked for {sparsity['requested']:.1%} (of {sparsity['basis']}). "
@@ -173,32 +153,42 @@ def _ratios(results: dict[str, Any]) -> str:
 
 
 def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
-    layers: dict[str, dict[str, int]] = {}
+    layers: dict[int, dict[str, int]] = {}
+    hidden = results["widths"].get(RESIDUAL)
     for name, width in results["widths"].items():
-        _, layer, *_, kind = name.split(".")
+        if name == RESIDUAL:
+            continue
+        layer, kind = place(name)
         each = layers.setdefault(layer, {})
-        each[kind] = max(width, each.get(kind, 0))  # of experts' channels: of those that stay
+        each[kind] = max(width, each.get(kind, 0))  # of experts' channels: of those that stay, which are alike
     kinds = sorted({kind for widths in layers.values() for kind in widths})
-    widths = _table(
+    widths = table(
         ["layer", *kinds],
         [
-            [layer, *(str(widths.get(kind, "")) if any(widths.values()) else "removed" for kind in kinds)]
+            [str(layer), *(str(widths.get(kind, "")) if any(widths.values()) else "removed" for kind in kinds)]
             for layer, widths in layers.items()
         ],
     )
-    events = _table(
+    events = table(
         ["before step", "of the target", "block parameters removed"],
         [[f"{cut['step']:.0f}", f"{cut['fraction']:.1%}", f"{cut['block']:.2%}"] for cut in cuts],
     )
-    return "\n\n".join([_ratios(results), "Units left in each layer:", widths, "Cuts:", events])
+    stream = [] if hidden is None else [f"Hidden channels left: {hidden}."]
+    return "\n\n".join([ratios_line(results), *stream, "Units left in each layer:", widths, "Cuts:", events])
 
 
 def _completion(item: dict[str, str]) -> str:
-    kinds = (f"**{kind}:** {_quoted(text)}" for kind, text in item.items() if kind != "prompt")
-    return "\n\n".join([f"> {_quoted(item['prompt'])}", *kinds])
+    kinds = (f"**{kind}:** {quoted(text)}" for kind, text in item.items() if kind != "prompt")
+    return "\n\n".join([f"> {quoted(item['prompt'])}", *kinds])
 
 
 def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) -> str:
+    curve = table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
+    return f"{training_line(results)}\n\n{curve}"
+
+
+def training_line(results: dict[str, Any]) -> str:
+    """How long, on how much, and how it went."""
     training = results["training"]
     lines = (
         f"{training['steps']} steps, {training['tokens']:,} tokens, "
@@ -208,24 +198,32 @@ def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) 
     )
     if base := training.get("quantization"):
         lines += (
-            f" While scored and trained the base was kept in {base['kind']} ({_bytes(base['bytes'])} with adapters, "
-            "before any cut): losses here are of that model. Plan and adapters then went to the original weights."
+            f" While scored and trained the base was kept in {base['kind']} ({short_bytes(base['bytes'])} with "
+            "adapters, before any cut): losses here are of that model. Plan and adapters then went to the "
+            "original weights."
         )
-    curve = _table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
-    return f"{lines}\n\n{curve}"
+    return lines
 
 
 def _prepared(training: dict[str, Any]) -> list[str]:
+    lines = prepared_lines(training)
+    search = training.get("search", {})
+    if "candidates" in search:
+        rows = [
+            [*(str(each.get(kind, "")) for kind in ("layers", "attention", "ffn")), f"{value:.3f}"]
+            for each, value in zip(search["candidates"], search["divergence"], strict=True)
+        ]
+        lines.append(table(["layers", "KV heads", "channels", "divergence"], rows))
+    return ["## Before training", *lines] if lines else []
+
+
+def prepared_lines(training: dict[str, Any]) -> list[str]:
     """What was done between choosing units and training: nothing, for most recipes."""
     lines = []
     if search := training.get("search"):
         best = f"divergence {search['best']:.3f} nats a token from the dense model, before recovery"
         if "candidates" in search:
-            rows = [
-                [*(str(each.get(kind, "")) for kind in ("layers", "attention", "ffn")), f"{value:.3f}"]
-                for each, value in zip(search["candidates"], search["divergence"], strict=True)
-            ]
-            lines += [f"Widths searched; the best: {best}.", _table(["layers", "KV heads", "channels", ""], rows)]
+            lines.append(f"Widths searched among {len(search['candidates'])} candidates; the best: {best}.")
         else:
             lines.append(
                 f"Widths searched in {len(search['trace'])} trials from {search['starts']} starting points; "
@@ -240,13 +238,13 @@ def _prepared(training: dict[str, Any]) -> list[str]:
     if teacher := training.get("distillation"):
         steps = ", ".join(f"{count} steps by `{kind}`" for kind, count in teacher["teacher_steps"].items())
         lines.append(f"Taught by the dense model: {steps}.")
-    return ["## Before training", *lines] if lines else []
+    return lines
 
 
 def _mixture(mixture: dict[str, Any]) -> str:
     """Where the training text came from, and how that changed."""
     sources = mixture["sources"]
-    drawn = _table(
+    drawn = table(
         ["source", "stage", "first share", "sequences drawn", "dense loss"],
         [
             [
@@ -259,7 +257,7 @@ def _mixture(mixture: dict[str, Any]) -> str:
             for name, one in sources.items()
         ],
     )
-    rounds = _table(
+    rounds = table(
         ["before step", "stage", *sources],
         [[str(one["step"]), one["stage"], *(_of_source(one, name) for name in sources)] for one in mixture["rounds"]],
     )
@@ -274,27 +272,12 @@ def _of_source(one: dict[str, Any], name: str) -> str:
     return f"{one['weights'][name]:.1%}, {one['losses'][name]:.4f} ({one['degradation'][name]:+.4f})"
 
 
-def _checked(results: dict[str, Any]) -> str:
-    verification = results["verification"]
+def checked_line(results: dict[str, Any]) -> str:
+    """How much of the text evaluated was trained on, and what loading the checkpoint in a fresh process has shown."""
+    verification, seen = results["verification"], results["overlap"]
     return (
+        f"Of the evaluated text's {seen['ngram']}-grams {seen['share']:.2%} stand in the training text too. "
         f"A fresh process with stock transformers {verification['transformers']} loaded the checkpoint as "
         f"`{verification['model_class']}`; its logits differ from those in memory by at most "
         f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g})."
     )
-
-
-def _quoted(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

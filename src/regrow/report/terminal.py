@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regrow.report.markdown import own_text_line, short_name, target_line
+from regrow.report.markdown import own_text_line, target_line
+from regrow.report.words import plain, short_name
 
 
 def show(results: dict[str, Any], folder: Path, console: Console) -> None:
@@ -23,6 +24,8 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
         "",
         f"{size['pruned']['macs_per_token']:,}",
     )
+    for task, score in results.get("tasks", {}).get("dense", {}).items():
+        table.add_row(task, f"{score['value']:.1%}", "", f"{results['tasks']['pruned'][task]['value']:.1%}")
     if "memory" in results:
         peak = {name: f"{item['peak_bytes'] / 2**20:,.0f} MiB" for name, item in results["memory"].items()}
         table.add_row("peak memory of a forward pass", peak["dense"], "", peak["pruned"])
@@ -39,14 +42,14 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
     )
     for key, tell in (("target", target_line), ("own_text", own_text_line)):
         if key in results:
-            console.print(tell(results[key]).replace("**", ""), markup=False, highlight=False)
+            console.print(plain(tell(results[key])), markup=False, highlight=False)
     for item in results["completions"]:
         console.print(f"\n[b]prompt[/b] {_one_line(item['prompt'])}")
         for kind in ("dense", "cut", "pruned"):
             console.print(f"[b]{kind}[/b] ", end="")
             console.print(_one_line(item[kind]), markup=False, highlight=False)
     console.print(
-        f"\ncheckpoint {folder / 'model'}\nreport     {folder / 'report.md'}",
+        f"\ncheckpoint {folder / 'model'}\nreport     {folder / 'report.html'}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -22,8 +22,18 @@ class Evaluation(Section):
     speed: bool = Field(default=True, description="Measure prefill and decode speed.")
     speed_batches: tuple[Count, ...] = Field(default=(1, 4), min_length=1, description="Batch sizes for the speed.")
     memory: bool = Field(default=True, description="Measure peak memory, each checkpoint in a process of its own.")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Zero-shot tasks, by lm-evaluation-harness (pip install 'regrow[eval]'): its names (boolq, piqa, "
+        "hellaswag, winogrande, arc-e, arc-c, openbookqa, …), a task's .yaml file, or a .jsonl file of records with "
+        "query, choices and gold (or context_options, continuation and gold; context and continuation).",
+    )
+    task_limit: Count | None = Field(default=None, description="Use the first so many items of each task; null: all.")
     prompts: tuple[str, ...] = Field(
-        default=(), description="Prompts to complete; by default the start of a held-out document."
+        default=(), description="Prompts that all models complete, side by side in the report; see `completions`."
+    )
+    completions: int = Field(
+        default=3, ge=0, description="Without `prompts`: complete the starts of so many held-out documents; 0: none."
     )
 
 
@@ -42,4 +52,10 @@ class Output(Section):
         default=False,
         description="Leave, beside the merged model/, also base/ (pruned and refitted, not merged) and adapter/, a "
         "PEFT folder that goes on it.",
+    )
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none",
+        description="Where losses, sparsity, learning rate and data weights also go while a run trains, by way of "
+        "accelerate: TensorBoard files in the run's folder (tracker/), or a project named regrow. Its package must be "
+        "installed (tensorboard or tensorboardX, wandb, trackio).",
     )

@@ -42,19 +42,29 @@ class Pruning(Section):
         default="uniform",
         description="uniform: every layer keeps the same widths, loads everywhere. free: each layer its own.",
     )
-    kinds: tuple[Literal["attention", "ffn", "layer", "expert"], ...] = Field(
+    kinds: tuple[Literal["attention", "ffn", "hidden", "expert", "layer"], ...] = Field(
         default=("attention", "ffn"),
         min_length=1,
         description="What may go. attention: KV heads with their query heads. ffn: channels, those inside experts too. "
-        "layer: whole layers. expert: whole experts, as many in every layer. Of both, as many as do least damage; "
-        "alone, the fewest that reach the target.",
+        "hidden: channels of the residual stream, in all layers alike. expert: whole experts, as many in every layer. "
+        "layer: whole layers. Of both, as many as do least damage; alone, the fewest that reach the target.",
+    )
+    hidden: Share | None = Field(
+        default=None,
+        description="Share of the hidden channels to remove beside other kinds; null: the share that all kinds lose "
+        "alike. Alone, the target decides.",
     )
     criterion: str = Field(default="gate-fisher", description="What a unit is worth: a name, or FILE.py:FUNCTION.")
-    allocation: Literal["local", "global", "by-kind", "curves"] = Field(
+    allocation: Literal["local", "global", "pooled", "by-kind", "log-increasing", "curves"] = Field(
         default="local",
         description="local: the same share in every layer. global: lowest score per parameter first, across layers. "
-        "by-kind: the same share of heads as of channels, in each kind the lowest score first, across layers. "
-        "curves: least damage per parameter first, as analysis.enabled has measured it of each layer.",
+        "pooled: lowest score first, whatever the unit costs. by-kind: the same share of heads as of channels, in each "
+        "kind the lowest score first, across layers. log-increasing: a share that grows with the logarithm of the "
+        "layer's number. curves: least damage per parameter first, as analysis.enabled has measured it of each layer. "
+        "In the uniform shape pooled, by-kind and log-increasing are local.",
+    )
+    first_share: Share = Field(
+        default=0.5, description="log-increasing: what the first layer loses, as a share of the sparsity."
     )
     floor: Share = Field(
         default=0.0, description="Least share of a group's units, and of the layers, that stays (one always does)."
@@ -62,7 +72,9 @@ class Pruning(Section):
     cap: float = Field(
         default=1.0, gt=0, le=1, description="Largest share of a group's units, and of the layers, that may go."
     )
-    multiple: Count = Field(default=1, description="FFN widths are multiples of this.")
+    multiple: Count = Field(
+        default=1, description="FFN and hidden widths are multiples of this (hidden: of 8 if it is 1)."
+    )
     protect_first: Share = Field(
         default=0.0,
         description="Share of the layers, from the first, that is left alone (uniform: is not removed whole).",
@@ -94,6 +106,9 @@ class Pruning(Section):
         description="one-shot, cubic: steps over which a chosen unit's gate fades from 1 to 0 before it is cut.",
     )
     calibration_batches: int = Field(default=16, ge=0, description="Batches scored before the first training step.")
+    perturbations: Count = Field(
+        default=4, description="Criteria without a backward pass: directions tried with each calibration batch."
+    )
     labels: Literal["text", "model"] = Field(
         default="text",
         description="What calibration scores are about: predicting the text, or the model's own samples (true Fisher).",
@@ -153,12 +168,13 @@ class Compensation(Section):
     method: Literal["none", "bias", "least-squares"] = Field(
         default="none",
         description="least-squares: refit o_proj and down_proj on the inputs kept (and their bias, if they have one). "
-        "bias: only the bias, as FLAP. none: plain cut.",
+        "bias: only the bias, as FLAP; added where the class can have one and the model has not. none: plain cut.",
     )
-    selection: Literal["criterion", "obs"] = Field(
+    selection: Literal["criterion", "prefix", "obs"] = Field(
         default="criterion",
-        description="Which units of a group go: those the criterion ranks lowest, or those that a refit can best "
-        "make up for (optimal brain surgeon, greedy).",
+        description="Which units of a group go. criterion: those it ranks lowest. prefix: those it ranks lowest by "
+        "what the already pruned groups before give (criteria of inputs, such as wanda). obs: those that a refit can "
+        "best make up for (optimal brain surgeon, greedy).",
     )
     damping: float = Field(default=0.01, gt=0, description="Ridge of the refit, as a share of the mean input energy.")
     windows: Count = Field(default=128, description="Training windows that the moments are taken from.")
@@ -171,3 +187,8 @@ class Compensation(Section):
     blend: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(0.5, 0.75, 1.0), min_length=1, description="Shares of it tried on held-out text; the best stays."
     )
+
+    @property
+    def walks(self) -> bool:
+        """Whether layers are treated in turn, each on what the pruned ones before it give."""
+        return self.method != "none" or self.selection == "prefix"

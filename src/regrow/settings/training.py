@@ -38,6 +38,12 @@ class Training(Section):
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
         "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
     )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="Where the frozen matrices of the decoder layers lie when they are not computed with: on the "
+        "device, in the host's memory (cpu), or in the checkpoint's files (disk). They are brought layer by layer, "
+        "which takes time; gradient_checkpointing is then on, and refits go into the adapters.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
@@ -46,6 +52,9 @@ class Training(Section):
         description="Refuse a run whose memory, by a coarse estimate, is more than what is free; false: only say so.",
     )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
+    checkpoint_interval: Count | None = Field(
+        default=None, description="Steps between checkpoints that an interrupted run goes on from; null: eval_interval."
+    )
     eval_windows: Count = Field(default=32, description="Held-out windows of each source in a validation loss.")
     patience: int = Field(
         default=0, ge=0, description="Stop after so many validations without a better loss; 0: never."
@@ -55,9 +64,19 @@ class Training(Section):
     )
 
     @property
+    def steps_between_checkpoints(self) -> int:
+        """As said, or as often as the validation loss is measured."""
+        return self.checkpoint_interval or self.eval_interval
+
+    @property
     def quantized(self) -> bool:
         """Whether the base is kept in fewer bits, and so cannot be written to."""
         return self.quantization != "none"
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the base lies elsewhere, and so cannot be written to."""
+        return self.offload != "none"
 
 
 class Distillation(Section):
@@ -80,8 +99,10 @@ class Distillation(Section):
         "model: a second copy from the start. cached: the most likely tokens at every position of the training text, "
         "written to disk before training.",
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of a second copy; auto: as the model that is pruned."
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8", "nf4"] = Field(
+        default="auto",
+        description="How a second copy is kept; auto: as the model that is pruned. int8, nf4: the linears of its "
+        "decoder layers by bitsandbytes (pip install 'regrow[quant]').",
     )
     top_k: Count = Field(
         default=64, description="cached: tokens kept at every position; the others' probability is one sum."

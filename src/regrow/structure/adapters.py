@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from regrow.errors import InputError
-from regrow.structure.quantised import is_quantised
+from regrow.structure.offload import Offloaded
+from regrow.structure.quantised import is_quantised, weight_shape
 
 ADAPTER = "default"
 
@@ -23,7 +25,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """`(outputs, inputs)` of a linear without LoRA; Conv1D keeps its weight as `[in, out]`."""
-    first, second = module.get_parameter("weight").shape
+    first, second = weight_shape(module.get_parameter("weight"))
     return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
@@ -79,6 +81,11 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """Their names, in the same order."""
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The linears that LoRA is wrapped around, by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -105,13 +112,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(model: PreTrainedModel) -> None:
-    """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off."""
+    """Add every adapter's `s B A` to its frozen weight, in float32, and take the adapters off.
+
+    To an offloaded weight it is added whenever it is brought.
+    """
     assert not is_quantised(model), "adapters are merged into the original weights, never into a quantised base"
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         a, b = lora_factors(model, name)
         weight = base.get_parameter("weight")
-        weight.data = merged_weight(base, weight.data, a, b, layer.scaling[ADAPTER]).to(weight.dtype)
+        merge = partial(merged_weight, base, a=a.detach(), b=b.detach(), scaling=layer.scaling[ADAPTER])
+        if isinstance(weight, Offloaded):
+            weight.merge = merge
+        else:
+            weight.data = merge(weight.data).to(weight.dtype)
         model.set_submodule(name, base)
     model.requires_grad_(True)
     del model.peft_config

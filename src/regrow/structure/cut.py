@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,18 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from regrow.structure.depth import remove_layers
 from regrow.structure.experts import select
-from regrow.structure.groups import Group, Groups, Slice, renumbered
+from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
+from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
+from regrow.structure.residual import follow, narrowed
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Under which names experts, their router and the modules around them keep how many there are."""
+
+HIDDEN_SIZES = ("hidden_dim", "hidden_size")
+"""Under which names a module with weights along the residual stream keeps how wide it is."""
 
 
 @torch.no_grad()
@@ -39,9 +43,9 @@ def cut(
 
     Args:
         groups: the groups as they are now.
-        keep: group name -> numbers (within the group as it is now) of the units that stay, ascending. Groups
-            that are not named stay whole. None for all groups of a layer: the layer goes, the config with it. None
-            for the channels of the experts that go; the others' keep the same number in each.
+        keep: group name (`residual` among them) -> numbers (within the group as it is now) of the units that stay,
+            ascending. Groups that are not named stay whole. None for all groups of a layer: the layer goes, the config
+            with it. None for the channels of the experts that go; the others' keep the same number in each.
 
     Returns:
         The groups of the model after the cut.
@@ -65,24 +69,49 @@ def cut(
             left[group.name] = group.keep(units)
     for (name, axis), positions_EK in within_experts(model, groups, keep).items():
         _change(model.get_parameter(name), partial(select, axis=axis, positions_EK=positions_EK), optimizer)
+    return _cut_stream(model, _without(groups, left), keep.get(RESIDUAL), optimizer)
+
+
+def _without(groups: Groups, left: Mapping[str, Group]) -> Groups:
+    """What a model comes to of whose groups, by name, this is left."""
     lost = dict.fromkeys((layer.number for layer in groups.layers), 0)
+    hidden = dict(lost)
     for group in groups:
-        lost[group.layer] += group.cost * (group.units - (left[group.name].units if group.name in left else 0))
-    removed = sum(lost.values())
+        gone = group.units - (left[group.name].units if group.name in left else 0)
+        lost[group.layer] += group.cost * gone
+        hidden[group.layer] += group.hidden * gone
+    removed, residual = sum(lost.values()), groups.residual
     return replace(
         groups,
-        groups=renumbered(tuple(left.values())),
+        groups=tuple(_renumbered(left.values())),
         layers=tuple(
             replace(
                 layer,
                 parameters=layer.parameters - lost[layer.number],
                 block_parameters=layer.block_parameters - lost[layer.number],
+                hidden=layer.hidden - hidden[layer.number],
+                block_hidden=layer.block_hidden - hidden[layer.number],
             )
             for layer in groups.layers
         ),
         block_parameters=groups.block_parameters - removed,
         total_parameters=groups.total_parameters - removed,
+        residual=residual and replace(residual, cost=residual.cost - sum(hidden.values())),
     )
+
+
+def _renumbered(groups: Iterable[Group]) -> Iterator[Group]:
+    """After experts have gone: channels' groups whose slices say at which position their experts now are."""
+    seen: dict[tuple[str, int], int] = defaultdict(int)
+    for group in groups:
+        slices = []
+        for piece in group.slices:
+            if piece.expert is not None:
+                place = piece.parameter, piece.axis
+                piece = replace(piece, expert=seen[place])
+                seen[place] += 1
+            slices.append(piece)
+        yield replace(group, slices=tuple(slices))
 
 
 def emptied_layers(groups: Groups, keep: Mapping[str, NDArray[np.int64]]) -> set[int]:
@@ -110,6 +139,20 @@ def within_experts(
     return {place: torch.from_numpy(np.stack(stay[place])) for place in sorted(narrowed)}
 
 
+def _cut_stream(
+    model: nn.Module, groups: Groups, units: NDArray[np.int64] | None, optimizer: torch.optim.Optimizer | None
+) -> Groups:
+    residual = groups.residual
+    if residual is None or units is None or len(units) == residual.units:
+        return groups
+    for piece in residual.slices:
+        _cut_slice(model, piece, units, optimizer)
+    for name in dict.fromkeys(piece.module for piece in residual.slices):  # routers and experts reshape by their own
+        record = vars(model.get_submodule(name))
+        record |= {key: len(units) for key in HIDDEN_SIZES if record.get(key) == residual.units}
+    return replace(narrowed(groups, residual.units - len(units)), residual=residual.keep(units))
+
+
 def _cut_slice(
     model: nn.Module, piece: Slice, units: NDArray[np.int64], optimizer: torch.optim.Optimizer | None
 ) -> None:
@@ -118,8 +161,11 @@ def _cut_slice(
     stay = np.delete(np.arange(weight_shape(parameter)[piece.axis]), gone)
     positions = torch.from_numpy(stay).to(parameter.device)
     module = model.get_submodule(piece.parameter.rpartition(".")[0])
-    if kept_as(parameter):
-        cut_weight(module, piece.axis, positions)
+    if kept_as(parameter) or isinstance(parameter, Offloaded):
+        if isinstance(parameter, Offloaded):
+            parameter.cut(piece.axis, positions)
+        else:
+            cut_weight(module, piece.axis, positions)
         _follow(module)
         return
 
@@ -145,8 +191,8 @@ def _follow(module: nn.Module) -> None:
     """Let a module's own record of its width say what its weight now is."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight_shape(module.weight)
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
+    else:
+        follow(module)
 
 
 def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:

@@ -1,7 +1,7 @@
 """Depth: taking whole decoder layers out of a model, and out of the config that describes it."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.errors import InputError
-from regrow.structure.groups import Groups
+from regrow.structure.groups import Group, Groups, Layer
 from regrow.structure.trace import decoder_layers
 
 BY_POSITION = re.compile(
@@ -105,9 +105,22 @@ def remove_layers(
         linears=tuple(
             rename(name) for name in groups.linears if not any(name.startswith(f"{layer.name}.") for layer in removed)
         ),
+        residual=groups.residual and _without_layers(groups.residual, removed, rename),
         block_parameters=groups.block_parameters - sum(layer.block_parameters for layer in removed),
         total_parameters=groups.total_parameters - sum(layer.parameters for layer in removed),
     )
+
+
+def _without_layers(residual: Group, removed: Sequence[Layer], rename: Callable[[str], str]) -> Group:
+    """The residual stream's group once some layers are no longer along it."""
+    gone = tuple(f"{layer.name}." for layer in removed)
+    path = removed[0].name.rpartition(".")[0]
+    slices = tuple(
+        replace(s, parameter=rename(s.parameter) if s.parameter.startswith(f"{path}.") else s.parameter)
+        for s in residual.slices
+        if not s.parameter.startswith(gone)
+    )
+    return replace(residual, slices=slices, cost=residual.cost - sum(layer.hidden for layer in removed))
 
 
 def shorten(config: PretrainedConfig, stay: Sequence[int]) -> None:

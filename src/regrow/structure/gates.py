@@ -7,6 +7,10 @@ of a weight's shape and whatever precision the frozen weight is kept in.
 A whole layer's gate sits on what the layer adds to the residual stream: `h' = h_in + g (h_out - h_in)`, so that
 `dL/dg = <h_out - h_in, dL/dh'>` and at 0 the layer is the identity, whatever biases or norms it ends in.
 
+A hidden channel's gate sits on everything that is written to the residual stream: what enters the first layer, and what
+each layer adds. `dL/dg` is the sum over those places. That a norm counts one channel less is left out: it shifts the
+derivatives of all channels alike, by one part in D. At 0 the norms do count (`residual.py`).
+
 Shapes: B batch, T time, C input channels of the consumer, U units of the group, D hidden channels.
 """
 
@@ -18,9 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from regrow.structure.experts import ExpertGates, Router, Sink, is_experts
-from regrow.structure.groups import Group, Layer, Slice
+from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
+from regrow.structure.residual import mask_hooks, writers
+from regrow.structure.trace import decoder_layers
 
 
 class _Gate(torch.autograd.Function):
@@ -105,16 +113,30 @@ class GateMoments:
 class Gates:
     """The gates of a model's groups, and of whole layers; a context: hooks are on the model while it is entered.
 
-    A group's gates go by its name, a layer's single one by `Layer.unit`.
+    A group's gates go by its name, a layer's single one by `Layer.unit`, those of hidden channels by `residual`.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], layers: Sequence[Layer] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        layers: Sequence[Layer] = (),
+        residual: Group | None = None,
+    ) -> None:
         self.model = model
+        self._residual = residual
+        self._stream: Tensor | None = None
+        """Gate gradients `[B, U]` of the hidden channels, as far as one backward pass has got."""
+        self._batch = 0
         self._groups = {group.name: group for group in groups}
         self._layers = {layer.unit: layer for layer in layers}
-        self._values = {group.name: torch.ones(group.units) for group in groups} | _open(layers)
+        self._values = {group.name: torch.ones(group.units) for group in self._every} | _open(layers)
         self._sink: Sink | None = None
         self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _every(self) -> list[Group]:
+        return [*self._groups.values(), *([self._residual] if self._residual else [])]
 
     def __enter__(self) -> "Gates":
         self._hook()
@@ -140,6 +162,9 @@ class Gates:
             self._undo.append(module.register_forward_hook(partial(self._gate_layer, layer.unit)).remove)
         for name in dict.fromkeys(s.module for s in self._slices() if is_experts(self.model.get_submodule(s.module))):
             self._undo += self._gates_within(name).attach()
+        if self._residual is not None:
+            masks = mask_hooks(self.model, self._residual, lambda: self._values[RESIDUAL])
+            self._undo += [handle.remove for handle in (*masks, *self._stream_hooks(self._residual))]
 
     def _slices(self) -> list[Slice]:
         """Those of experts and of their channels."""
@@ -163,6 +188,42 @@ class Gates:
         return ExpertGates(
             self.model.get_submodule(experts), block, routers, channels, whole, self.value, lambda: self._sink
         )
+
+    def _stream_hooks(self, residual: Group) -> Iterator[RemovableHandle]:
+        assert isinstance(self.model, PreTrainedModel)
+        path, layers = decoder_layers(self.model)
+        unit_of_channel = torch.zeros(residual.slices[0].index.size, dtype=torch.long)
+        for unit, channels in enumerate(residual.slices[0].index):
+            unit_of_channel[torch.from_numpy(channels)] = unit
+        yield layers[0].register_forward_pre_hook(partial(self._enter_stream, unit_of_channel))
+        for name in writers(self.model, path, residual):
+            module = self.model.get_submodule(name)
+            yield module.register_forward_hook(partial(self._write_stream, unit_of_channel))
+
+    def _enter_stream(self, unit_of_channel: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        self._batch = len(args[0])
+        return (self._on_stream(args[0], unit_of_channel), *args[1:])
+
+    def _write_stream(self, unit_of_channel: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        gated = self._on_stream(first, unit_of_channel)
+        return (gated, *rest) if isinstance(output, tuple) else gated
+
+    def _on_stream(self, x: Tensor, unit_of_channel: Tensor) -> Tensor:
+        if self._sink is None or not torch.is_grad_enabled():
+            return x
+        if not x.requires_grad:
+            x = x.detach().requires_grad_(True)
+        units = int(unit_of_channel.max()) + 1
+
+        def report(product_BC: Tensor) -> None:
+            c_BU = torch.zeros(len(product_BC), units, device=product_BC.device)
+            c_BU.index_add_(1, unit_of_channel.to(product_BC.device), product_BC)
+            self._stream = c_BU if self._stream is None else self._stream + c_BU.to(self._stream.device)
+
+        x_BTD = x.reshape(self._batch, -1, x.shape[-1])  # some families flatten B and T
+        gated: Tensor = _Gate.apply(x_BTD, None, report)  # type: ignore[no-untyped-call]
+        return gated.view_as(x)
 
     def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
@@ -218,8 +279,7 @@ class Gates:
 
     def open(self) -> None:
         """All gates at 1."""
-        for value in self._values.values():
-            value.fill_(1.0)
+        self._values = {name: torch.ones_like(value) for name, value in self._values.items()}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -231,17 +291,26 @@ class Gates:
         finally:
             self._values, self._sink = former
 
-    def rebuild(self, groups: Sequence[Group], values: Mapping[str, Tensor], layers: Sequence[Layer] = ()) -> None:
-        """Follow a cut: new groups, new gate values; the gates of `layers` are open."""
+    def rebuild(
+        self,
+        groups: Sequence[Group],
+        values: Mapping[str, Tensor],
+        layers: Sequence[Layer] = (),
+        residual: Group | None = None,
+    ) -> None:
+        """Follow a cut: new groups, new gate values; the gates of `layers` and of the stream are open."""
         self._groups = {group.name: group for group in groups}
         self._layers = {layer.unit: layer for layer in layers}
+        self._residual = residual
         self._values = {group.name: values[group.name].clone() for group in groups} | _open(layers)
+        if residual is not None:
+            self._values[RESIDUAL] = torch.ones(residual.units)
         if self._undo:
             self._hook()
 
     @contextmanager
     def recording(self, scale: float, sink: Sink) -> Iterator[None]:
-        """Hand `c_n` of every backward pass to `sink`.
+        """Hand `c_n` of every backward pass to `sink`; those of hidden channels when this one pass is over.
 
         Args:
             scale: what the loss that runs backward must be multiplied by to be a plain sum of the sequences'
@@ -252,5 +321,7 @@ class Gates:
         self._sink = lambda name, c_BU: sink(name, c_BU * scale)
         try:
             yield
+            if self._stream is not None:
+                self._sink(RESIDUAL, self._stream)
         finally:
-            self._sink = None
+            self._sink = self._stream = None

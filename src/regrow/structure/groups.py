@@ -1,7 +1,7 @@
 """Groups: what can be removed from a model, unit by unit, and what each unit costs."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
@@ -18,6 +18,9 @@ from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers,
 
 MULTIPLE = 8
 """Channels of experts stay in multiples of this: the kernels that compute all experts at once want rows of 16 bytes."""
+
+RESIDUAL = "residual"
+"""Name of the group of hidden channels."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,19 @@ class Group:
     """Units of one kind in one layer; a unit is a minimally removable structure."""
 
     name: str
-    """`layers.<number>.<kind>`, of the channels of an expert `layers.<number>.expert<number>.ffn`: a plan's key."""
+    """`layers.<number>.<kind>`, of the channels of an expert `layers.<number>.expert<number>.ffn`: a plan's key;
+    `residual` for the residual stream."""
     layer: int
-    """The layer's `number`."""
+    """The layer's `number`; -1 for the residual stream, which goes through all of them."""
     kind: str
     """`attention`: a unit is a KV head with its query heads. `ffn`: a channel. `expert`: an expert with its part of the
-    router."""
+    router. `hidden`: a channel of the residual stream."""
     units: int
     slices: tuple[Slice, ...]
     cost: int
     """Parameters that removing one unit removes, adapters not counted; of an expert without those of its channels."""
+    hidden: int = 0
+    """How many of them lie on each hidden channel: what a hidden channel no longer brings once the unit is gone."""
     widths: Sequence[int] | None = None
     """How many of the units of the whole model may stay in a model of a stock class, ascending; None: any number."""
     expert: int | None = None
@@ -106,6 +112,10 @@ class Layer:
     parameters: int
     block_parameters: int
     """Those of its modules that the groups have a share in."""
+    hidden: int = 0
+    """Of `parameters`, those on each hidden channel."""
+    block_hidden: int = 0
+    """Of `block_parameters`."""
 
     @property
     def unit(self) -> str:
@@ -115,7 +125,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Groups(Sequence[Group]):
-    """What a model is made of, as far as pruning goes; a sequence of its groups."""
+    """What a model is made of, as far as pruning goes; a sequence of the groups within its layers."""
 
     groups: tuple[Group, ...]
     layers: tuple[Layer, ...]
@@ -124,6 +134,9 @@ class Groups(Sequence[Group]):
     block_parameters: int
     """Parameters of all modules that the groups have a share in."""
     total_parameters: int
+    residual: Group | None = None
+    """The hidden channels, coupled through all layers, embeddings, norms and head: a group that crosses all others, so
+    that costs of it and of them multiply rather than add. None if the model has no such stream to narrow."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -143,26 +156,30 @@ class Groups(Sequence[Group]):
         return {
             "total_parameters": self.total_parameters,
             "block_parameters": self.block_parameters,
-            "groups": [
-                {
-                    "name": group.name,
-                    "layer": group.layer,
-                    "kind": group.kind,
-                    "units": group.units,
-                    "parameters_per_unit": group.cost,
-                    "share_of_total": group.units * group.cost / self.total_parameters,
-                    "slices": [
-                        {"parameter": s.parameter, "axis": s.axis, "per_unit": s.index.shape[1]} for s in group.slices
-                    ],
-                }
-                for group in self
-            ],
+            "groups": [self._described(group) for group in self],
             "layers": [{"name": layer.name, "parameters": layer.parameters} for layer in self.layers],
+            **({} if self.residual is None else {"residual": self._described(self.residual)}),
+        }
+
+    def _described(self, group: Group) -> dict[str, object]:
+        return {
+            "name": group.name,
+            "layer": group.layer,
+            "kind": group.kind,
+            "units": group.units,
+            "parameters_per_unit": group.cost,
+            "share_of_total": group.units * group.cost / self.total_parameters,
+            "slices": [{"parameter": s.parameter, "axis": s.axis, "per_unit": s.index.shape[1]} for s in group.slices],
         }
 
     def by_name(self, name: str) -> Group:
         """The group of that name."""
         return self._by_name[name]
+
+    def in_experts(self, kinds: Collection[str]) -> bool:
+        """Whether any unit of these kinds is an expert, or lies within one."""
+        of_experts = (group for group in self if group.expert is not None or group.kind == "expert")
+        return any(group.kind.rstrip("0123456789") in kinds for group in of_experts)
 
     @cached_property
     def _by_name(self) -> dict[str, Group]:
@@ -200,6 +217,8 @@ def find_groups(model: PreTrainedModel) -> Groups:
                     groups.append(group)
     if not groups:
         raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
+    residual = _residual(model, found, path, alike)
+    groups = [replace(group, hidden=_crossing(model, group, residual)) for group in groups]
     groups = _count_channels_once(sorted(groups, key=lambda group: (group.layer, group.kind)))
 
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
@@ -213,15 +232,23 @@ def find_groups(model: PreTrainedModel) -> Groups:
         return sum(size for name, size in sizes.items() if name.startswith(f"{path}.{number}."))
 
     every = {name: weight_count(p) for name, p in base.items()}
+    along = [] if residual is None else [s for s in residual.slices if not s.is_adapter]
+    on_channel = {s.parameter: _count(model, s) for s in along}
+    block_on_channel = {name: count for name, count in on_channel.items() if _module_of(name) in sliced}
     return Groups(
         groups=tuple(groups),
         layers=tuple(
-            Layer(f"{path}.{i}", i, inside_layer(i, every), inside_layer(i, block)) for i in range(len(layers))
+            Layer(
+                f"{path}.{i}", i, inside_layer(i, every), inside_layer(i, block),
+                inside_layer(i, on_channel), inside_layer(i, block_on_channel),
+            )
+            for i in range(len(layers))
         ),
         linears=tuple(linears),
         block_parameters=sum(block.values()),
         total_parameters=sum(every.values()),
-    )
+        residual=residual,
+    )  # fmt: skip
 
 
 def _takes_gates(model: PreTrainedModel, group: Group) -> bool:
@@ -235,32 +262,14 @@ def _takes_gates(model: PreTrainedModel, group: Group) -> bool:
 
 def _count_channels_once(groups: Sequence[Group]) -> list[Group]:
     """Take what the channels' own groups count off the costs of experts."""
-    inside: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for group in groups:
-        if group.expert is not None:
-            inside[group.layer][group.expert] += group.units * group.cost
-    return [
-        replace(group, cost=group.cost - sum(inside[group.layer].values()) // group.units)
-        if group.kind == "expert"
-        else group
-        for group in groups
-    ]
-
-
-def renumbered(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """After experts have gone: channels' groups whose slices say at which position their experts now are."""
-    seen: dict[tuple[str, int], int] = defaultdict(int)
     found = []
     for group in groups:
-        slices = []
-        for piece in group.slices:
-            if piece.expert is not None:
-                place = piece.parameter, piece.axis
-                piece = replace(piece, expert=seen[place])
-                seen[place] += 1
-            slices.append(piece)
-        found.append(replace(group, slices=tuple(slices)))
-    return tuple(found)
+        if group.kind == "expert":
+            inside = [g for g in groups if g.layer == group.layer and g.expert is not None]
+            cost, hidden = sum(g.units * g.cost for g in inside), sum(g.units * g.hidden for g in inside)
+            group = replace(group, cost=group.cost - cost // group.units, hidden=group.hidden - hidden // group.units)
+        found.append(group)
+    return found
 
 
 def _module_of(parameter: str) -> str:
@@ -272,14 +281,71 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
-    cost = 0
-    for piece in slices:
-        if not piece.is_adapter:
-            parameter = model.get_parameter(piece.parameter)
-            shape = weight_shape(parameter)
-            among = shape[piece.axis] * (1 if piece.expert is None else shape[0])
-            cost += piece.index.shape[1] * weight_count(parameter) // among
-    return cost
+    return sum(_count(model, piece) for piece in slices if not piece.is_adapter)
+
+
+def _count(model: PreTrainedModel, piece: Slice) -> int:
+    """Numbers of a parameter that one unit owns."""
+    parameter = model.get_parameter(piece.parameter)
+    shape = weight_shape(parameter)
+    among = shape[piece.axis] * (1 if piece.expert is None else shape[0])
+    return int(piece.index.shape[1]) * weight_count(parameter) // among
+
+
+def _crossing(model: PreTrainedModel, group: Group, residual: Group | None) -> int:
+    """Numbers that lie both in a unit of a group and on a hidden channel."""
+    along = {} if residual is None else {s.parameter: s for s in residual.slices if not s.is_adapter}
+    crossed = [(s, along[s.parameter]) for s in group.slices if s.parameter in along]
+    count = 0
+    for s, other in crossed:
+        if other.axis != s.axis:
+            size = weight_shape(model.get_parameter(s.parameter))[other.axis]
+            count += _count(model, s) * int(other.index.shape[1]) // size
+    return count
+
+
+def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[Sequence[int]]) -> Group | None:
+    """The classes that the layers both read and write, and that reach outside of them.
+
+    None where they do not all own alike: there is then no one number that says how wide the stream is.
+    """
+    first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
+    for number, axis in enumerate(found.axes):
+        for c, positions in axis.owners():
+            owners[c][number] = positions
+
+    def has(owned: Mapping[int, object], inside: bool, is_input: bool | None = None) -> bool:
+        axes = [found.axes[n] for n in owned if ".lora_" not in found.axes[n].parameter]
+        return any(
+            axis.parameter.startswith(f"{path}.") == inside and is_input in (None, axis.is_input) for axis in axes
+        )
+
+    stream = [
+        owned
+        for c, owned in owners.items()
+        if c != -1 and c not in found.attention
+        if has(owned, False) and has(owned, True, True) and has(owned, True, False)
+    ]
+    if len({tuple((n, len(p)) for n, p in sorted(owned.items())) for owned in stream}) != 1:
+        return None
+    stream.sort(key=lambda owned: int(owned[min(owned)][0]))
+    slices: dict[tuple[str, int], Slice] = {}
+    for n in sorted(stream[0]):
+        axis, index = found.axes[n], np.stack([owned[n] for owned in stream])
+        for name in _replicated(axis.parameter, path, alike):
+            name = first.get(id(model.get_parameter(name)), name)
+            slices.setdefault((name, axis.axis), Slice(name, axis.axis, axis.is_input, index))
+    found_slices = tuple(slices.values())
+    return Group(RESIDUAL, -1, "hidden", len(stream), found_slices, _cost(model, found_slices))
+
+
+def _replicated(parameter: str, path: str, alike: Sequence[Sequence[int]]) -> list[str]:
+    """The parameters of the whole model that one of the skeleton stands for."""
+    if not parameter.startswith(f"{path}."):
+        return [parameter]
+    position, _, rest = parameter.removeprefix(f"{path}.").partition(".")
+    return [f"{path}.{number}.{rest}" for number in alike[int(position)]]
 
 
 def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> Iterator[Group]:
@@ -290,9 +356,7 @@ def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> I
     """
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
     for number, axis in enumerate(axes):
-        order = np.argsort(axis.classes, kind="stable")
-        classes, starts = np.unique(axis.classes[order], return_index=True)
-        for c, positions in zip(classes.tolist(), np.split(order, starts[1:]), strict=True):
+        for c, positions in axis.owners():
             owners[c][number] = positions
 
     alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)

@@ -94,7 +94,7 @@ def index_map(model: PreTrainedModel, whole: Groups, keep: Mapping[str, NDArray[
 
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = defaultdict(list)
     slices: dict[tuple[str, int], Slice] = {}
-    for group in whole:
+    for group in (*whole, *([whole.residual] if whole.residual else [])):
         if (
             group.expert is None
             and group.layer not in emptied

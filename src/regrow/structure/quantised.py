@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from regrow.structure.offload import Offloaded
+
 Quantization = Literal["int8", "nf4"]
 
 CLASSES: dict[str, Quantization] = {"Int8Params": "int8", "Params4bit": "nf4"}
@@ -125,8 +127,8 @@ def copy_into(memo: dict[int, Any], linear: Any) -> None:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, tied ones once, with the scales of quantised ones."""
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of a model's parameters, tied ones once, with the scales of quantised ones; none of offloaded ones."""
+    held = sum(parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, Offloaded))
     for linear in quantised_linears(model):
         if kept_as(linear.weight) == "int8":
             held += linear.state.SCB.nbytes

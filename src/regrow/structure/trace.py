@@ -11,7 +11,7 @@ Not covered: models whose forward pass branches on tensor values, and layers tha
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,12 @@ class Axis:
     """Whether a product sums over this axis: the columns of a consumer."""
     classes: Facet
     """The class of each position, shape `[size]`; -1 where removing units never removes the position."""
+
+    def owners(self) -> Iterator[tuple[int, Facet]]:
+        """Each class that owns positions of the axis, and which."""
+        order = np.argsort(self.classes, kind="stable")
+        classes, starts = np.unique(self.classes[order], return_index=True)
+        yield from zip(classes.tolist(), np.split(order, starts[1:]), strict=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""What offloading saves and costs: peak memory and time of a short run with all weights here, and with them on disk.
+
+A random LLaMA (150M parameters by default) is pruned by half and trained for a few steps, on the text of Python's own
+library, on a CPU, each run in a process of its own with the same settings. Memory is the most that the process had in a
+stage, above what it had before the model was loaded; pages of files that are mapped at that moment count. It is checked
+that both runs leave the same weights.
+
+    python benchmarks/offload.py --threads 1
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from environment import describe_machine
+from memory import COMMON, Peaks, write_inputs
+
+import regrow
+from regrow.recipe import load_recipe
+
+SETTINGS = {
+    **COMMON, "training.gradient_checkpointing": True, "training.steps": 4, "pruning.sparsity": 0.5,
+    "data.sequence_length": 64, "evaluation.windows": [64], "evaluation.completions": 1,
+}  # fmt: skip
+RECIPES = {"loraprune": "no teacher", "regrow": "a copy of the model as teacher"}
+PLACES = ("none", "disk")
+STAGES = ("load model", "score", "train", "merge and save", "evaluate")
+
+
+def run_here(arguments: argparse.Namespace) -> None:
+    """In the child."""
+    torch.set_num_threads(arguments.threads)
+    scratch, place = arguments.folder, arguments.child[1]
+    recipe = load_recipe(arguments.child[0], {**SETTINGS, "data.source": str(scratch / "text.txt")})
+    peaks, out = Peaks(), scratch / "out"
+    begun = time.perf_counter()
+    regrow.prune(str(scratch / "model"), out, recipe, offload=place, progress=peaks)
+    peaks.stage("")
+    found = {
+        "seconds": time.perf_counter() - begun,
+        "stages": json.loads((out / "results.json").read_text())["seconds"],
+        "sha256": hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        "peaks": peaks.found,
+    }
+    print(json.dumps(found))
+
+
+def table(found: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
+    """MiB by stage; some stages begin others, whose peaks count there."""
+    lines = ["| run | weights | " + " | ".join(STAGES) + " | train, s |", "|---|---|" + "---:|" * (len(STAGES) + 1)]
+    for recipe, runs in found.items():
+        for place, one in runs.items():
+            peaks = dict(one["peaks"])
+            peaks["merge and save"] = max(peaks["merge and save"], peaks.get("write checkpoint", 0))
+            peaks["evaluate"] = max(size for stage, size in peaks.items() if stage.startswith(("evaluate", "perplex")))
+            cells = [f"{peaks[stage] / 2**20:,.0f}" for stage in STAGES]
+            where = "here" if place == "none" else place
+            lines.append(f"| {RECIPES[recipe]} | {where} | {' | '.join(cells)} | {one['stages']['train']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.child:
+        run_here(arguments)
+        return
+    found: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(arguments, Path(folder))
+        for recipe in RECIPES:
+            found[recipe] = {}
+            for place in PLACES:
+                command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--child", recipe, place]
+                child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found[recipe][place] = json.loads(child.stdout.splitlines()[-1])
+            assert len({one["sha256"] for one in found[recipe].values()}) == 1, "offloading changed the result"  # type: ignore[type-var]
+    print(table(found))
+    if arguments.out:
+        results = {**found, "machine": describe_machine(), "arguments": vars(arguments)}
+        arguments.out.write_text(json.dumps(results, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()

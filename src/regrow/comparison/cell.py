@@ -1,0 +1,42 @@
+"""One cell of a comparison: `python -m regrow.comparison.cell FOLDER`, a process of its own so that its peak memory
+can be told.
+
+Reads `FOLDER.json`, leaves the run in `FOLDER` and what it cost in `FOLDER.cost.json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from regrow.checkpoint.files import write_json
+from regrow.errors import InputError
+from regrow.evaluation.memory_probe import highest, resident
+from regrow.recipe import parse_recipe
+from regrow.run import prune
+
+
+def main(folder: Path) -> None:
+    """Run it.
+
+    Raises:
+        InputError: as `regrow.prune`.
+    """
+    request = json.loads(folder.with_name(folder.name + ".json").read_text())
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    before = resident()
+    prune(request["model"], folder, parse_recipe(request["recipe"]))
+    cost = {"peak_bytes_above_imports": highest() - before}
+    if torch.cuda.is_available():
+        cost["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+    write_json(folder.with_name(folder.name + ".cost.json"), cost)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except InputError as error:
+        print("regrow:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,148 @@
+"""The grid of a comparison: contenders × sparsities × seeds; each cell a normal run in a process of its own.
+
+A comparison's folder holds `cells/NAME/` (the run), `cells/NAME.json` (what was asked of it), `cells/NAME.cost.json`
+(there once it is finished) and `cells/NAME.log`. A cell that is finished is not run again.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.checkpoint.files import write_json
+from regrow.errors import InputError
+from regrow.preflight import check_settings
+from regrow.progress import Progress
+from regrow.recipe import Recipe, load_recipe, parse_assignments
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What takes part: a recipe, perhaps with another criterion or settings of its own."""
+
+    label: str
+    """`loraprune`, `loraprune+magnitude`, `regrow@compensation.method=none@search.evaluations=0`."""
+    recipe: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, label: str) -> "Contender":
+        """Read `RECIPE[+CRITERION][@key.path=value…]`.
+
+        Raises:
+            InputError: if a setting is not written as such.
+        """
+        name, *own = label.strip().split("@")
+        recipe, _, criterion = name.partition("+")
+        settings = {"pruning.criterion": criterion} if criterion else {}
+        return cls(label.strip(), recipe, settings | parse_assignments(own))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    contender: str
+    sparsity: float
+    seed: int
+    recipe: Recipe
+    folder: Path
+    """Of the run."""
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.folder.name
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the run's folder: `.json`, `.cost.json`, `.log`."""
+        return self.folder.with_name(self.name + suffix)
+
+    def request(self, model: str, threads: int | None) -> dict[str, Any]:
+        """All that decides what comes out."""
+        return {"model": model, "threads": threads, "recipe": self.recipe.model_dump(mode="json")}
+
+    @property
+    def finished(self) -> bool:
+        """Whether its results are there."""
+        return self.beside(".cost.json").is_file() and (self.folder / "results.json").is_file()
+
+    def results(self) -> dict[str, Any]:
+        """What the run's `results.json` holds, its history and its cost."""
+        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        found["history"] = json.loads((self.folder / "history.json").read_text())
+        found["cost"] = json.loads(self.beside(".cost.json").read_text())
+        return found
+
+
+def lay_out(
+    contenders: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: int,
+    settings: Mapping[str, Any],
+    out: Path,
+) -> list[Cell]:
+    """The cells of a grid, in the order in which they run: all contenders of a sparsity and seed, then the next.
+
+    Args:
+        settings: `key.path` -> value, for all; a contender's own come last.
+
+    Raises:
+        InputError: if a contender is named twice, or a recipe or setting is wrong.
+    """
+    taking_part = [Contender.parse(label) for label in contenders]
+    if len({each.label for each in taking_part}) < len(taking_part):
+        raise InputError("a contender is named twice; name each once")
+    cells = []
+    for sparsity in sparsities:
+        for seed in range(seeds):
+            for each in taking_part:
+                given = {**settings, "pruning.sparsity": sparsity, "seed": seed, **each.settings}
+                recipe = load_recipe(each.recipe, given)
+                check_settings(recipe)
+                name = f"{each.label.replace('/', '_')}-{sparsity:g}-{seed}"
+                cells.append(Cell(each.label, sparsity, seed, recipe, out / "cells" / name))
+    return cells
+
+
+def run_cells(cells: Sequence[Cell], model: str, threads: int | None, progress: Progress) -> dict[str, str]:
+    """Run what is not finished.
+
+    Returns:
+        By cell's name, why it failed; the others go on all the same.
+
+    Raises:
+        InputError: if a cell's folder holds a run of another request.
+    """
+    for cell in cells:
+        file = cell.beside(".json")
+        if file.is_file() and json.loads(file.read_text()) != cell.request(model, threads):
+            raise InputError(f"{cell.folder} is of a comparison with other settings; choose another --out")
+    waiting = [cell for cell in cells if not cell.finished]
+    if len(waiting) < len(cells):
+        progress.say(f"{len(cells) - len(waiting)} of {len(cells)} runs are there already")
+    progress.stage("runs", len(waiting))
+    failed = {}
+    for cell in waiting:
+        progress.advance(0, cell.name)
+        if reason := _run(cell, model, threads):
+            failed[cell.name] = reason
+            progress.say(f"{cell.name} failed: {reason}")
+        progress.advance(1, cell.name)
+    return failed
+
+
+def _run(cell: Cell, model: str, threads: int | None) -> str:
+    """Run a cell; why it failed, or nothing."""
+    write_json(cell.beside(".json"), cell.request(model, threads))
+    command = [sys.executable, "-m", "regrow.comparison.cell", str(cell.folder)]
+    with cell.beside(".log").open("w", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if not code:
+        return ""
+    lines = cell.beside(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = lines[-1].removeprefix("regrow: ") if lines else f"ended by signal {-code}"
+    return f"{said} ({cell.beside('.log')})"

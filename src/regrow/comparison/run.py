@@ -1,0 +1,112 @@
+"""`regrow.compare`: lay out the grid, run it, leave the tables."""
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow.checkpoint.files import storage_errors, write_json, write_text
+from regrow.checkpoint.load import load_config
+from regrow.comparison.grid import Cell, lay_out, run_cells
+from regrow.comparison.page import html, markdown
+from regrow.comparison.table import Row, rows_of, to_csv, to_json
+from regrow.errors import InputError
+from regrow.evaluation.machine import machine
+from regrow.progress import Progress, Silent
+from regrow.report.words import short_name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished grid."""
+
+    folder: Path
+    rows: list[Row]
+    failed: dict[str, str]
+    """By cell's name, why it has no result."""
+
+
+def compare(
+    model: str,
+    out: str | Path,
+    recipes: Sequence[str],
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    sparsities: Sequence[float] = (0.2, 0.5),
+    seeds: int = 3,
+    steps: int | None = None,
+    tasks: Sequence[str] = (),
+    threads: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run several recipes on one model, text, number of steps and evaluation, and put the results side by side.
+
+    Leaves `comparison.md`, `.csv`, `.json` and `.html` in `out`, anew after each call; every run lies in `out/cells`.
+    The same call again runs only what is missing.
+
+    Args:
+        model: a folder, or a repository on the hub.
+        recipes: `RECIPE[+CRITERION][@key.path=value…]`, for example `loraprune`, `loraprune+magnitude`,
+            `regrow@compensation.method=none`.
+        seeds: so many seeds, from 0.
+        steps: of training; by default each recipe's own, which are then not comparable.
+        tasks: zero-shot tasks; see `regrow.evaluation.tasks.run_tasks`.
+        threads: of the processor, for every run.
+        overrides: `key.path` -> value, for all recipes.
+
+    Raises:
+        InputError: if something given cannot work, or no run succeeds.
+    """
+    load_config(model)
+    if seeds < 1 or not recipes or not sparsities:
+        raise InputError("compare: give at least one recipe, one sparsity and one seed")
+    given = {
+        "data.source": data,
+        "data.eval_source": eval_data,
+        "training.steps": steps,
+        "evaluation.tasks": list(tasks) or None,
+    }
+    settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
+    folder, progress = Path(out), progress or Silent()
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; give a folder for the results")
+    cells = lay_out(recipes, sparsities, seeds, settings, folder)
+    with storage_errors():
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        failed = run_cells(cells, model, threads, progress)
+        rows = rows_of(cells)
+        if not rows:
+            raise InputError(f"no run succeeded; the first: {next(iter(failed.values()))}")
+        _leave(folder, rows, failed, _facts(model, cells[0], threads))
+    return Comparison(folder, rows, failed)
+
+
+def _facts(model: str, cell: Cell, threads: int | None) -> dict[str, Any]:
+    """What the figures hold for."""
+    recipe, device = cell.recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "model": short_name(model),
+        "text": Path(recipe.data.source).name if recipe.data.source else "written by the model itself",
+        "evaluated on": Path(recipe.data.eval_source).name if recipe.data.eval_source else "documents held out of it",
+        "batch": f"{recipe.training.batch_size * recipe.training.accumulate} × {recipe.data.sequence_length} tokens",
+        "steps": recipe.training.steps,
+        "date": datetime.date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        **machine(device),
+        "threads": threads or "not pinned",
+    }
+
+
+def _leave(folder: Path, rows: list[Row], failed: dict[str, str], facts: dict[str, Any]) -> None:
+    write_text(folder / "comparison.md", markdown(rows, facts, failed))
+    write_text(folder / "comparison.csv", to_csv(rows))
+    write_json(folder / "comparison.json", {"facts": facts, "failed": failed, **to_json(rows)})
+    write_text(folder / "comparison.html", html(rows, facts, failed))

@@ -1,0 +1,294 @@
+"""What a grid has found: one row per contender and sparsity, over the seeds."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regrow.comparison.grid import Cell
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over the seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic."""
+        return statistics.mean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample's standard deviation; None with a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def text(self, digits: int = 2) -> str:
+        """`mean ± deviation`."""
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{deviation}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender at a sparsity. Every figure is a mean over the seeds, with their spread where it matters."""
+
+    contender: str
+    asked: float
+    runs: tuple[Results, ...]
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """Shares of the units, of the blocks' parameters and of all parameters."""
+        return {key: self._mean(lambda run, key=key: run["sparsity"][key]) for key in ("units", "block", "total")}
+
+    @property
+    def protocols(self) -> list[str]:
+        """How perplexity was measured: `window-256`."""
+        return list(self.runs[0]["perplexity"]["dense"])
+
+    def perplexity(self, kind: str, protocol: str) -> Spread:
+        """Of the `dense` model, of the plan alone (`cut`), of the result (`pruned`)."""
+        return self._spread(lambda run: run["perplexity"][kind][protocol]["value"])
+
+    def delta(self, protocol: str) -> Spread:
+        """ln(perplexity) − ln(dense perplexity): nats a token."""
+        return self._spread(
+            lambda run: run["perplexity"]["pruned"][protocol]["nll"] - run["perplexity"]["dense"][protocol]["nll"]
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the zero-shot tasks."""
+        return list(self.runs[0].get("tasks", {}).get("dense", {}))
+
+    def task(self, kind: str, name: str) -> Spread:
+        """Score of the `dense` or the `pruned` model."""
+        return self._spread(lambda run: run["tasks"][kind][name]["value"])
+
+    @property
+    def rank(self) -> int:
+        """Of the adapters."""
+        return int(self.runs[0]["training"]["rank"])
+
+    @property
+    def trainable(self) -> int:
+        """Adapter parameters left at the end."""
+        return int(self.runs[0]["training"]["trainable_parameters_at_the_end"])
+
+    @property
+    def tokens(self) -> int:
+        """Trained on."""
+        return int(self.runs[0]["training"]["tokens"])
+
+    @property
+    def parameters(self) -> int:
+        """Of the result."""
+        return int(self.runs[0]["size"]["pruned"]["total"])
+
+    @property
+    def seconds(self) -> float:
+        """The whole run, its evaluation not counted."""
+        return self._mean(lambda run: run["seconds"]["total"] - run["seconds"].get("evaluate", 0.0))
+
+    @property
+    def peak_bytes(self) -> float:
+        """Peak memory: on the GPU where one was used, else of the process above its imports."""
+        return self._mean(
+            lambda run: run["cost"].get("cuda_peak_bytes") or run["cost"]["peak_bytes_above_imports"],
+        )
+
+    def speedups(self, phase: str) -> dict[int, float]:
+        """Batch size -> speed of the result ÷ speed of the dense model (`prefill`, `decode`); empty if not measured."""
+        batches = [one["batch"] for one in self.runs[0].get("speedup", [])]
+        return {
+            batch: self._mean(lambda run, number=number: run["speedup"][number][phase])
+            for number, batch in enumerate(batches)
+        }
+
+    @property
+    def overlap(self) -> float:
+        """Largest share of the evaluated text's n-grams that the training text has too."""
+        return max(float(run["overlap"]["share"]) for run in self.runs)
+
+    def _spread(self, of: Any) -> Spread:
+        return Spread(tuple(float(of(run)) for run in self.runs))
+
+    def _mean(self, of: Any) -> float:
+        return self._spread(of).mean
+
+
+def rows_of(cells: Sequence[Cell]) -> list[Row]:
+    """A row for each contender and sparsity that has a finished run."""
+    runs: dict[tuple[float, str], list[Results]] = {}
+    for cell in cells:
+        if cell.finished:
+            runs.setdefault((cell.sparsity, cell.contender), []).append(cell.results())
+    return [Row(contender, asked, tuple(found)) for (asked, contender), found in runs.items()]
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """What makes the rows less comparable than they look, one sentence each."""
+    told = []
+    runs = [run for row in rows for run in row.runs]
+    evaluated = {tuple(one["tokens_sha256"] for one in run["perplexity"]["dense"].values()) for run in runs}
+    if len(evaluated) > 1:
+        told.append("The runs were not evaluated on the same windows of text: perplexities cannot be compared.")
+    if len({row.tokens for row in rows}) > 1:
+        told.append(
+            "Contenders trained on different numbers of tokens: "
+            + ", ".join(sorted({f"{row.contender} {row.tokens:,}" for row in rows}))
+            + "."
+        )
+    if short := sorted({row.contender for row in rows if len(row.runs) < max(len(each.runs) for each in rows)}):
+        told.append(f"Fewer seeds than others: {', '.join(short)}.")
+    by_asked: dict[float, list[float]] = {}
+    for row in rows:
+        by_asked.setdefault(row.asked, []).append(row.removed["block"])
+    for asked, removed in by_asked.items():
+        if max(removed) - min(removed) > 0.01:
+            told.append(f"At {asked:.0%} between {min(removed):.1%} and {max(removed):.1%} of the blocks were removed.")
+    if (seen := max((row.overlap for row in rows), default=0.0)) > 0.01:
+        ngram = runs[0]["overlap"]["ngram"]
+        told.append(f"{seen:.1%} of the evaluated text's {ngram}-grams stand in the training text too.")
+    return told
+
+
+def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: how good each is, and what it was given."""
+    protocols = rows[0].protocols
+    head = ["contender", "asked", "units", "blocks", "all", "rank", "trainable", "seeds"]
+    for protocol in protocols:
+        head += [f"dense, {protocol}" if len(protocols) > 1 else "dense", "cut only", "recovered", "Δ"]
+    lines = []
+    for row in rows:
+        line = [row.contender, f"{row.asked:.0%}", *(f"{row.removed[key]:.2%}" for key in ("units", "block", "total"))]
+        line += [str(row.rank), f"{row.trainable:,}", str(len(row.runs))]
+        for protocol in protocols:
+            line += [f"{row.perplexity('dense', protocol).mean:.2f}"]
+            line += [row.perplexity(kind, protocol).text() for kind in ("cut", "pruned")]
+            line += [row.delta(protocol).text(3)]
+        lines.append(line)
+    return head, lines
+
+
+def short_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of what fits a screen."""
+    protocol = rows[0].protocols[0]
+    lines = [
+        [
+            row.contender,
+            f"{row.asked:.0%}",
+            f"{row.perplexity('dense', protocol).mean:.2f}",
+            row.perplexity("pruned", protocol).text(),
+            f"{row.delta(protocol).mean:.3f}",
+            f"{row.seconds:.0f} s",
+            f"{row.peak_bytes / 2**20:.0f} MiB",
+        ]
+        for row in rows
+    ]
+    return ["contender", "asked", "dense", "recovered", "Δ", "run", "peak memory"], lines
+
+
+def cost_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: what each run took, and how fast its result is."""
+    batches = list(rows[0].speedups("decode"))
+    head = ["contender", "asked", "run without evaluation, s", "peak memory, MiB", "parameters"]
+    head += [f"{phase} ×{batch}" for batch in batches for phase in ("prefill", "decode")]
+    lines = []
+    for row in rows:
+        line = [row.contender, f"{row.asked:.0%}", f"{row.seconds:.0f}", f"{row.peak_bytes / 2**20:.0f}"]
+        line += [f"{row.parameters:,}"]
+        line += [f"{row.speedups(phase)[batch]:.2f}" for batch in batches for phase in ("prefill", "decode")]
+        lines.append(line)
+    return head, lines
+
+
+def task_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: zero-shot scores; the dense model's first, the mean of all tasks last."""
+    tasks = rows[0].tasks
+    lines = []
+    for label, asked, row, kind in [("dense", "", rows[0], "dense")] + [
+        (row.contender, f"{row.asked:.0%}", row, "pruned") for row in rows
+    ]:
+        scores = [row.task(kind, name) for name in tasks]
+        mean = statistics.mean(score.mean for score in scores)
+        lines.append([label, asked, *(f"{score.mean:.1%}" for score in scores), f"{mean:.1%}"])
+    return ["contender", "asked", *tasks, "mean"], lines
+
+
+def to_markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are figures."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line per run, every figure in full."""
+    buffer = io.StringIO()
+    records = [record for row in rows for record in _records(row)]
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for record in records for key in record)))
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def _records(row: Row) -> Iterable[dict[str, Any]]:
+    for run in row.runs:
+        record = {"contender": row.contender, "asked": row.asked, "seed": run["seed"]}
+        record |= {f"removed_{key}": run["sparsity"][key] for key in ("units", "block", "total")}
+        for protocol in row.protocols:
+            for kind in ("dense", "cut", "pruned"):
+                record[f"{protocol}_{kind}"] = run["perplexity"][kind][protocol]["value"]
+        for name in row.tasks:
+            record |= {f"{name}_{kind}": run["tasks"][kind][name]["value"] for kind in ("dense", "pruned")}
+        record |= {"rank": row.rank, "trainable": row.trainable, "tokens": run["training"]["tokens"]}
+        record |= {"parameters": run["size"]["pruned"]["total"], "overlap": run["overlap"]["share"]}
+        record |= {f"seconds_{stage}": seconds for stage, seconds in run["seconds"].items()}
+        record |= run["cost"]
+        for one in run.get("speedup", []):
+            record |= {f"{phase}_speedup_batch_{one['batch']}": one[phase] for phase in ("prefill", "decode")}
+        yield record
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Every row's means, and every run's results without its history."""
+    return {
+        "rows": [
+            {
+                "contender": row.contender,
+                "asked": row.asked,
+                "removed": row.removed,
+                "rank": row.rank,
+                "trainable": row.trainable,
+                "tokens": row.tokens,
+                "parameters": row.parameters,
+                "perplexity": {
+                    protocol: {
+                        **{kind: _plain(row.perplexity(kind, protocol)) for kind in ("dense", "cut", "pruned")},
+                        "delta": _plain(row.delta(protocol)),
+                    }
+                    for protocol in row.protocols
+                },
+                "tasks": {
+                    name: {kind: _plain(row.task(kind, name)) for kind in ("dense", "pruned")} for name in row.tasks
+                },
+                "seconds": row.seconds,
+                "peak_bytes": row.peak_bytes,
+                "speedup": {phase: row.speedups(phase) for phase in ("prefill", "decode")},
+                "runs": [{key: value for key, value in run.items() if key != "history"} for run in row.runs],
+            }
+            for row in rows
+        ]
+    }
+
+
+def _plain(spread: Spread) -> dict[str, float | int | None]:
+    mean = spread.mean
+    return {"mean": mean if math.isfinite(mean) else None, "deviation": spread.deviation, "seeds": len(spread.values)}

@@ -1,0 +1,65 @@
+"""What a finished run is told by: `results.json`, and what Python gets."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from regrow.planning.plan import Plan
+from regrow.recipe import Recipe
+from regrow.reuse import read_plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    folder: Path
+    plan: Plan
+    results: dict[str, Any]
+    """What `results.json` holds."""
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint's folder."""
+        return self.folder / "model"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Result":
+        """That of a run that has been finished in a folder."""
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return cls(folder, read_plan(folder / "plan.json"), results)
+
+
+def tell_results(
+    model: str,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    measured: Mapping[str, Any],
+    training: Mapping[str, Any],
+    verification: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    machine: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The tree of `results.json`; own text and targets have branches of their own.
+
+    Args:
+        measured: dense, cut and recovered, compared.
+        seconds: by stage.
+    """
+    return {
+        "regrow": version("regrow"),
+        "model": model,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "sparsity": {"requested": recipe.pruning.sparsity, "basis": recipe.pruning.basis} | plan.sparsity.model_dump(),
+        "widths": {name: len(group.keep) for name, group in (plan.parts if plan.narrows else plan.groups).items()},
+        **measured,
+        "training": training,
+        "verification": verification,
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 3)},
+        "machine": machine,
+    }

@@ -1,0 +1,175 @@
+"""What a run's folder says of the run: what it was asked for, and whether that is what is asked for now.
+
+`run.json` marks the folder and holds the request; what is done of it stands in the journal (`checkpoint/journal.py`).
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_json
+from regrow.checkpoint.fingerprint import checkpoint_sha256
+from regrow.checkpoint.journal import Journal
+from regrow.checkpoint.load import pick_device, weights_folder
+from regrow.errors import InputError
+from regrow.progress import Progress
+from regrow.recipe import Recipe
+from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
+from regrow.text import Text
+
+FILES_NAMED = ("source", "eval_source", "instructions", "from_file", "criterion")
+"""Settings that may name a file: what is in it counts, not where it lies."""
+WAY_OUT = "give a new --out, or --fresh to do it again from the start"
+OF_A_RUN = ("checkpoint", "trials", "teacher", "base", "adapter", TRACKER_FOLDER)
+"""Folders that a run done from the start finds empty. Its model is replaced when there is a new one."""
+
+
+def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
+    """`key.path` -> value of all that a run depends on. Model and files are told by hashes of what they hold."""
+    settings = recipe.model_dump(mode="json", exclude={"name", "description"})
+    return {
+        "model": checkpoint_sha256(weights_folder(model)),
+        **dict(_flat(settings, "")),
+        "device": pick_device(recipe.device).type,
+        "regrow": version("regrow"),
+    }
+
+
+def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
+    """Look into a folder before any work is done for it, without touching it.
+
+    Returns:
+        Whether there is a run to go on with, or to find finished.
+
+    Raises:
+        InputError: if the folder cannot be a run's, or holds a run that was asked for something else.
+    """
+    if not check_folder(folder) or fresh:
+        return False
+    try:
+        before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["asked"]
+        difference = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
+    if difference is not None:
+        raise InputError(f"{folder} holds a run {_told(difference, before, asked)}; {WAY_OUT}")
+    return True
+
+
+class Books:
+    """What a run writes down of itself: what it was asked for, how far it is, and how long each stage has taken."""
+
+    def __init__(self, folder: Path, model: str, argv: Sequence[str], progress: Progress) -> None:
+        """Open them; nothing is read or written yet.
+
+        Args:
+            argv: the command line that asked for the run, without the program's name; perhaps none.
+        """
+        self.folder = folder
+        self.model = model
+        self.argv = list(argv)
+        self.progress = progress
+        self.journal = Journal(folder, progress.say, self.seconds_so_far)
+        self.seconds: dict[str, float] = {}
+        """By stage, of those that are over."""
+        self.goes_on = False
+        """Whether the folder holds a part of this run."""
+        self._asked: dict[str, Any] = {}
+        self._stage = ("", time.perf_counter())
+
+    def look(self, recipe: Recipe, fresh: bool) -> None:
+        """See what is in the folder; without `fresh` a run of the same request goes on.
+
+        Raises:
+            InputError: if the folder cannot be a run's, or holds a run that was asked for something else.
+        """
+        self._asked = describe_request(self.model, recipe)
+        self.goes_on = open_run(self.folder, self._asked, fresh)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the folder holds the result whole. If it holds a part of the way there, that is said."""
+        if not self.goes_on:
+            return False
+        if self.journal.read("report") is not None and self.journal.read("save") is not None:
+            self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
+            return True
+        self.progress.say(f"resuming {where(self.journal, steps)}")
+        self.seconds = self.journal.seconds_before()
+        return False
+
+    def claim(self, recipe: Recipe) -> None:
+        """Take the folder: for a run that goes on as it is, else without what an earlier run has left."""
+        if not self.goes_on:
+            for left_over in OF_A_RUN:
+                shutil.rmtree(self.folder / left_over, ignore_errors=True)
+        self.mark("running", recipe)
+        sweep(self.folder)
+
+    def mark(self, state: str, recipe: Recipe) -> None:
+        """Write down what is being done, or has been: `run.json`."""
+        run = {"state": state, "model": self.model, "recipe": recipe.name, "regrow": version("regrow")}
+        write_json(self.folder / RUN_FILE, {**run, "argv": self.argv, "asked": self._asked})
+
+    def begin(self, stage: str, total: int | None = None) -> None:
+        """Close the account of the stage before, open the next."""
+        self.seconds = self.seconds_so_far()
+        self._stage = (stage, time.perf_counter())
+        if stage:
+            self.progress.stage(stage, total)
+
+    def seconds_so_far(self) -> dict[str, float]:
+        """What every stage has taken, the present one up to now."""
+        name, since = self._stage
+        if not name:
+            return self.seconds
+        return {**self.seconds, name: round(self.seconds.get(name, 0.0) + time.perf_counter() - since, 3)}
+
+    def check_text(self, text: Text) -> None:
+        """Refuse to go on with another text than was begun with.
+
+        Raises:
+            InputError: if it is another.
+        """
+        present = [part.sha256 for source in text.corpus.sources for part in (source.train, source.validation)]
+        if self.journal.once("read-text", lambda: present) != present:
+            raise InputError(f"the text is not what it was when {self.folder} was begun; {WAY_OUT}")
+
+
+def where(journal: Journal, steps: int) -> str:
+    """How far a run has come, in words."""
+    latest = journal.latest()
+    if latest is None:
+        return "from the start"
+    stage, step = latest
+    return f"after stage {stage}" if step is None else f"at step {step} of {steps}; stage {stage}"
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of a tree by their paths; those that name a file as the hash of what it holds."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in pairs:
+            yield from _flat(each, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, _content(value) if path.rpartition(".")[2] in FILES_NAMED else value
+
+
+def _content(name: str | None) -> str | None:
+    if name is None:
+        return None
+    file, colon, function = name.rpartition(":")
+    for path, rest in ((Path(name), ""), (Path(file), colon + function)):
+        if str(path) != "." and path.is_file():
+            return f"sha256 {sha256_of(path)}{rest}"
+    return name
+
+
+def _told(key: str, before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    values = [each.get(key) for each in (before, asked)]
+    if key == "model" or any(str(value).startswith("sha256 ") for value in values):
+        return f"of another {key}"
+    return f"with {key} = {values[0]!r}, not {values[1]!r}"

@@ -1,0 +1,156 @@
+"""Frozen weights that lie elsewhere (in the host's memory, in a file) and come to the device for one product at a time.
+
+Where such a weight belongs there is an `Offloaded` parameter: shape, dtype and device are the weight's, the memory is
+one number's, and whoever computes with it gets NaN. Hooks on the module that owns it put the weight there before its
+forward pass and take it away after. What autograd saves of that pass are the weights themselves; with activation
+checkpointing they are brought once more in the backward pass, layer by layer, and a layer's are let go as soon as it
+has been run through. So at any time the weights of one layer at most are on the device.
+
+A cut is made on the way: rows and columns that are gone are not brought. So is a merge.
+
+Not covered: writing to such a weight, and gradients of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Place = Literal["cpu", "disk"]
+
+
+class Store(Protocol):
+    """Where one weight lies."""
+
+    def read(self) -> Tensor:
+        """The weight as it is now, on the CPU."""
+
+    def cut(self, axis: int, positions: Tensor) -> "Store":
+        """The same with some positions of an axis only."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A weight in the host's memory; a cut frees what goes."""
+
+    tensor: Tensor
+
+    def read(self) -> Tensor:
+        """See `Store`."""
+        return self.tensor
+
+    def cut(self, axis: int, positions: Tensor) -> "InMemory":
+        """See `Store`."""
+        return InMemory(self.tensor.index_select(axis, positions))
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A weight in a file that is never written to; a cut is remembered, and made whenever the weight is read."""
+
+    whole: Callable[[], Tensor]
+    """Reads all of it."""
+    kept: Mapping[int, Tensor] = field(default_factory=dict)
+    """Axis -> positions that are left of it."""
+
+    def read(self) -> Tensor:
+        """See `Store`."""
+        tensor = self.whole()
+        for axis, positions in sorted(self.kept.items()):
+            tensor = tensor.index_select(axis, positions)
+        return tensor
+
+    def cut(self, axis: int, positions: Tensor) -> "InFile":
+        """See `Store`."""
+        before = self.kept.get(axis)
+        return InFile(self.whole, {**self.kept, axis: positions if before is None else before[positions]})
+
+
+class Offloaded(nn.Parameter):
+    """Stands for a frozen weight that lies elsewhere."""
+
+    store: Store
+    merge: Callable[[Tensor], Tensor] | None
+    """What is still to be added to the weight, in float32."""
+
+    @classmethod
+    def of(cls, store: Store, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Offloaded":
+        """Stand for the weight in a store.
+
+        Args:
+            dtype: of the weight where it is computed with.
+            device: the one it is computed on.
+        """
+        parameter = cls(_nothing(shape, dtype, device), requires_grad=False)
+        parameter.store, parameter.merge = store, None
+        return parameter
+
+    def bring(self) -> Tensor:
+        """The weight, on the device."""
+        tensor = self.store.read().to(self.device)
+        return (self.merge(tensor) if self.merge else tensor).to(self.dtype)
+
+    def cut(self, axis: int, positions: Tensor) -> None:
+        """Keep some rows (axis 0) or columns (axis 1)."""
+        self.store = self.store.cut(axis, positions.cpu())
+        shape = list(self.shape)
+        shape[axis] = len(positions)
+        self.data = _nothing(torch.Size(shape), self.dtype, self.device)
+
+    def retype(self, dtype: torch.dtype) -> None:
+        """Let the weight be of another dtype where it is computed with."""
+        self.data = _nothing(self.shape, dtype, self.device)
+
+    def twin(self, dtype: torch.dtype | None) -> "Offloaded":
+        """Another that stands for the same weight; what becomes of one does not touch the other."""
+        assert self.merge is None
+        return Offloaded.of(self.store, self.shape, dtype or self.dtype, self.device)
+
+
+def _nothing(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+
+
+class _Brought(nn.Parameter):
+    """A weight that is here for now."""
+
+    away: Offloaded
+
+
+def _bring(module: nn.Module, args: Any) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if isinstance(parameter, Offloaded):
+            brought = _Brought(parameter.bring(), requires_grad=False)
+            brought.away = parameter
+            setattr(module, name, brought)
+
+
+def _take_away(module: nn.Module, args: Any, output: Any) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if isinstance(parameter, _Brought):
+            setattr(module, name, parameter.away)
+
+
+def come_and_go(model: nn.Module) -> None:
+    """Let a model's offloaded weights come before, and go after, the forward pass of the module that owns each."""
+    for module in model.modules():
+        if any(isinstance(parameter, Offloaded) for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_bring)
+            # Also when the pass is cut short: a recomputation stops as soon as it has what it wants.
+            module.register_forward_hook(_take_away, always_call=True)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any weight of the model lies elsewhere."""
+    return any(isinstance(parameter, Offloaded) for parameter in model.parameters())
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model's parameters in place. Not the buffers: rotary tables stay as precise as a reload makes them."""
+    for parameter in model.parameters():
+        if isinstance(parameter, Offloaded):
+            parameter.retype(dtype)
+        else:
+            parameter.data = parameter.data.to(dtype)

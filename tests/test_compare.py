@@ -1,0 +1,186 @@
+"""A comparison: its grid, what is made of it, and that it goes on where it stopped."""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, STORY
+from typer.testing import CliRunner
+
+import regrow
+from regrow.checkpoint.verify import Verification
+from regrow.cli import app
+from regrow.comparison import grid
+from regrow.comparison.grid import Cell, Contender, lay_out
+from regrow.comparison.table import Spread, doubts
+from regrow.data.overlap import overlap
+from regrow.data.tokens import Windows
+from regrow.errors import InputError
+from regrow.recipe import parse_recipe
+
+IN_A_PROCESS = grid._run
+SMALL = {**QUICK, "evaluation.max_windows": 4}
+
+
+@pytest.fixture(scope="module")
+def started() -> list[str]:
+    """Names of the cells that have run."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, checkpoint: Path, text: Path, started: list[str]):
+    """A grid of two contenders, two sparsities and two seeds, its cells run in this process."""
+
+    def run(cell: Cell, model: str, threads: int | None) -> str:
+        grid.write_json(cell.beside(".json"), cell.request(model, threads))
+        regrow.prune(model, cell.folder, parse_recipe(cell.request(model, threads)["recipe"]))
+        cell.beside(".cost.json").write_text('{"peak_bytes_above_imports": 1048576}')
+        started.append(cell.name)
+        return ""
+
+    passed = Verification("LlamaForCausalLM", "", 0.0, 1.0, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "_run", run)
+        patch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
+        patch.setattr("regrow.evaluation.compare.complete", lambda model, tokenizer, prompt: "…")
+        out = tmp_path_factory.mktemp("comparison")
+        other = tmp_path_factory.mktemp("text") / "other.jsonl"
+        words = STORY.split()
+        other.write_text("".join(json.dumps({"text": " ".join(words[::-1]) * n}) + "\n" for n in (2, 3, 4)))
+
+        def again(**changed):
+            given = {"sparsities": (0.25, 0.5), "seeds": 2, "steps": 2, "data": str(text), "eval_data": str(other)}
+            contenders = ["magnitude", "loraprune+random"]
+            return regrow.compare(str(checkpoint), out, contenders, overrides=SMALL, **{**given, **changed})
+
+        again()
+        yield again
+
+
+def test_every_cell_has_a_run_and_every_row_its_mean(compared, started: list[str]) -> None:
+    found = compared()
+    assert len(started) == len(set(started)) == 8  # the second call ran nothing
+    assert [(row.contender, row.asked, len(row.runs)) for row in found.rows] == [
+        (name, asked, 2) for asked in (0.25, 0.5) for name in ("magnitude", "loraprune+random")
+    ]
+    row = found.rows[1]
+    assert {run["seed"] for run in row.runs} == {0, 1}
+    values = [run["perplexity"]["pruned"]["window-32"]["value"] for run in row.runs]
+    dense = row.runs[0]["perplexity"]["dense"]["window-32"]["value"]
+    assert row.perplexity("pruned", "window-32").mean == pytest.approx(statistics.mean(values))
+    assert row.delta("window-32").mean == pytest.approx(statistics.mean(math.log(v / dense) for v in values))
+    assert row.peak_bytes == 2**20
+    assert row.seconds == pytest.approx(
+        statistics.mean(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in row.runs)
+    )
+
+
+def test_the_same_figures_stand_in_every_file(compared) -> None:
+    found = compared()
+    row = found.rows[-1]
+    shown = row.perplexity("pruned", "window-32").text()
+    for name in ("comparison.md", "comparison.html"):
+        assert shown in (found.folder / name).read_text()
+    told = json.loads((found.folder / "comparison.json").read_text())
+    assert told["rows"][-1]["perplexity"]["window-32"]["pruned"]["mean"] == row.perplexity("pruned", "window-32").mean
+    with (found.folder / "comparison.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 8
+    assert float(records[-1]["window-32_pruned"]) == row.runs[-1]["perplexity"]["pruned"]["window-32"]["value"]
+
+
+def test_the_page_needs_nothing_else(compared) -> None:
+    page = (compared().folder / "comparison.html").read_text()
+    assert page.count("<figure") == page.count("<svg") == 2  # without measured speed
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
+    before = len(started)
+    assert len(compared(sparsities=(0.25, 0.5, 0.4), seeds=1).rows) == 6
+    assert len(started) == before + 2
+    with pytest.raises(InputError, match="of a comparison with other settings; choose another --out"):
+        compared(steps=3)
+
+
+def test_a_cell_runs_in_a_process_of_its_own(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "_run", IN_A_PROCESS)
+    found = regrow.compare(
+        str(checkpoint), tmp_path, ["magnitude", "random@data.source=absent.txt"],
+        data=str(text), sparsities=(0.5,), seeds=1, steps=1, threads=1, overrides=SMALL,
+    )  # fmt: skip
+    assert [row.contender for row in found.rows] == ["magnitude"]
+    assert found.rows[0].peak_bytes > 0
+    (reason,) = found.failed.values()
+    assert reason.startswith("there is no text file absent.txt")
+    assert reason.split(" failed: ")[0] in (tmp_path / "comparison.md").read_text()
+
+
+def test_contenders_are_read_as_they_are_written() -> None:
+    assert Contender.parse("loraprune+magnitude@lora.rank=4@training.patience=2") == Contender(
+        "loraprune+magnitude@lora.rank=4@training.patience=2",
+        "loraprune",
+        {"pruning.criterion": "magnitude", "lora.rank": 4, "training.patience": 2},
+    )
+    cells = lay_out(["random", "random@seed=7"], [0.2], 2, {"training.steps": 3}, Path("out"))
+    assert [(cell.recipe.seed, cell.recipe.training.steps) for cell in cells] == [(0, 3), (7, 3), (1, 3), (7, 3)]
+    assert [cell.name for cell in cells[:2]] == ["random-0.2-0", "random@seed=7-0.2-0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipes", "regrow,regrow"], "a contender is named twice"),
+        (["--recipes", "nobody"], "there is no recipe 'nobody'"),
+        (["--sparsity", "half"], "--sparsity 'half': give numbers parted by commas"),
+        (["--sparsity", "1.5"], "pruning.sparsity = 1.5"),
+        (["--recipes", "regrow@lora.rank"], "write key.path=value"),
+        (["--tasks", "absent.jsonl"], "there is no task file absent.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    options: list[str], said: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["compare", str(checkpoint), "--out", str(tmp_path / "out"), *options])
+    assert isinstance(result.exception, InputError)
+    assert said in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_spread() -> None:
+    assert Spread((1.0, 2.0, 3.0)).text() == "2.00 ± 1.00"
+    assert Spread((1.25,)).text(1) == "1.2"
+
+
+def test_doubts_are_told(compared) -> None:
+    rows = compared().rows
+    assert doubts(rows[2:]) == []
+    other = {**rows[3].runs[0], "training": {**rows[3].runs[0]["training"], "tokens": 1}}
+    seen = {**other, "overlap": {"ngram": 13, "share": 0.5, "windows": 3}}
+    told = doubts([rows[2], type(rows[3])("loraprune+random", 0.5, (seen,))])
+    assert len(told) == 3
+    assert "different numbers of tokens" in told[0]
+    assert told[1] == "Fewer seeds than others: loraprune+random."
+    assert told[2].startswith("50.0% of the evaluated text's 13-grams")
+
+
+def test_overlap_counts_shared_runs_of_tokens() -> None:
+    chance = torch.Generator().manual_seed(0)
+    train, test = (Windows(torch.randint(0, 90, (n, 32), generator=chance), "", "none") for n in (40, 5))
+    assert overlap(train, test).share == 0
+    test.ids_NT[3, 4:20] = train.ids_NT[17, 10:26]  # 16 tokens hold 4 runs of 13
+    found = overlap(train, test)
+    assert (found.share, found.windows, found.ngram) == (pytest.approx(4 / (5 * 20)), 1, 13)
+    assert overlap(train, train).share == 1
+    assert overlap(train, test, ngram=99).ngram == 32

@@ -1,0 +1,82 @@
+"""Every code block of the README and the documentation does what it shows, on a tiny model and a short text."""
+
+import re
+import shlex
+from pathlib import Path
+
+import docs_pages
+import pytest
+import typer
+
+from regrow.cli import app
+from regrow.recipe import load_recipe, parse_assignments, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+INSTEAD = {
+    "400": "4",  # steps
+    "[128, 2048]": "[16, 32]",
+}
+"""What a page shows of a real model -> what a tiny one can do in a moment."""
+
+
+def blocks(language: str) -> list[object]:
+    return [
+        pytest.param(code, id=f"{page.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}")
+        for page in PAGES
+        for text in [page.read_text(encoding="utf-8")]
+        for match in BLOCK.finditer(text)
+        for found, code in [match.groups()]
+        if found == language
+    ]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The lines of a shell block that call regrow, as lists of words."""
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    parts = [part for line in lines for part in _parted(line)]
+    return [part[1:] for part in parts if part and Path(part[0]).name == "regrow"]
+
+
+def _parted(words: list[str]) -> list[list[str]]:
+    """Commands joined by `&&`."""
+    if "&&" not in words:
+        return [words]
+    place = words.index("&&")
+    return [words[:place], *_parted(words[place + 1 :])]
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_commands_are_understood(code: str) -> None:
+    verbs = vars(typer.main.get_command(app))["commands"]
+    for verb, *words in commands(code):
+        command = verbs[verb]
+        context = command.make_context(verb, words)  # fails on an unknown option or a missing argument
+        given = context.params
+        names = [given[key] for key in ("recipe",) if given.get(key)] + (given.get("recipes") or "").split(",")
+        for name in filter(None, names):
+            load_recipe(re.split(r"[+@]", name)[0], parse_assignments(given.get("assign") or []))
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(
+    code: str, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lean: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_text.jsonl", "other_text.txt"):
+        (tmp_path / name).write_text(text.read_text())
+    if 'from_pretrained("out/model")' in code:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model").symlink_to(checkpoint)
+    for shown, tried in {"Qwen/Qwen3-0.6B": str(checkpoint), **INSTEAD}.items():
+        code = code.replace(shown, tried)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+def test_the_pages_show_every_recipe_and_every_setting() -> None:
+    page = docs_pages.on_page_markdown((ROOT / "docs" / "methods" / "index.md").read_text())
+    assert all(f"`{name}`" in page for name in shipped_recipes())
+    assert "`distillation.teacher_dtype`" in docs_pages.on_page_markdown("<!-- settings -->")
+    assert "criterion: lora\n" in docs_pages.on_page_markdown("<!-- recipe loraprune -->")

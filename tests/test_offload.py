@@ -1,0 +1,212 @@
+"""Frozen weights that lie elsewhere: a run that brings them layer by layer is the run that has them all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, build, logits, make_tokenizer, random_keep, with_lora
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+import regrow
+from regrow import preflight
+from regrow.checkpoint import reload_probe
+from regrow.checkpoint.load import load_model
+from regrow.checkpoint.offloaded import load_offloaded
+from regrow.checkpoint.save import save_checkpoint
+from regrow.checkpoint.verify import verify_checkpoint
+from regrow.errors import InputError
+from regrow.progress import Silent
+from regrow.recipe import load_recipe
+from regrow.recovery.quantised_base import settle_offload
+from regrow.recovery.teacher import copy_without_adapters
+from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
+from regrow.structure.cut import cut
+from regrow.structure.groups import find_groups
+from regrow.structure.offload import Offloaded, convert
+from regrow.structure.quantised import held_bytes, is_quantised
+
+CPU = torch.device("cpu")
+
+
+def gradients(model: PreTrainedModel) -> list[Tensor]:
+    """Of the adapters, with dropout and activation checkpointing."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    torch.manual_seed(3)
+    ids = torch.randint(0, 64, (2, 9))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    found = [parameter.grad for parameter in adapter_parameters(model)]
+    model.zero_grad()
+    return found
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """With LoRA on all linears of the layers, both factors away from zero."""
+    torch.manual_seed(0)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    attach_lora(model, linears, rank=3, alpha=6, dropout=0.1)
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_every_family_computes_the_same_to_the_bit(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    resident, away = load_model(str(tmp_path)), load_offloaded(str(tmp_path), CPU, "disk")
+    assert {n: (p.shape, p.dtype) for n, p in resident.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in away.named_parameters()
+    }
+    assert torch.equal(logits(resident), logits(away))
+    assert same(gradients(adapted(resident)), gradients(adapted(away)))
+
+
+def test_a_cut_and_a_merge_are_made_on_the_way(tmp_path: Path) -> None:
+    build("qwen2").to(torch.bfloat16).save_pretrained(tmp_path)
+    models = [load_model(str(tmp_path)), *(load_offloaded(str(tmp_path), CPU, place) for place in ("cpu", "disk"))]
+    resident = adapted(models[0])
+    away = [adapted(model) for model in models[1:]]
+    groups = find_groups(resident)
+    for seed in (1, 2):  # the second counts from what the first has left
+        left = [cut(model, groups, random_keep(groups, seed)) for model in models]
+        groups = left[0]
+        assert all(each.to_json() == groups.to_json() for each in left)
+    assert all(torch.equal(logits(resident), logits(model)) for model in away)
+    wanted = gradients(resident)
+    assert all(same(wanted, gradients(model)) for model in away)
+    for model in models:
+        merge_lora(model.eval())
+    assert all(torch.equal(logits(resident), logits(model)) for model in away)
+    for model in models:
+        convert(model, torch.bfloat16)
+    assert all(torch.equal(logits(resident), logits(model)) for model in away)
+    assert not any(torch.isfinite(p).any() for model in away for p in model.parameters() if isinstance(p, Offloaded))
+
+
+def test_what_is_held_is_what_is_not_brought(tmp_path: Path) -> None:
+    build("llama-biases").save_pretrained(tmp_path)
+    away = load_offloaded(str(tmp_path), CPU, "disk")
+    here = {name for name, p in away.named_parameters() if not isinstance(p, Offloaded)}
+    assert {name for name in here if ".layers." in name and name.endswith("proj.weight")} == set()
+    assert all(p.ndim == 1 for name, p in away.named_parameters() if name in here and ".layers." in name)
+    assert held_bytes(away) == sum(p.nbytes for name, p in away.named_parameters() if name in here)
+
+
+def test_a_pass_that_is_cut_short_leaves_nothing_behind(tmp_path: Path) -> None:
+    build("mistral").save_pretrained(tmp_path)
+    away = adapted(load_offloaded(str(tmp_path), CPU, "disk"))
+    elsewhere = {name for name, p in away.named_parameters() if isinstance(p, Offloaded)}
+    gradients(away)  # recomputations stop early
+    assert {name for name, p in away.named_parameters() if isinstance(p, Offloaded)} == elsewhere != set()
+
+
+def test_a_teacher_stays_whole_when_its_student_is_cut(tmp_path: Path) -> None:
+    build("llama-gqa").save_pretrained(tmp_path)
+    away = load_offloaded(str(tmp_path), CPU, "cpu")
+    whole = logits(away)
+    groups = with_lora(away)
+    teacher = copy_without_adapters(away, None)
+    cut(away, groups, random_keep(groups, 4))
+    assert torch.equal(logits(teacher), whole)
+    assert not torch.equal(logits(away), whole)
+
+
+def test_a_quantised_teacher_is_made_of_what_is_brought(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    build("llama-gqa").save_pretrained(tmp_path)
+    copies = [
+        copy_without_adapters(adapted(model), "int8")
+        for model in (load_model(str(tmp_path)), load_offloaded(str(tmp_path), CPU, "disk"))
+    ]
+    assert all(is_quantised(model) for model in copies)
+    assert torch.equal(*map(logits, copies))
+
+
+RUNS: dict[str, tuple[str, dict[str, object]]] = {
+    "two cuts, a copy as teacher": ("loraprune", {"pruning.schedule": "cubic", "distillation.weight": 0.5}),
+    "moments of inputs, search and refit": (
+        "regrow",
+        {
+            "pruning.criterion": "obs", "search.evaluations": 4, "search.windows": 4, "search.judge_windows": 4,
+            "compensation.windows": 4, "compensation.carrier": "adapter",
+        },
+    ),
+    "biases": ("flap", {"compensation.windows": 4}),
+    "lhspg, analysed": ("lorashear", {"analysis.windows": 2, "pruning.periods": 2}),
+    "hidden channels": (
+        "loraprune", {"pruning.kinds": ["ffn", "hidden"], "pruning.criterion": "gate-fisher", "pruning.basis": "total"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_leaves_the_same_files(run: str, checkpoint: Path, text: Path, tmp_path: Path, lean: None) -> None:
+    recipe, settings = RUNS[run]
+    given = {**QUICK, "lora.rank": 4, "training.gradient_checkpointing": True, **settings}
+    results = {}
+    for place in ("none", "disk"):
+        results[place] = regrow.prune(
+            str(checkpoint), tmp_path / place, recipe, data=str(text), sparsity=0.4, steps=4, offload=place,
+            overrides=given,
+        )  # fmt: skip
+    written = (
+        "plan.json",
+        "scores.safetensors",
+        "adapters.safetensors",
+        "model/model.safetensors",
+        "model/config.json",
+    )
+    for file in written:
+        assert (tmp_path / "none" / file).read_bytes() == (tmp_path / "disk" / file).read_bytes(), file
+    for key in ("perplexity", "size"):
+        assert results["none"].results[key] == results["disk"].results[key]
+
+
+def test_a_merge_on_the_way_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
+    build("llama-gqa").save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    resident, away = load_model(str(tmp_path / "model")), load_offloaded(str(tmp_path / "model"), CPU, "disk")
+    for model in (resident, away):
+        merge_lora(adapted(model))
+    tokenizer, saved = AutoTokenizer.from_pretrained(tmp_path / "model"), tmp_path / "saved"
+    save_checkpoint(resident, tokenizer, saved, dtype=torch.float32, shard_size="5GB", extras={})
+    assert verify_checkpoint(away, saved, torch.randint(0, 64, (2, 9))).passed
+
+
+def test_the_fresh_process_may_leave_weights_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama-gqa"), torch.randint(0, 64, (2, 9))
+    model.save_pretrained(tmp_path / "model")
+    save_file({"ids": ids}, tmp_path / "ids")
+    monkeypatch.setattr(reload_probe, "room", lambda device: {"cpu": 40_000})
+    checkpoint, ids_file, logits_file, scratch = (str(tmp_path / name) for name in ("model", "ids", "logits", "away"))
+    assert "disk" in reload_probe.load(checkpoint, "cpu", False, scratch).hf_device_map.values()
+    reload_probe.main(checkpoint, ids_file, logits_file, "cpu", f"--offload={scratch}")
+    with torch.inference_mode():
+        assert torch.equal(load_file(logits_file)["logits"], model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pruning.criterion": "taylor"}, "training.offload=disk"),
+        ({"training.quantization": "int8"}, "training.quantization=int8"),
+        ({"pruning.target": "speedup=1.5x"}, "speedup"),
+        ({"pruning.schedule": "cubic", "compensation.method": "least-squares"}, "pruning.schedule=one-shot"),
+    ],
+)
+def test_what_offloaded_weights_cannot_do_is_refused(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        settle_offload(load_recipe("regrow", {"training.offload": "disk", **settings}), Silent())
+
+
+def test_a_run_that_cannot_fit_is_told_of_offload(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 2**20)
+    with pytest.raises(InputError, match="--offload disk"):
+        regrow.prune(str(checkpoint), tmp_path, "loraprune", data=str(text), sparsity=0.4, overrides=QUICK)
