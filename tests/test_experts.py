@@ -1,6 +1,7 @@
 """Mixtures of experts: channels inside experts and whole experts, from the gates to the checkpoint."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,17 @@ import pytest
 import torch
 import zoo
 from conftest import QUICK, make_tokenizer, plan_of
+from safetensors.torch import load_file, save_file
+from test_stream import in_memory, on_base, streamed
 from test_structure import recorded, summed_losses
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 from zoo import CLOSE, build, logits_of
 
-from regrow.checkpoint.shape import describe
+from regrow.checkpoint.source import Source
 from regrow.checkpoint.stock import prunable_groups
+from regrow.checkpoint.tensors import StoredTensors
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
@@ -23,7 +29,6 @@ from regrow.preflight import check_experts
 from regrow.recipe import load_recipe
 from regrow.recovery.scoring import gather_evidence
 from regrow.report.graph import draw_graph
-from regrow.reuse import apply
 from regrow.run import prune
 from regrow.settings import Pruning
 from regrow.structure.cut import cut
@@ -294,35 +299,119 @@ def test_offloaded_experts_are_refused(mixtral: Groups) -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen3-MoE with a tokenizer, its experts in one tensor each."""
-    folder = tmp_path_factory.mktemp("mixture") / "tiny"
+    """A tiny random Qwen3-MoE with a tokenizer, as it lies on the hub: experts apart."""
+    return stored("Qwen3-MoE", tmp_path_factory.mktemp("mixture"), vocab_size=300)
+
+
+def stored(family: str, scratch: Path, fused: bool = False, **config: object) -> Path:
+    """A checkpoint of several files as transformers writes it, experts apart or fused."""
+    described = AutoConfig.for_model(**{**zoo.FAMILIES[family]().to_dict(), **config})
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{**zoo.FAMILIES["Qwen3-MoE"]().to_dict(), "vocab_size": 300})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, save_original_format=False)
-    make_tokenizer(folder)
-    return folder
+    model = AutoModelForCausalLM.from_config(described)
+    model.save_pretrained(scratch / "whole", max_shard_size="60KB", save_original_format=not fused)
+    make_tokenizer(scratch / "whole")
+    return scratch / "whole"
 
 
-def test_applied_on_disk_is_cut_in_memory(mixture: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(mixture)
-    groups = find_groups(model)
-    keep = thinned(groups, 3, 8)
-    (tmp_path / "plan.json").write_text(json.dumps(plan_of(groups, keep).to_json()))
-    apply(str(mixture), tmp_path / "out", plan=tmp_path / "plan.json")
-    left = cut(model, groups, keep)
-    describe(model, groups, left)
-    model.save_pretrained(tmp_path / "cut")
-    applied, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "cut"))
-    assert (applied.config.num_experts, applied.config.moe_intermediate_size) == (3, 8)
-    wanted = expected.state_dict()
-    assert applied.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in applied.state_dict().items())
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def most_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of tensors read from a model's files that are alive: now, and at most."""
+    live, read = [0, 0], StoredTensors.read
+
+    def change(size: int) -> None:
+        live[0] += size
+        live[1] = max(live)
+
+    def counted(self: StoredTensors, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        if self.entries[name].file.parent.name == "whole":
+            change(tensor.nbytes)
+            weakref.finalize(tensor, change, -tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "read", counted)
+    return live
+
+
+APART = {"Mixtral": "block_sparse_moe.experts.3.w1.weight", "Qwen3-MoE": "mlp.experts.11.gate_proj.weight"}
+LAYOUTS = [("Mixtral", False, {}), ("Qwen3-MoE", False, {"num_local_experts": 12}), ("Qwen3-MoE", True, {})]
+
+
+@pytest.mark.parametrize(("family", "fused", "config"), LAYOUTS)
+def test_applied_on_disk_is_cut_in_memory(
+    family: str, fused: bool, config: dict[str, int], tmp_path: Path, most_read: list[int]
+) -> None:
+    source = stored(family, tmp_path, fused, **config)
+    expert = "mlp.experts.gate_up_proj" if fused else APART[family]
+    assert f"model.layers.2.{expert}" in tensors_of(source)
+
+    def keep_of(groups: Groups) -> dict[str, np.ndarray]:
+        heads = {group.name: np.array([group.layer, 3]) for group in groups if group.kind == "attention"}
+        return thinned(groups, 3, 8, seed=1) | heads
+
+    model = in_memory(source, tmp_path, keep_of, refit=True)
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    folder = streamed(source, tmp_path)
+    applied, expected = tensors_of(folder), tensors_of(tmp_path / "memory")
+    assert applied.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in applied.items())
+    assert most_read == [0, max(parameter.nbytes for parameter in whole.parameters())]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name: (folder / file).is_file() for name, file in index.items()} == dict.fromkeys(applied, True)
+
+    reloaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert (type(reloaded).__name__, len(reloaded.model.layers[0].mlp.experts.down_proj)) == (type(model).__name__, 3)
+    assert torch.equal(logits_of(reloaded.eval()), logits_of(model.eval()))
+
+
+def test_experts_on_disk_that_make_no_whole_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = stored("Mixtral", tmp_path)
+    whole = tensors_of(source)
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    path = "model.layers.1.block_sparse_moe.experts"
+
+    def refused(match: str, change: dict[str, torch.Tensor | None] | None = None) -> None:
+        changed = whole | (change or {})
+        save_file({name: t for name, t in changed.items() if t is not None}, source / "model.safetensors")
+        with pytest.raises(InputError, match=match):
+            Source(str(source), source)
+
+    refused(r"experts\.down_proj is \[3, 64, 40\] on disk, not \[4, 64, 40\]", {f"{path}.2.w2.weight": None})
+    refused(
+        r"experts\.0\.w1\.weight on disk cannot become model.*gate_up_proj by itself \(MergeModulelist, Concatenate: S",
+        {f"{path}.2.w1.weight": None},
+    )
+    refused(
+        "both .*mlp.experts.down_proj on disk are model.layers.1.mlp.experts.down_proj",
+        {"model.layers.1.mlp.experts.down_proj": torch.zeros(4, 64, 40)},
+    )
+    refused(r"experts\.1\.w2\.weight is stored as I8", {f"{path}.1.w2.weight": torch.zeros(64, 40).char()})
+    refused("experts.1.w4.weight on disk has no counterpart", {f"{path}.1.w4.weight": torch.zeros(1)})
+
+    def split_heads(model: PreTrainedModel) -> list[WeightConverter]:
+        targets = ["self_attn.k_proj", "self_attn.v_proj"]
+        return [*get_model_conversion_mapping(model), WeightConverter("self_attn.kv_proj", targets, [Chunk(0)])]
+
+    monkeypatch.setattr("regrow.checkpoint.source.get_model_conversion_mapping", split_heads)
+    for number in range(3):
+        k, v = (f"model.layers.{number}.self_attn.{which}_proj.weight" for which in "kv")
+        whole[k.replace("k_proj", "kv_proj")] = torch.cat([whole.pop(k), whole.pop(v)])
+    refused(r"kv_proj\.weight on disk cannot become .*k_proj\.weight by itself \(Chunk\); save the model anew")
 
 
 def test_a_mixture_goes_through_the_whole_walk(mixture: Path, tmp_path: Path, text: Path, lean: None) -> None:
     overrides = QUICK | {
         "training.steps": 4, "pruning.schedule": "cubic", "pruning.kinds": ["attention", "ffn", "expert"],
         "pruning.criterion": "gate-fisher", "pruning.sparsity": 0.4, "compensation.method": "none",
+        "output.keep_adapter": True,
     }  # fmt: skip
     result = prune(str(mixture), tmp_path / "out", "loraprune", data=str(text), overrides=overrides)
     assert result.plan.sparsity.block >= 0.4
@@ -331,3 +420,4 @@ def test_a_mixture_goes_through_the_whole_walk(mixture: Path, tmp_path: Path, te
     assert sum(parameter.numel() for parameter in model.parameters()) == whole
     assert model.config.num_experts >= 2
     assert model.config.moe_intermediate_size % 8 == 0
+    assert (logits_of(on_base(result.folder)) - logits_of(model)).abs().max() < 1e-5

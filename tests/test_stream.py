@@ -47,8 +47,8 @@ def dense(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
 
 
 def planned(whole: Groups, keep: dict[str, np.ndarray]) -> Plan:
-    """The plan that keeps `keep`; layers that keep nothing go."""
-    empty = {int(name.split(".")[1]) for name, units in keep.items() if not len(units)}
+    """The plan that keeps `keep`; layers that keep nothing go, but not for experts that do."""
+    empty = {int(name.split(".")[1]) for name, units in keep.items() if not len(units) and ".expert" not in name}
     return Plan.whole(whole).keeping({name: units.tolist() for name, units in keep.items() if len(units)}, empty)
 
 
@@ -149,6 +149,14 @@ def test_both_names_of_a_tied_tensor_may_be_on_disk_if_they_agree(tmp_path: Path
         regrow.apply(str(source), tmp_path / "other", plan=tmp_path / "plan.json")
 
 
+def test_names_of_the_base_model_will_do(tmp_path: Path) -> None:
+    source = dense("qwen2", tmp_path)
+    in_memory(source, tmp_path, even)
+    for file in source.glob("*.safetensors"):
+        save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert contents(streamed(source, tmp_path)) == contents(tmp_path / "memory")
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, other = dense("llama-gqa", tmp_path), dense("qwen3", tmp_path / "other")
     in_memory(source, tmp_path, even)
@@ -209,7 +217,7 @@ def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "ours", described, tensors.__getitem__)
+    write_tensors(tmp_path / "ours", described, tensors.items())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     stored = StoredTensors([tmp_path / "ours"])
     assert all(torch.equal(stored.read(name), tensor) for name, tensor in tensors.items())

@@ -56,7 +56,7 @@ def load_offloaded(name: str, device: torch.device, place: str, trust_remote_cod
     outlines = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
     firsts = first_names(source.model)  # in the other model nothing is tied yet
     for first in dict.fromkeys(firsts.get(name, name) for name in model.state_dict()):
-        read = partial(source.stored.read, source.at[first])
+        read = partial(source.read, first)
         if first.startswith(inside) and first in outlines:
             store = InFile(read) if place == "disk" else InMemory(read().clone())
             owner, _, last = first.rpartition(".")

@@ -4,11 +4,13 @@ The model itself is only ever built on the meta device. There it is traced and c
 config of the result; then each tensor is read, sliced, given its adapter's `s B A` in float32, and written. What comes
 out is what `save_checkpoint` writes of a model that was cut and merged in memory.
 
-Not covered: files whose names are not the model's own (a base model's without prefix, experts kept apart that the model
-fuses) and quantised ones; both are refused, by the tensor's name.
+Files that part or name tensors otherwise than the model does (experts kept apart) stay in that format, as they do when
+transformers loads a model and saves it. Experts may be spread over the files otherwise: transformers keeps views of one
+tensor in one file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.checkpoint.files import new_folder, write_json
 from regrow.checkpoint.save import write_description
 from regrow.checkpoint.shape import describe
-from regrow.checkpoint.source import Source, first_names
+from regrow.checkpoint.source import Source, first_names, stored_form
 from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
@@ -89,7 +91,7 @@ class _Change:
         if self.adapters is not None and refitted in self.adapters.entries:
             tensor = self.adapters.read(refitted)
         elif before in self.source.at:
-            tensor = self.map.gather(before, self.source.stored.read(self.source.at[before]))
+            tensor = self.map.gather(before, self.source.read(before))
         else:  # a bias that only the class has whose name the cut model takes
             tensor = torch.zeros(self.model.get_parameter(name).shape)
         linear = name.removesuffix(".weight")
@@ -146,7 +148,6 @@ def stream_checkpoint(
     """Cut a checkpoint on disk to a plan and merge adapters into it; the folder appears whole or not at all.
 
     Args:
-        source: used up: its skeleton is cut.
         folder: as `save_checkpoint` leaves it, to the bit where the arithmetic is the same.
         adapters: of the cut model, as `open_adapters` gives them; None: plain cut.
         dtype: of the parameters that are written; sums are always in float32.
@@ -155,7 +156,7 @@ def stream_checkpoint(
     Raises:
         InputError: if plan or adapters do not fit, or no class takes such widths.
     """
-    model = source.model
+    model = deepcopy(source.model)
     whole = find_groups(model)
     check_plan(plan, whole, source.name)
     keep = plan.positions_within(Plan.whole(whole))
@@ -180,19 +181,27 @@ def stream_checkpoint(
 def _write_weights(folder: Path, change: _Change, shard_size: str, progress: Progress) -> None:
     """The safetensors files, parted as transformers parts them, and their index if there are several."""
     firsts = first_names(change.model)
-    every = sorted(change.model.state_dict().items(), key=lambda item: _natural(item[0]))
-    state = {name: tensor for name, tensor in every if firsts.get(name, name) == name}
-    shards = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    progress.stage("write checkpoint", len(state))
+    state = {name: t for name, t in change.model.state_dict().items() if firsts.get(name, name) == name}
+    form = stored_form(change.model, state)
+    of = {piece: name for name, tensor in state.items() for piece in stored_form(change.model, {name: tensor})}
+    shards = split_torch_state_dict_into_shards(form, max_shard_size=shard_size)
+    progress.stage("write checkpoint", len(form))
     for file, names in shards.filename_to_tensors.items():
-        contents = {name: (state[name].dtype, tuple(state[name].shape)) for name in names}
-        write_tensors(folder / file, contents, change.tensor, progress.advance)
+        contents = {name: (form[name].dtype, tuple(form[name].shape)) for name in names}
+        write_tensors(folder / file, contents, _stored(change, of, names), progress.advance)
     if shards.is_sharded:
         metadata = {"total_parameters": change.model.num_parameters(), **shards.metadata}
         files = dict(sorted(shards.tensor_to_filename.items()))
         write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": files})
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """The order in which transformers fills files: layer 2 before layer 10."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+def _stored(change: _Change, of: Mapping[str, str], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file, those that are pieces of one tensor of the model after one another.
+
+    Args:
+        of: name in the files -> of the model's tensor that it is, or is a piece of.
+    """
+    for name in dict.fromkeys(of[piece] for piece in names):
+        pieces = stored_form(change.model, {name: change.tensor(name)})
+        yield from ((piece, pieces.pop(piece)) for piece in names if of[piece] == name)
+        del pieces  # before the next is read

@@ -63,31 +63,35 @@ class StoredTensors:
 def write_tensors(
     path: Path,
     contents: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    read: Callable[[str], Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a safetensors file tensor by tensor, byte by byte as `safetensors.torch.save_file` does.
 
     Args:
-        contents: name -> dtype and shape of what `read` will give.
-        read: gives one tensor, on the CPU; asked for each once.
+        contents: name -> dtype and shape of what is to come.
+        tensors: each of them by name, once, in any order, on the CPU; none is held on to.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    order = sorted(contents, key=lambda name: (-contents[name][0].itemsize, name))  # aligned throughout
-    for name in order:
+    begins: dict[str, int] = {}
+    for name in sorted(contents, key=lambda name: (-contents[name][0].itemsize, name)):  # aligned throughout
         dtype, shape = contents[name]
-        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        begins[name] = begin = end
+        end += dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     described += b" " * (-len(described) % 8)
     with open(path, "wb") as file:
         file.write(len(described).to_bytes(8, "little") + described)
-        for name in order:
-            tensor = read(name)
+        data = file.tell()
+        for name, tensor in tensors:
             assert (tensor.dtype, tuple(tensor.shape)) == contents[name], f"{name} is not what was announced"
+            file.seek(data + begins.pop(name))
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor
             after_each()
+    assert not begins, f"{len(begins)} tensors were announced and did not come"
 
 
 def weight_files(folder: Path) -> list[Path]:
