@@ -25,8 +25,8 @@ import regrow
 from regrow.recipe import load_recipe
 
 SETTINGS = {
-    **COMMON, "training.gradient_checkpointing": True, "training.steps": 4, "pruning.sparsity": 0.5,
-    "data.sequence_length": 64, "evaluation.windows": [64], "evaluation.completions": 1,
+    **COMMON, "training.gradient_checkpointing": True, "training.steps": 2, "pruning.sparsity": 0.5,
+    "data.sequence_length": 64, "evaluation.windows": [64], "evaluation.completions": 0,
 }  # fmt: skip
 RECIPES = {"loraprune": "no teacher", "regrow": "a copy of the model as teacher"}
 PLACES = ("none", "disk")
