@@ -409,7 +409,7 @@ def test_experts_on_disk_that_make_no_whole_are_refused(tmp_path: Path, monkeypa
 
 def test_a_mixture_goes_through_the_whole_walk(mixture: Path, tmp_path: Path, text: Path, lean: None) -> None:
     overrides = QUICK | {
-        "training.steps": 4, "pruning.schedule": "cubic", "pruning.kinds": ["attention", "ffn", "expert"],
+        "training.steps": 4, "pruning.schedule": "cubic", "pruning.kinds": ["attention", "ffn", "expert", "hidden"],
         "pruning.criterion": "gate-fisher", "pruning.sparsity": 0.4, "compensation.method": "none",
         "output.keep_adapter": True,
     }  # fmt: skip
@@ -418,6 +418,10 @@ def test_a_mixture_goes_through_the_whole_walk(mixture: Path, tmp_path: Path, te
     model = AutoModelForCausalLM.from_pretrained(result.model)
     whole = result.plan.total_parameters - result.plan.removed_parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == whole
-    assert model.config.num_experts >= 2
-    assert model.config.moe_intermediate_size % 8 == 0
     assert (logits_of(on_base(result.folder)) - logits_of(model)).abs().max() < 1e-5
+    config, widths = model.config, result.results["widths"]
+    assert 2 <= config.num_experts == widths["layers.0.expert"]
+    assert config.moe_intermediate_size == max(widths[f"layers.0.expert{n}.ffn"] for n in range(4))
+    assert config.moe_intermediate_size % 8 == 0
+    assert config.hidden_size == widths[RESIDUAL] < 64
+    assert "| layer | attention | expert | ffn (experts) |" in (tmp_path / "out" / "report.md").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import QUICK, CommandLine, build, logits, plan_of, uniform_keep, with_lora
+from conftest import QUICK, build, logits, plan_of, uniform_keep, with_lora
 from peft import PeftModel
 from test_stream import contents, dense, in_memory, streamed
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import check_reach, choose
 from regrow.planning.plan import Plan
 from regrow.planning.target import parse_target, sparsity_for
+from regrow.preflight import check_settings
 from regrow.recipe import load_recipe
 from regrow.recovery.scoring import Scorer
 from regrow.settings import Lora, Pruning
@@ -58,7 +59,7 @@ def zeroed(model: PreTrainedModel, groups: Groups, kept: np.ndarray) -> PreTrain
     return model
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "llama-mha-tied", "llama-biases"])
+@pytest.mark.parametrize("family", ["qwen3", "llama-mha-tied", "llama-biases"])
 def test_masked_zeroed_and_cut_are_one(family: str) -> None:
     model = build(family).double()
     groups = with_lora(model)
@@ -125,9 +126,8 @@ def derivatives(model: PreTrainedModel, groups: Groups) -> torch.Tensor:
     return got[RESIDUAL]
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha-tied"])
-def test_a_hidden_gate_has_the_derivative_of_everything_written_to_the_stream(family: str) -> None:
-    model = build(family)
+def test_a_hidden_gate_has_the_derivative_of_everything_written_to_the_stream() -> None:
+    model = build("llama-mha-tied")
     groups = with_lora(model)
     model.double()
     c_BU = derivatives(model, groups)
@@ -359,15 +359,14 @@ def test_criteria_score_hidden_channels_and_leave_the_weights_alone(name: str, t
 @pytest.mark.parametrize(
     "settings",
     [
-        {"pruning.kinds": ["hidden"], "pruning.schedule": "lhspg", "pruning.criterion": "lhspg"},
-        {"pruning.kinds": [*ALL, "layer"], "pruning.criterion": "gate-fisher", "pruning.target": "params=15000"},
         {
-            "pruning.kinds": ALL, "pruning.criterion": "magnitude", "pruning.schedule": "cubic",
-            "distillation.weight": 0.5, "distillation.teacher": "self", "pruning.decay_steps": 2,
+            "pruning.kinds": [*ALL, "layer"], "pruning.criterion": "gate-fisher", "pruning.target": "params=15000",
+            "pruning.schedule": "cubic", "distillation.weight": 0.5, "distillation.teacher": "self",
+            "pruning.decay_steps": 2,
         },
         {"pruning.kinds": ALL, "compensation.method": "least-squares", "search.evaluations": 2, "search.windows": 4},
     ],
-    ids=["lhspg, alone", "layers and a target", "cubic, masked to the end", "searched and refitted"],
+    ids=["layers and a target, masked to the end", "searched and refitted"],
 )  # fmt: skip
 @pytest.mark.usefixtures("lean")
 def test_a_run(settings: dict, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -386,21 +385,13 @@ def test_a_run(settings: dict, checkpoint: Path, text: Path, tmp_path: Path) -> 
     assert contents(again) == contents(result.model)
 
 
-def test_the_command_and_a_fresh_process(command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_a_fresh_process(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Nothing is replaced here: the checkpoint is loaded by stock transformers in a process of its own."""
-    quick = [word for key, value in QUICK.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    done = command(
-        "prune", checkpoint, "--data", text, "--out", tmp_path / "run", "--steps", "2", *quick,
-        "--set", "pruning.kinds=[attention,ffn,hidden]", "--set", "search.evaluations=0",
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["verification"]["passed"]
-    assert not results["verification"]["regrow_imported"]
-    shown = command("inspect", tmp_path / "run" / "model")
-    assert f"hidden channels: 1–{results['widths'][RESIDUAL]} in all layers alike" in shown.stdout
-    done = command(
-        "prune", checkpoint, "--data", text, "--out", tmp_path / "no", "--set", "pruning.kinds=[hidden]",
-        "--set", "pruning.shape=free",
-    )  # fmt: skip
-    assert (done.code, "take hidden out of pruning.kinds" in done.complaint) == (2, True)
+    alone = {"pruning.kinds": ["hidden"], "pruning.schedule": "lhspg", "pruning.criterion": "lhspg"}
+    recipe = load_recipe("regrow", {**QUICK, **PLAIN, **alone})
+    result = regrow.prune(str(checkpoint), tmp_path / "run", recipe, data=str(text), steps=6)
+    assert {name for name, group in result.plan.parts.items() if group.removed} == {RESIDUAL}
+    assert result.results["verification"]["passed"]
+    assert not result.results["verification"]["regrow_imported"]
+    with pytest.raises(InputError, match=r"take hidden out of pruning\.kinds"):
+        check_settings(recipe.override({"pruning.shape": "free"}))
