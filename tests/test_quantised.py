@@ -210,7 +210,8 @@ def test_a_copy_is_whole_and_its_own(folder: Path, kind: str) -> None:
 def test_no_full_copy_of_the_base_is_kept(folder: Path, kind: str) -> None:
     def of_full_size() -> int:
         gc.collect()
-        tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+        # An export elsewhere may have left fake tensors of symbolic shapes, which are of a type of their own.
+        tensors = [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
         shapes = {(128, 64), (64, 128), (64, 64)}
         return sum(t.is_floating_point() and tuple(t.shape) in shapes and t.device.type != "meta" for t in tensors)
 

@@ -447,4 +447,4 @@ def test_the_option(command: CommandLine, checkpoint: Path, text: Path, tmp_path
     )  # fmt: skip
     assert done.code == 0, done.stderr
     assert json.loads((out / "results.json").read_text())["target"]["reached"] <= 35_000
-    assert "Target `params=35k`" in done.stdout
+    assert "Target params=35k" in done.stdout
