@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from regrow.recovery.pruner import Pruner
 from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
+
+# Shells start what runs in the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
