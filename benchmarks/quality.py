@@ -1,4 +1,4 @@
-r"""How good each recipe, criterion or setting is: `regrow.compare` as the tables in README.md were made.
+r"""How good each recipe, criterion or setting is: `regrow.compare`, with the settings that README.md's tables share.
 
 What is measured with: steps of 8 × 256 tokens, one thread, no speed (models so small are bound by the launching of
 operators) and no memory of the result. A finished run is not run again.

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import docs_pages
 import pytest
+import torch
 import typer
 
 from regrow.cli import app
+from regrow.criteria.evidence import Evidence, Linear
+from regrow.criteria.registry import find_criterion
 from regrow.recipe import load_recipe, parse_assignments, shipped_recipes
+from regrow.structure.gates import GateMoments
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,6 +55,7 @@ def _parted(words: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("code", blocks("bash"))
 def test_commands_are_understood(code: str) -> None:
     verbs = vars(typer.main.get_command(app))["commands"]
+    assert all(verb in verbs for verb, *_ in commands(code))
     for verb, *words in commands(code):
         command = verbs[verb]
         context = command.make_context(verb, words)  # fails on an unknown option or a missing argument
@@ -73,6 +78,18 @@ def test_python_runs(
     for shown, tried in {"Qwen/Qwen3-0.6B": str(checkpoint), **INSTEAD}.items():
         code = code.replace(shown, tried)
     exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+def test_the_criterion_on_the_page_scores_units(tmp_path: Path) -> None:
+    (code,) = BLOCK.findall((ROOT / "docs" / "criteria.md").read_text())[0][1:]
+    (tmp_path / "my_criterion.py").write_text(code)
+    criterion = find_criterion(f"{tmp_path / 'my_criterion.py'}:energy_and_damage")
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    moments = GateMoments.zeros(2)
+    moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    evidence = Evidence("e", "ffn", 2, [Linear("m", weight, 1, torch.tensor([[0], [1]]))], gate=moments)
+    assert criterion.needs == {"gate"}
+    assert criterion.score(evidence).tolist() == [10.0 * 5.0, 20.0 * 2.0]  # ‖columns‖² times mean squares
 
 
 def test_the_pages_show_every_recipe_and_every_setting() -> None:
