@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from regrow.checkpoint.verify import Verification
+from regrow.criteria.evidence import Linear
 from regrow.planning.plan import Plan
 from regrow.recipe import load_recipe
 from regrow.recovery.pruner import Pruner
@@ -62,6 +63,22 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
             else:
                 parameter.copy_(0.15 * torch.randn_like(parameter))
     return model
+
+
+def two_by_two(axis: int) -> Linear:
+    """W = [[1, 2], [3, 4]], rank 1: B = (1, -1), A = (2, 1), dB = (1, 0), dA = (0, 1), s = 2."""
+    return Linear(
+        name="m",
+        weight=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        axis=axis,
+        positions=torch.tensor([[0], [1]]),
+        weight_grad=torch.tensor([[1.0, -1.0], [2.0, 0.5]]),
+        lora_a=torch.tensor([[2.0, 1.0]]),
+        lora_b=torch.tensor([[1.0], [-1.0]]),
+        lora_a_grad=torch.tensor([[0.0, 1.0]]),
+        lora_b_grad=torch.tensor([[1.0], [0.0]]),
+        scaling=2.0,
+    )
 
 
 def with_lora(model: PreTrainedModel, rank: int = 3, dropout: float = 0.0, fill: bool = True) -> Groups:

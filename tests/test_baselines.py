@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, build, logits, uniform_keep, with_lora
+from conftest import QUICK, build, logits, two_by_two, uniform_keep, with_lora
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -48,20 +48,13 @@ NEW = ("taylor-second", "taylor-mix", "wanda", "wanda-norm", "flap", "mini-llm")
 # --- by hand ------------------------------------------------------------------------------------
 
 
-def two_by_two(axis: int) -> Linear:
+def measured(axis: int) -> Linear:
     """W + sBA = [[5, 4], [-1, 2]]; inputs (1, 2) and (3, 0): mean squares 5 and 2, variances 1 and 1."""
     inputs = ChannelMoments.zeros(2)
     inputs.add(torch.tensor([[1.0, 2.0]]))
     inputs.add(torch.tensor([[3.0, 0.0]]))
-    return Linear(
-        name="m",
-        weight=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        axis=axis,
-        positions=torch.tensor([[0], [1]]),
-        weight_grad=torch.tensor([[1.0, -1.0], [2.0, 0.5]]),
-        lora_a=torch.tensor([[2.0, 1.0]]),
-        lora_b=torch.tensor([[1.0], [-1.0]]),
-        scaling=2.0,
+    return replace(
+        two_by_two(axis),
         inputs=inputs,
         squared_grad=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
         estimated_grad=torch.tensor([[1.0, -2.0], [0.0, 3.0]]),
@@ -75,12 +68,12 @@ def evidence(*linears: Linear, kind: str = "ffn") -> Evidence:
 # W'²h = [[25, 32], [3, 16]]; W'∘G − ½ of it = [[5, -4], [-2, 1]] − [[12.5, 16], [1.5, 8]]
 @pytest.mark.parametrize(("axis", "second", "mix"), [(0, [57.0, 19.0], [27.5, 10.5]), (1, [28.0, 48.0], [11.0, 27.0])])
 def test_second_order_taylor_by_hand(axis: int, second: list[float], mix: list[float]) -> None:
-    assert taylor_second(evidence(two_by_two(axis))).tolist() == second
-    assert taylor_mix(evidence(two_by_two(axis))).tolist() == mix
+    assert taylor_second(evidence(measured(axis))).tolist() == second
+    assert taylor_mix(evidence(measured(axis))).tolist() == mix
 
 
 def test_activation_scores_by_hand() -> None:
-    rows, columns = two_by_two(0), two_by_two(1)
+    rows, columns = measured(0), measured(1)
     five, two = math.sqrt(5), math.sqrt(2)
     torch.testing.assert_close(wanda(evidence(rows, columns)).float(), torch.tensor([3 * five, 3 * two]))
     # squares of |W'|·‖X‖ are [[125, 32], [5, 8]]: rows 157 and 13, columns 130 and 40
@@ -109,7 +102,7 @@ def test_the_order_of_elements_within_a_unit_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["magnitude", "taylor", *NEW])
 def test_a_score_leaves_a_weight_without_adapter_as_it_was(name: str) -> None:
-    linears = [replace(two_by_two(axis), lora_a=None, lora_b=None) for axis in (0, 1)]
+    linears = [replace(measured(axis), lora_a=None, lora_b=None) for axis in (0, 1)]
     CRITERIA[name].score(evidence(*linears))
     assert all(linear.weight.tolist() == [[1.0, 2.0], [3.0, 4.0]] for linear in linears)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, with_lora
+from conftest import build, two_by_two, with_lora
 from torch import Tensor
 
 from regrow.criteria.evidence import Evidence, Linear
@@ -16,22 +16,6 @@ from regrow.planning.plan import Plan
 from regrow.recovery.losses import language_loss
 from regrow.recovery.scoring import Average, Scorer, gather_evidence
 from regrow.structure.gates import GateMoments, Gates
-
-
-def two_by_two(axis: int) -> Linear:
-    """W = [[1, 2], [3, 4]], rank 1: B = (1, -1), A = (2, 1), dB = (1, 0), dA = (0, 1), s = 2."""
-    return Linear(
-        name="m",
-        weight=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        axis=axis,
-        positions=torch.tensor([[0], [1]]),
-        weight_grad=torch.tensor([[1.0, -1.0], [2.0, 0.5]]),
-        lora_a=torch.tensor([[2.0, 1.0]]),
-        lora_b=torch.tensor([[1.0], [-1.0]]),
-        lora_a_grad=torch.tensor([[0.0, 1.0]]),
-        lora_b_grad=torch.tensor([[1.0], [0.0]]),
-        scaling=2.0,
-    )
 
 
 # dB·A = [[2, 1], [0, 0]]; B·dA = [[0, 1], [0, -1]]; dB·dA = [[0, 1], [0, 0]]  ->  Ĝ = [[2, 1], [0, -1]]
