@@ -35,6 +35,12 @@ from regrow.structure.groups import Groups, find_groups
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the tests can leave besides passing."""
+    parser.addoption("--bad-input-table", metavar="FILE", help="write what is said of bad input into a Markdown page")
+
+
 SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,6 +269,36 @@ TEXTS = [
     case("broken Parquet", file("a.parquet", "PAR1"), PRUNE_ON + "a.parquet", "a.parquet is not a Parquet table"),
 ]  # fmt: skip
 
+LAUGHS = "a: &a [l, l, l, l, l, l, l, l, l]\n" + "".join(
+    f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+"""YAML of some lines that is 9⁹ values when its aliases are written out."""
+APPLY = "apply LLAMA --plan plan.json --out out"
+FFN = "groups.layers.0.ffn"
+
+
+def plan(**changes: object) -> Maker:
+    """A plan of one group, as `plan.json`."""
+    group = {"units": 4, "cost": 9, "keep": [0, 2], **changes}
+    content = {"groups": {"layers.0.ffn": group}, "block_parameters": 99, "total_parameters": 99}
+    return file("plan.json", json.dumps(content))
+
+
+PLANS = [
+    case("no plan", nothing, APPLY, "plan plan.json", "give a run's plan.json"),
+    case("plan is not JSON", file("plan.json", "{"), APPLY, "not a valid plan", "JSON"),
+    case("plan of nothing", file("plan.json", "{}"), APPLY, "not a valid plan: groups", "required"),
+    case("plan with a unit twice", plan(keep=[1, 1]), APPLY, FFN, "ascending without repeats"),
+    case("plan with a unit too many", plan(keep=[4]), APPLY, FFN, "units from 0 to 3"),
+    case("plan with a unit below 0", plan(keep=[-1]), APPLY, FFN + ".keep.0", "greater than or equal to 0"),
+    case("plan without units", plan(units=0, keep=[]), APPLY, FFN + ".units", "greater than or equal to 1"),
+    case("plan with true for a number", plan(keep=[True]), APPLY, FFN + ".keep.0", "valid integer"),
+    case("plan that removes everything", plan(cost=50), APPLY, "not a valid plan", "removes 100 of 99 parameters"),
+    case("plan with huge numbers", plan(cost=10**30), APPLY, FFN + ".cost"),
+    case("plan of another model", plan(), APPLY, "the plan is of another model"),
+    case("plan with a key of its own", plan(colour="red"), APPLY, FFN + ".colour", "extra inputs"),
+]
+
 SETTINGS = [
     case("sparsity 0", nothing, PRUNE + "--sparsity 0", "pruning.sparsity = 0.0", "greater than 0"),
     case("sparsity 1", nothing, PRUNE + "--sparsity 1", "pruning.sparsity = 1.0", "less than 1"),
@@ -314,6 +344,11 @@ SETTINGS = [
     case("outlandish key", file("my.yaml", "lora: {xyz: 1}"), PRUNE + RECIPE, "'lora.xyz'", "known here: rank, alpha"),
     case("number as key", file("my.yaml", "lora: {1: 2}"), PRUNE + RECIPE, "lora.1", "keys should be strings"),
     case("wrong type", file("my.yaml", "training: {steps: many}"), PRUNE + RECIPE, "steps = 'many'", "integer"),
+    case("recipe that grows", file("my.yaml", LAUGHS), PRUNE + RECIPE, "my.yaml: more than 100,000 values", "no recipe"),
+    case("recipe that holds itself", file("my.yaml", "name: &a [*a]"), PRUNE + RECIPE, "more than 100,000 values"),
+    case("recipe with a wrong date", file("my.yaml", "seed: 2001-99-99"), PRUNE + RECIPE, "my.yaml", "not valid YAML"),
+    case("recipe with half a character", file("my.yaml", 'name: "\\ud800"'), PRUNE + RECIPE, "that are no text"),
+    case("recipe nested deeply", file("my.yaml", 3000 * "["), PRUNE + RECIPE, "not valid YAML"),
     case("value for a section", file("my.yaml", "training: 3"), PRUNE + RECIPE, "training = 3", "dictionary"),
     case("wrong value of lines", file("my.yaml", "seed: |\n  a\n  b\n"), PRUNE + RECIPE, "'a\\nb\\n'", "integer"),
     case("--set without a value", nothing, PRUNE + "--set lora.rank", "'lora.rank'", "write key.path=value"),
@@ -327,6 +362,8 @@ SETTINGS = [
     case("shard size", nothing, PRUNE + "--set output.shard_size=big", "output.shard_size = 'big'"),
     case("all held out", nothing, PRUNE + "--set data.held_out=0.6", "data.held_out", "less than 0.5"),
     case("--set not YAML", nothing, PRUNE + "--set 'lora.rank=[3'", "--set 'lora.rank=[3'", "not valid YAML"),
+    case("--set a wrong date", nothing, PRUNE + "--set seed=2001-99-99", "not valid YAML"),
+    case("--set a wrong tag", nothing, PRUNE + "--set 'seed=!!int x'", "not valid YAML"),
     case("--set wrong type", nothing, PRUNE + "--set lora.rank=big", "lora.rank = 'big'", "integer"),
     case(
         "unknown needs", file("my.py", "NEEDS = {'hessian'}\nscore = len\n"), PRUNE + CRITERION,
@@ -364,14 +401,50 @@ def assert_one_line(done: Done, *expected: str) -> None:
         assert words.lower() in done.complaint.lower()
 
 
-@pytest.mark.parametrize("case", [*MODELS, *TEXTS, *SETTINGS], ids=lambda case: case.name)
-def test_bad_input(case: Case, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def told(request: pytest.FixtureRequest) -> Iterator[list[tuple[Case, str, int]]]:
+    """Each case with its message and exit code; `--bad-input-table FILE` makes a page of them."""
+    rows: list[tuple[Case, str, int]] = []
+    yield rows
+    if page := request.config.getoption("--bad-input-table"):
+        Path(page).write_text(bad_input_page(rows), encoding="utf-8")
+
+
+def bad_input_page(rows: Sequence[tuple[Case, str, int]]) -> str:
+    def cell(text: str) -> str:
+        fence = "``" if "`" in text else "`"
+        return f"{fence} {text} {fence}".replace("|", "\\|")
+
+    table = [f"| {case.name} | {cell('regrow ' + case.argv)} | {cell(words)} | {code} |" for case, words, code in rows]
+    head = ["| what is wrong | command | what regrow says | exit code |", "|---|---|---|---|"]
+    return "\n".join([BAD_INPUT_HEAD, *head, *table]) + "\n"
+
+
+BAD_INPUT_HEAD = """# Bad input
+
+What can be wrong with what regrow is given, and what it answers: one line on standard error that says what is wrong and
+what to do, exit code 2, and nothing left behind. In the commands `LLAMA` is a tiny checkpoint, `TEXT` a text that suits
+it; `model`, `my.yaml` and the like are made for the case.
+
+This page is made by the test that holds every line of it true:
+`pytest tests/test_bad_input.py --bad-input-table docs/bad-input.md`.
+"""
+
+
+@pytest.mark.parametrize("case", [*MODELS, *TEXTS, *PLANS, *SETTINGS], ids=lambda case: case.name)
+def test_bad_input(
+    case: Case, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path, told: list[tuple[Case, str, int]]
+) -> None:
     case.make(checkpoint, tmp_path)
     before = tree(tmp_path)
     argv = [{"LLAMA": checkpoint, "TEXT": text}.get(word, word) for word in shlex.split(case.argv)]
     done = command(*argv, cwd=tmp_path)
     assert_one_line(done, *case.expected)
     assert tree(tmp_path) == before
+    message = done.complaint.strip()
+    for path, name in ((checkpoint, "LLAMA"), (text, "TEXT"), (tmp_path, ".")):
+        message = message.replace(str(path), name)
+    told.append((case, message, done.code))
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,11 @@ class Aim:
             "dtype": str(model.dtype),
         }
         if file.is_file():
-            earlier = Latency.from_json(json.loads(file.read_text(encoding="utf-8")))
+            try:
+                text = file.read_text(encoding="utf-8", errors="replace")
+                earlier = Latency.parse(text, {group.kind for group in groups})
+            except InputError as error:
+                raise InputError(f"{file}: {error}; delete it, and it is measured anew") from error
             if earlier.measured_on == measured_on:
                 self.progress.say(f"latency table of this machine and model: {file}")
                 return earlier

@@ -26,6 +26,9 @@ from regrow.settings import (
     Training,
 )
 
+MOST_VALUES = 100_000
+"""In a recipe."""
+
 
 class Recipe(Section):
     """A whole run."""
@@ -87,17 +90,57 @@ def load_recipe(name: str = "regrow", overrides: Mapping[str, Any] | None = None
         raise InputError(
             f"there is no recipe {name!r}{_suggest(name, shipped)}; shipped: {', '.join(shipped)}; or give a YAML file"
         )
-    try:
-        tree = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InputError(f"recipe {name}{line}: not valid YAML: {problem}") from error
+    tree = _read_yaml(text, f"recipe {name}")
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"recipe {name}: must be a mapping of keys to values")
     _change(tree, overrides or {})
     return parse_recipe(tree, name)
+
+
+def _read_yaml(text: str, told: str) -> Any:
+    """Plain values from YAML that may hold anything.
+
+    Raises:
+        InputError: if it is not YAML, or its values cannot be a recipe's (`_size`).
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except Exception as error:  # a tag or a number that is not what it says fails in many ways
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise InputError(f"{told}{line}: not valid YAML: {problem}") from error
+    check_values(tree, told)
+    return tree
+
+
+def check_values(tree: Any, told: str) -> None:
+    """Refuse what cannot be written down again, or grows beyond measure when it is: YAML's aliases can do that.
+
+    Raises:
+        InputError: if a value holds itself, there are too many, or a string is no text.
+    """
+    if _size(tree, {}, told) > MOST_VALUES:
+        raise InputError(f"{told}: more than {MOST_VALUES:,} values, aliases written out; that is no recipe")
+
+
+def _size(value: Any, known: dict[int, int], told: str) -> int:
+    """How many values there are, each container looked at once."""
+    if isinstance(value, str) and (
+        "\0" in value or (not value.isascii() and value != value.encode(errors="ignore").decode())
+    ):
+        raise InputError(f"{told}: {value!r:.60} holds characters that are no text")
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # if it is met again before it is done, it holds itself
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        try:
+            known[id(value)] = 1 + sum(_size(part, known, told) for part in parts)
+        except RecursionError as error:
+            raise InputError(f"{told}: values are nested too deeply") from error
+    return known[id(value)]
 
 
 def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -106,6 +149,7 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
     Raises:
         InputError: one line that names the key and what was meant.
     """
+    check_values(tree, f"recipe {name}")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -123,10 +167,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         path, separator, value = assignment.partition("=")
         if not separator or not path.strip():
             raise InputError(f"--set {assignment!r}: write key.path=value, for example lora.rank=16")
-        try:
-            result[path.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {assignment!r}: the value is not valid YAML") from error
+        result[path.strip()] = _read_yaml(value, f"--set {assignment!r:.200}")
     return result
 
 
@@ -203,4 +244,4 @@ def _explain(error: ValidationError) -> str:
         hint = _suggest(str(location[-1]), known) or f"; known here: {', '.join(known)}"
         return f"unknown key {path!r}{hint}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{path} = {first['input']!r}: {message}"
+    return f"{path} = {first['input']!r:.300}: {message}"

@@ -53,7 +53,7 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     try:
         before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["asked"]
         difference = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
     if difference is not None:
         raise InputError(f"{folder} holds a run {_told(difference, before, asked)}; {WAY_OUT}")

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from regrow.checkpoint.files import check_new, storage_errors, write_text
+from regrow.checkpoint.files import check_new, parse_json, storage_errors, write_text
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
 from regrow.checkpoint.peft_folder import Adapter
@@ -64,7 +64,7 @@ def apply(
         plan, adapters = Path(run) / "plan.json", Path(run) / "adapters.safetensors"
         recipe = load_recipe(str(Path(run) / "recipe.yaml"))
         finished = Path(run) / "results.json"
-        results = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else None
+        results = _results(finished) if finished.is_file() else None
     given = {"output.dtype": dtype, "output.shard_size": shard_size}
     output = (recipe or Recipe()).override({key: value for key, value in given.items() if value is not None}).output
     folder = Path(out)
@@ -173,6 +173,12 @@ def texts(model: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any]
         "README.md": model_card(model, recipe, plan, licence_of(model), results),
         "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
     }
+
+
+def _results(file: Path) -> dict[str, Any]:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    found: dict[str, Any] = parse_json(text, f"{file}: give a run's folder as the run left it")
+    return found
 
 
 def read_plan(file: Path) -> Plan:

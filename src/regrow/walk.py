@@ -14,13 +14,14 @@ Every file appears whole or not at all.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
@@ -41,7 +42,7 @@ from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
 from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
-from regrow.checkpoint.verify import Verification, verify_checkpoint
+from regrow.checkpoint.verify import Verification, loss_of, verify_checkpoint
 from regrow.data.corpus import writes_own_text
 from regrow.data.overlap import overlap
 from regrow.errors import InputError
@@ -73,6 +74,11 @@ from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
+
+
+def probe_of(text: Text) -> Tensor:
+    """The tokens on which a checkpoint is compared with the model that was trained: held out, `[2, 128]` at most."""
+    return text.corpus.validation.ids_NT[:2, :128]
 
 
 class Walk:
@@ -130,11 +136,11 @@ class Walk:
                 del model  # before the original takes its place
                 model = self.attach(self.load(tokenizer, "none"), whole)
                 rebuild(model, trained.plan, trained.adapters)
-            merge_lora(model)
+            losses = self.merge(model, text)
             describe(model, whole, trained.groups)
             self.save(model, tokenizer, trained.plan)
             self.books.begin("verify in a fresh process")
-            verification = self.verify(model, text)
+            verification = self.verify(model, text, losses)
         del model
         if self.recipe.output.keep_adapter:
             self.books.begin("keep the adapter")
@@ -316,17 +322,25 @@ class Walk:
             place, size = self.folder / "model", output.shard_size
             save_checkpoint(model, tokenizer, place, dtype=dtype, shard_size=size, extras=extras)
 
-    def verify(self, model: PreTrainedModel, text: Text) -> Verification:
-        """Let a fresh process load what was saved; a checkpoint that fails is not left behind."""
+    def merge(self, model: PreTrainedModel, text: Text) -> dict[str, float]:
+        """Put the adapters into the weights; the loss before and after, nats per token."""
+        compared = probe_of(text)
+        losses = {"trained": loss_of(model, compared)}
+        merge_lora(model)
+        return losses | {"merged": loss_of(model, compared)}
+
+    def verify(self, model: PreTrainedModel, text: Text, losses: dict[str, float]) -> Verification:
+        """Let a fresh process load what was saved; a checkpoint that was not seen to pass is not left behind.
+
+        Args:
+            losses: as `merge` gave them.
+        """
         folder = self.folder / "model"
         try:
-            verification = verify_checkpoint(model, folder, text.corpus.validation.ids_NT[:2, :128])
-            if not verification.passed:
-                raise InputError(
-                    f"the saved checkpoint does not compute what the model in memory does: logits differ by "
-                    f"{verification.difference:.3g}, allowed {verification.allowed:.3g}"
-                )
-        except InputError:
+            found = verify_checkpoint(model, folder, probe_of(text))
+            verification = replace(found, losses=losses | found.losses)
+            verification.check(folder)
+        except BaseException:
             shutil.rmtree(folder)
             raise
         # All but the card, which will tell of the results.

@@ -44,6 +44,21 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str, told: str) -> Any:
+    """JSON that anybody may have changed.
+
+    Args:
+        told: what it is and what to do, for the message.
+
+    Raises:
+        InputError: if it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{told}: not valid JSON ({error})") from error
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when everything is in it, and vanishes on an error."""

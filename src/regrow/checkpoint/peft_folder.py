@@ -72,15 +72,22 @@ class Adapter:
             raise InputError(
                 f"{folder} holds no {CONFIG_FILE} and {WEIGHTS_FILE}; give a PEFT adapter's folder"
             ) from error
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError, SafetensorError, RecursionError) as error:
             raise InputError(f"adapter {folder} is damaged: {str(error).splitlines()[0]}; get it anew") from error
-        factors = {}
+        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+            raise InputError(f"adapter {folder}: {CONFIG_FILE} does not describe a LoRA adapter; get it anew")
+        factors: dict[tuple[str, str], Tensor] = {}
         for key, tensor in tensors.items():
             if (found := KEY.fullmatch(key)) is None:
                 raise InputError(
                     f"adapter {folder}: {key} is no LoRA factor of a linear; only those can be carried over"
                 )
             factors[found["linear"], found["factor"]] = tensor
+        for linear in sorted({linear for linear, _ in factors}):
+            pair = [factors[linear, factor] for factor in "AB" if (linear, factor) in factors]
+            a, b = ([tuple[int, ...](factor.shape) for factor in pair] + [(), ()])[:2]
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+                raise InputError(f"adapter {folder}: {linear} has no two factors of the same rank; get it anew")
         return cls(config, factors)
 
     def write(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ transformers loads a model and saves it. Experts may be spread over the files ot
 tensor in one file.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -46,9 +47,22 @@ def open_adapters(path: Path) -> StoredTensors:
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a run's adapters.safetensors")
     adapters = StoredTensors([path])
-    if SCALING not in adapters.metadata and any(".lora_" in name for name in adapters.entries):
+    factors = {name: entry.shape for name, entry in adapters.entries.items() if ".lora_" in name}
+    if factors and not _is_scale(adapters.metadata.get(SCALING, "")):
         raise InputError(f"{path} does not say how its factors are scaled ({SCALING} in its metadata, alpha / rank)")
+    for name in factors:
+        linear = name.partition(".lora_")[0]
+        a, b = (factors.get(_factor(linear, factor), ()) for factor in "AB")
+        if name not in (_factor(linear, "A"), _factor(linear, "B")) or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise InputError(f"{path}: {name} has no counterpart of the same rank; give a run's adapters.safetensors")
     return adapters
+
+
+def _is_scale(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def check_plan(plan: Plan, groups: Groups, name: str) -> None:
@@ -66,6 +80,9 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
                 f"the plan is of another model than {name}: {group} has "
                 f"{'no' if there is None else there.units} units in it, {'none' if here is None else here.units} here"
             )
+    sizes = [[(layer.parameters, layer.block_parameters) for layer in each.layers] for each in (own, plan)]
+    if plan.layers and sizes[0] != sizes[1]:
+        raise InputError(f"the plan is of another model than {name}: its layers have other numbers of parameters")
     if plan.total_parameters != groups.total_parameters:
         raise InputError(
             f"the plan is of another model than {name}: of {plan.total_parameters:,} parameters, "

@@ -107,9 +107,17 @@ def weight_files(folder: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no model.safetensors and no index of several such files") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} cannot be read; get it anew") from error
+    if not names:
+        raise InputError(f"{index} names no files; get it anew")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.isprintable()
+            or "\\" in name
+            or (not name.endswith(".safetensors"))
+        ):
             raise InputError(f"{index} names {name!r}, which is no safetensors file of its folder; get it anew")
     return [folder / name for name in sorted(names)]

@@ -1,4 +1,4 @@
-"""Second moments of what flows into a linear, streamed over batches.
+"""Second moments of what flows into a linear, streamed over batches. One with NaN or infinity in it counts for nothing.
 
 Shapes: C input channels of the linear; `...` any leading axes (batch, time), which are all tokens alike.
 """
@@ -28,6 +28,8 @@ class InputMoments:
     def add(self, x: Tensor) -> None:
         """Count the tokens of a batch, shape `[..., C]`."""
         x_TC = x.detach().reshape(-1, x.shape[-1]).double()
+        if not torch.isfinite(x_TC).all():
+            return
         self.gram_CC.addmm_(x_TC.T, x_TC)
         self.sum_C += x_TC.sum(0)
         self.tokens += len(x_TC)
@@ -70,6 +72,8 @@ class ChannelMoments:
     def add(self, x: Tensor) -> None:
         """Count the tokens of a batch, shape `[..., C]`."""
         x_TC = x.detach().reshape(-1, x.shape[-1]).double()
+        if not torch.isfinite(x_TC).all():
+            return
         self.sum_C += x_TC.sum(0)
         self.square_C += x_TC.square().sum(0)
         self.tokens += len(x_TC)

@@ -8,6 +8,8 @@ for each has the next one's freedom and more.
 Shapes: O outputs, C input channels, K channels kept, U units, P channels per unit.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,20 +45,32 @@ def bias_only(weight_OC: Tensor, moments: InputMoments, kept_K: Tensor) -> Tenso
 
 def _solve(weight_OC: Tensor, second_CC: Tensor, kept_K: Tensor, damping: float) -> Tensor:
     weight_OC = weight_OC.double()
-    strength = damping * second_CC.diagonal().mean()
+    strength = damping * second_CC.diagonal().mean().clamp(min=0)
     kept_KK = second_CC[kept_K][:, kept_K]
     kept_KK.diagonal().add_(strength)
-    target_OK = weight_OC @ second_CC[:, kept_K] + strength * weight_OC[:, kept_K]
-    fitted_OK: Tensor = torch.cholesky_solve(target_OK.T, _cholesky(kept_KK)).T
+    factor_KK, ridge = _cholesky(kept_KK)
+    target_OK = weight_OC @ second_CC[:, kept_K] + (strength + ridge) * weight_OC[:, kept_K]
+    fitted_OK: Tensor = torch.cholesky_solve(target_OK.T, factor_KK).T
     return fitted_OK
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """The factor of a positive definite matrix; channels that never speak make it singular, hence the tiny ridge."""
-    ridge = torch.finfo(matrix.dtype).eps * len(matrix) * matrix.diagonal().mean().clamp(min=1e-300)
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor: Tensor = torch.linalg.cholesky(matrix + ridge * eye)
-    return factor
+def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
+    """The factor of a positive semidefinite matrix with a ridge, and the ridge: the least, by powers of 16, that does.
+
+    Channels that never speak, or always say the same, make a moment matrix singular, and rounding may then make it
+    indefinite.
+    """
+    matrix = matrix.clone()
+    diagonal = matrix.diagonal()
+    wanted = max(torch.finfo(matrix.dtype).eps * len(matrix) * float(diagonal.mean()), 1e-300)
+    ridge = 0.0
+    while True:
+        diagonal.add_(wanted - ridge)
+        ridge, wanted = wanted, 16 * wanted
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor, ridge
+        assert wanted < math.inf, "moments must be finite"
 
 
 def output_error(
@@ -80,7 +94,7 @@ def cut_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor) -> Te
 
 def repaired_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor, damping: float) -> Tensor:
     """`tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ)`: what is left of it after the others are refitted (optimal brain surgeon); `[U]`."""
-    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping)))
+    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping))[0])
     weight_UOP = weight_OC.double()[:, units_UP].transpose(0, 1)
     return _quadratic(weight_UOP, torch.linalg.inv(_blocks(inverse_CC, units_UP)))
 
@@ -119,7 +133,7 @@ def elimination_order(
         stop: how many units to put in order; by default all but one.
     """
     weight_OC = weight_OC.double().clone()
-    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping)))
+    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping))[0])
     stop = len(units_UP) - 1 if stop is None else stop
     left = torch.arange(len(units_UP), device=weight_OC.device)
     order: list[Tensor] = []
@@ -153,7 +167,7 @@ def low_rank(change_OK: Tensor, moments: InputMoments, kept_K: Tensor, rank: int
     The best rank-r factors are `Δ R = U S Vᵀ` truncated and `A = … R⁻¹`, with `R Rᵀ = H_kk` (Eckart-Young in the
     metric of the inputs). For bases that cannot be written to: the adapter begins where the refit would have ended.
     """
-    root_KK = _cholesky(_damped(moments.second_CC[kept_K][:, kept_K], 1e-9))
+    root_KK = _cholesky(_damped(moments.second_CC[kept_K][:, kept_K], 1e-9))[0]
     left, strength, right = torch.linalg.svd(change_OK.double() @ root_KK, full_matrices=False)
     scale = strength[:rank].sqrt()
     factor_b = left[:, :rank] * scale

@@ -64,7 +64,8 @@ def _mean(products: Float[Tensor, "3 units"], evidence: Evidence) -> Float[Tenso
 
 def _cosine(products: Float[Tensor, "3 units"]) -> Float[Tensor, " units"]:
     tiny = 1e-30  # no displacement has no direction: 1
-    return 1 + products[2] / (products[0] * products[1]).sqrt().clamp(min=tiny)
+    cosines = products[2] / (products[0].sqrt() * products[1].sqrt()).clamp(min=tiny)
+    return 1 + cosines.clamp(-1, 1)  # where squares are too small for float32, their product with x is not
 
 
 def _products(evidence: Evidence) -> Float[Tensor, "3 units"]:

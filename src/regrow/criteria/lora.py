@@ -30,7 +30,7 @@ def lora(evidence: Evidence) -> Float[Tensor, " units"]:
     total = torch.zeros(evidence.units)
     for linear in evidence.linears:
         values = _sum_over_units(linear, squared=False)
-        norm = values.norm()
+        norm = values.double().norm()  # the squares of what float32 can hold are beyond it
         total += values / norm if norm > 0 else values
     return total
 

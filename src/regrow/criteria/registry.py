@@ -114,6 +114,7 @@ def combine(terms: Mapping[str, Mapping[str, Units]]) -> dict[str, Units]:
         terms: group name -> term -> one value per unit; every group has the same terms.
     """
     names = list(next(iter(terms.values())))
+    terms = {group: {name: values.cpu().double() for name, values in each.items()} for group, each in terms.items()}
     norms = {name: torch.cat([group[name] for group in terms.values()]).norm() for name in names}
     return {
         group: torch.stack([values[name] / norms[name] if norms[name] else values[name] for name in names]).mean(0)

@@ -12,15 +12,17 @@ layers are equally wide.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint.shape import pruned_config
+from regrow.errors import InputError
 from regrow.evaluation.speed import measure_speed
 from regrow.structure.groups import Group, Groups
 
@@ -74,10 +76,30 @@ class Latency:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Latency":
-        """What `to_json` gave."""
-        savings = {kind: tuple(Saving(**point) for point in points) for kind, points in data["savings"].items()}
-        return cls(data["measured_on"], data["fixed"], data["layer"], savings)
+    def parse(cls, text: str, kinds: Collection[str]) -> "Latency":
+        """What `to_json` gave, as JSON.
+
+        Args:
+            kinds: of the units that must be in it.
+
+        Raises:
+            InputError: if it is no such table.
+        """
+        try:
+            found = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise InputError(f"not a valid latency table: {place + ': ' if place else ''}{first['msg']}") from error
+        points = [point for each in found.savings.values() for point in each]
+        seconds = [found.fixed, found.layer, *(point.seconds for point in points)]
+        if not all(each.keys() == set(PHASES) and all(0 <= t < math.inf for t in each.values()) for each in seconds):
+            raise InputError(f"not a valid latency table: every entry needs seconds of {' and '.join(PHASES)}")
+        for kind in (*kinds, *found.savings):
+            widths = [point.units for point in found.savings.get(kind, ())]
+            if not widths or widths != sorted(set(widths)) or widths[0] < 0:
+                raise InputError(f"not a valid latency table: savings.{kind} must name ascending widths")
+        return found
 
 
 def probe_turns(groups: Groups) -> int:

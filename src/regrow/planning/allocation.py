@@ -10,7 +10,7 @@ parameter go and widths give the rest; the number with the least damage wins.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ from regrow.planning.logarithmic import log_increasing
 from regrow.planning.plan import Plan, layer_of
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
-from regrow.structure.groups import RESIDUAL, Groups
+from regrow.structure.groups import RESIDUAL, Group, Groups
 
 
 @dataclass(frozen=True)
@@ -298,16 +298,9 @@ def _local(demand: Demand) -> Counts:
 def _lowest_first(demand: Demand, scores: Mapping[str, Tensor], per: Mapping[str, int]) -> Counts:
     """Lowest score divided by `per` first, wherever it is: by the price, the budgeted choice's LP relaxation."""
     counts = {group.name: demand.gone[group.name] for group in demand.groups}
-    ranked = [
-        (score / per[group.name], index)
-        for index, group in enumerate(demand.groups)
-        for score in scores[group.name].tolist()
-    ]
-    ranked.sort()
     least = min(demand.price.values())
     rest = demand.amount - demand.brings(counts)
-    for _, index in ranked:
-        group = demand.groups[index]
+    for group in _by_score(demand.groups, {name: score / per[name] for name, score in scores.items() if name in per}):
         price = demand.price[group.name]
         if rest <= 0:
             break
@@ -322,6 +315,16 @@ def _lowest_first(demand: Demand, scores: Mapping[str, Tensor], per: Mapping[str
     return settle_counts(demand, counts, [group.name for group in cheapest_first])
 
 
+def _by_score(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> Iterator[Group]:
+    """The group of each unit, lowest score first; of equal scores, the one that would have lost the smaller share."""
+    ranked = sorted(
+        (score, number / group.units, index)
+        for index, group in enumerate(groups)
+        for number, score in enumerate(scores[group.name].tolist(), start=group.units - len(scores[group.name]))
+    )
+    return (groups[index] for *_, index in ranked)
+
+
 def _by_kind(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
     """As many heads and channels as `_local` takes, but of each kind the lowest scores, wherever they are."""
     local = _local(demand)
@@ -329,8 +332,8 @@ def _by_kind(demand: Demand, scores: Mapping[str, Tensor]) -> Counts:
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
     for kind in (heads, channels):
         rest = sum(local[group.name] - counts[group.name] for group in kind)
-        for _, name in sorted((score, group.name) for group in kind for score in scores[group.name].tolist()):
-            if rest > 0 and counts[name] < demand.limit[name]:
-                counts[name] += 1
+        for group in _by_score(kind, scores):
+            if rest > 0 and counts[group.name] < demand.limit[group.name]:
+                counts[group.name] += 1
                 rest -= 1
     return settle_counts(demand, counts, [group.name for group in (*channels, *heads)])

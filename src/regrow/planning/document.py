@@ -1,10 +1,16 @@
 """Plain data that is written down as JSON and read back from files which anybody may have changed."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from regrow.errors import InputError
+
+LARGEST = 2**53
+"""Whole numbers from here on are not exact in every reader of JSON, and no count comes near."""
+
+Whole = Annotated[int, Field(strict=True, ge=0, lt=LARGEST)]
+Positive = Annotated[int, Field(strict=True, ge=1, lt=LARGEST)]
 
 
 class Document(BaseModel):

@@ -1,14 +1,16 @@
 """The plan: which units stay. Plain data that always speaks of the original model's units."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from regrow.planning.document import Document
+from regrow.planning.document import Document, Positive, Whole
 from regrow.structure.groups import RESIDUAL, Group, Groups
+
+GroupName = Annotated[str, Field(pattern=r"^layers\.[0-9]{1,6}\.(expert[0-9]{1,6}\.)?[a-z]+[0-9]{0,6}$")]
 
 
 def layer_of(group: str) -> int:
@@ -29,20 +31,20 @@ class PlannedGroup(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    units: int
+    units: Positive
     """How many the original model has."""
-    cost: int
+    cost: Whole
     """Parameters of one unit."""
-    hidden: int = 0
+    hidden: Whole = 0
     """How many of them lie on each hidden channel."""
-    keep: tuple[int, ...]
+    keep: tuple[Whole, ...]
     """Numbers of the units that stay, ascending; none in a layer, or an expert, that is removed whole."""
 
     @model_validator(mode="after")
     def _check(self) -> "PlannedGroup":
         if list(self.keep) != sorted(set(self.keep)):
             raise ValueError("keep must be ascending without repeats")
-        if self.keep and (self.keep[0] < 0 or self.keep[-1] >= self.units):
+        if self.keep and self.keep[-1] >= self.units:
             raise ValueError(f"keep must name units from 0 to {self.units - 1} and no others")
         return self
 
@@ -62,12 +64,12 @@ class PlannedLayer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    parameters: int
-    block_parameters: int
+    parameters: Whole
+    block_parameters: Whole
     """Of its prunable linears."""
-    hidden: int = 0
+    hidden: Whole = 0
     """Of `parameters`, those on each hidden channel."""
-    block_hidden: int = 0
+    block_hidden: Whole = 0
     """Of `block_parameters`."""
 
 
@@ -98,13 +100,13 @@ class Plan(Document):
     called: ClassVar[str] = "plan"
 
     format: Literal["regrow-plan-1"] = "regrow-plan-1"
-    groups: dict[str, PlannedGroup]
-    block_parameters: int
+    groups: Annotated[dict[GroupName, PlannedGroup], Field(min_length=1)]
+    block_parameters: Positive
     """Of the original model, as `total_parameters`."""
-    total_parameters: int
+    total_parameters: Positive
     layers: tuple[PlannedLayer, ...] = ()
     """The original model's; empty in plans from before layers could be removed."""
-    removed_layers: tuple[int, ...] = ()
+    removed_layers: tuple[Whole, ...] = ()
     """Numbers of the layers that are removed whole, ascending."""
     residual: PlannedGroup | None = None
     """The hidden channels, which cross everything else; none in plans from before they could be removed."""
@@ -125,6 +127,10 @@ class Plan(Document):
                     "none, for its layer (or expert) is removed" if group.keep else f"at least one of {group.units}"
                 )
                 raise ValueError(f"groups.{name}: keep must name {wanted}")
+        if not 0 <= self.removed_parameters < self.total_parameters:
+            raise ValueError(f"removes {self.removed_parameters:,} of {self.total_parameters:,} parameters")
+        if not 0 <= self.removed_block_parameters <= self.block_parameters:
+            raise ValueError(f"removes {self.removed_block_parameters:,} of {self.block_parameters:,} in the blocks")
         return self
 
     @classmethod

@@ -9,17 +9,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from regrow.planning.document import Document
+from regrow.planning.document import Document, Positive, Whole
 from regrow.planning.experts import families
+from regrow.settings.base import TrialShare
 from regrow.structure.groups import Groups
 
 STEEPEST = 8.0
 """Largest exponent of a curve: two points, the lower of them noise around zero, would fit any."""
+MOST_NATS = 1e6
+"""A loss or a rise of it beyond this is no measurement."""
 DEVIATIONS = 3.0
 """A group is an outlier if its damage exceeds the median by so many median absolute deviations."""
 
@@ -27,7 +30,7 @@ DEVIATIONS = 3.0
 class Conditions(BaseModel):
     """What was measured, and on what: two analyses with the same conditions are the same analysis."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model_sha256: str
     """Of the config and of samples of the weights."""
@@ -35,17 +38,17 @@ class Conditions(BaseModel):
     """What was computed in."""
     tokens_sha256: str
     """Of the held-out windows."""
-    windows: int
-    length: int
+    windows: Positive
+    length: Positive
     """Tokens in a window."""
     calibration_sha256: str
     """Of the windows that the units were scored on."""
-    calibration_batches: int
-    batch_size: int
-    seed: int
+    calibration_batches: Positive
+    batch_size: Positive
+    seed: Whole
     criterion: str
     """Which units go first."""
-    shares: tuple[float, ...]
+    shares: tuple[TrialShare, ...]
     """Of a group's units, removed in turn."""
 
     @property
@@ -59,13 +62,19 @@ class GroupSensitivity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    units: int
-    cost: int
+    units: Positive
+    cost: Whole
     """Parameters of one unit."""
-    removed: tuple[int, ...]
+    removed: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Units removed in each trial: the share, rounded, but one at least and not all."""
-    deltas: tuple[float, ...]
+    deltas: tuple[Annotated[float, Field(ge=-MOST_NATS, le=MOST_NATS)], ...]
     """Rise of the held-out NLL in each trial, nats per token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GroupSensitivity":
+        if max(self.removed) > self.units or len(self.removed) != len(self.deltas):
+            raise ValueError(f"removed must name numbers from 1 to {self.units}, and deltas one rise for each")
+        return self
 
     @property
     def mean(self) -> float:
@@ -126,9 +135,9 @@ class Sensitivity(Document):
 
     format: Literal["regrow-sensitivity-1"] = "regrow-sensitivity-1"
     conditions: Conditions
-    dense_nll: float
+    dense_nll: Annotated[float, Field(ge=0, le=MOST_NATS)]
     """Of the whole model, nats per token."""
-    groups: dict[str, GroupSensitivity]
+    groups: Annotated[dict[str, GroupSensitivity], Field(min_length=1)]
 
     def describes(self, groups: Groups) -> bool:
         """Whether the analysis is of a model with these groups."""

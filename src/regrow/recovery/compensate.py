@@ -48,7 +48,7 @@ class Compensated:
     keep: dict[str, Units] = field(default_factory=dict)
     """Group name -> numbers of the units that stay, among those there were."""
     repaired: dict[str, float] = field(default_factory=dict)
-    """Group name -> share of the cut's output error that the refit took away, on the tokens seen."""
+    """Group name -> share of the cut's output error that the refit took away, on the tokens seen; 0: left out."""
     changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Parameters written to, and what was added to each; on the CPU."""
     blend: float = 1.0
@@ -136,6 +136,11 @@ class Compensator:
         moments = InputMoments.zeros(weight_shape(weight)[consumer.axis], weight.device)
         with watching_inputs(self.model.get_submodule(consumer.module), moments.add):
             walk.run()
+        if not moments.tokens:
+            raise InputError(
+                f"compensation: what flows into {consumer.module} is not finite in any batch; look for NaN or infinity "
+                "in the weights, or set compensation.method=none"
+            )
         return moments
 
     def lowest(self, group: Group, walk: LayerWalk, count: int) -> Units:
@@ -175,7 +180,13 @@ class Compensator:
         weight_OC = linear.effective_weight(slice(None)).double()
         kept_K, fitted_OK, extra = self.solve(group, keep, moments)
         change_OK = fitted_OK - weight_OC[:, kept_K]
-        bias = self._bias(group)
+        parameter, bias = self.model.get_parameter(group.consumers[0].parameter), self._bias(group)
+        before = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K])
+        written_OK = change_OK if self.settings.carrier == "adapter" else change_OK.to(parameter.dtype).double()
+        rounded_O = extra if bias is None or extra is None else extra.to(bias.dtype).double()
+        after = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K] + written_OK, rounded_O)
+        if not after < before:  # nothing to repair, or rounding to the weights' dtype outweighs it
+            return 0.0
         if bias is not None and extra is not None:
             self._add(bias, extra, done)
         if self.settings.carrier == "adapter":
@@ -183,11 +194,8 @@ class Compensator:
         elif self.settings.method == "least-squares":
             change_OC = torch.zeros_like(weight_OC)
             change_OC[:, kept_K] = change_OK
-            parameter = self.model.get_parameter(group.consumers[0].parameter)
             self._add(parameter, change_OC if group.consumers[0].axis == 1 else change_OC.T, done)
-        before = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K])
-        after = output_error(weight_OC, moments, kept_K, fitted_OK, extra)
-        return 1 - after / before if before > 0 else 0.0
+        return 1 - after / before
 
     def _add(self, parameter: nn.Parameter, change: Tensor, done: Compensated) -> None:
         assert kept_as(parameter) is None, "a quantised weight is not written to"

@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.state import State, named
@@ -23,6 +23,23 @@ Recording = Callable[[float], AbstractContextManager[None]]
 
 class Diverged(InputError):
     """Too many updates in a row were not finite."""
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
+    """Scale gradients so that their 2-norm is `largest` at most; what it was, even if its square is beyond float32."""
+    norm, unit = torch.nn.utils.get_total_norm(_gradients(parameters)), 1.0
+    if not torch.isfinite(norm):
+        unit = float(torch.nn.utils.get_total_norm(_gradients(parameters), math.inf))
+        if not math.isfinite(unit):
+            return math.inf
+        torch._foreach_div_(_gradients(parameters), unit)
+        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return unit * float(norm)
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,14 @@ class Learner:
             return torch.autocast(device, torch.bfloat16)
         return nullcontext()
 
+    @property
+    def compute_dtype(self) -> str:
+        """What is computed in: the weights' dtype, unless `autocast` takes another."""
+        with self.autocast:
+            device = self.model.device.type
+            lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        return str(lower).removeprefix("torch.")
+
     def backward(
         self,
         data: Iterator[Batch],
@@ -143,7 +168,7 @@ class Learner:
                 self.step_number, self.training.steps, self.training
             )
         loss = self.backward(self.data, recording)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip))
+        norm = clip_gradients(self.parameters, self.training.clip)
         fine = math.isfinite(loss) and math.isfinite(norm) and (before_update is None or before_update())
         if fine:
             self.optimizer.step()
@@ -154,13 +179,21 @@ class Learner:
         return Step(loss, norm, not fine)
 
     def count(self, skipped: bool) -> None:
-        """Count a skipped update, or the end of a row of them."""
+        """Count a skipped update (or batch that was to be scored), or the end of a row of them.
+
+        Raises:
+            Diverged: after `max_skipped` in a row.
+        """
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         self.skipped += skipped
         if self._skipped_in_a_row >= self.training.max_skipped:
+            remedy = (
+                "lower training.learning_rate or training.clip, or look for what is odd in the text"
+                if self.step_number
+                else "look for NaN or infinity in the model's weights, or give other text"
+            )
             raise Diverged(
-                f"{self._skipped_in_a_row} updates in a row were not finite (step {self.step_number}); "
-                "lower training.learning_rate, or check the model and the text"
+                f"{self._skipped_in_a_row} updates in a row were not finite (step {self.step_number}); {remedy}"
             )
 
     def state(self) -> State:

@@ -187,7 +187,8 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], scored
     """Mean over layers l and scored positions t of `‖h_S(l, t) - h_T(l, t)‖² / ‖h_T(l, t)‖²`, float32.
 
     That is the mean squared error of hidden states divided by the teacher's root mean square over D at the same
-    position: no layer, and no token with an outsized norm (as the first one has), outweighs the others.
+    position: no layer, and no token with an outsized norm (as the first one has), outweighs the others. Where a
+    teacher's state is all zero, its norm counts as one.
 
     Args:
         student: outputs `[B, T, D]` of the decoder layers.
@@ -197,7 +198,8 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], scored
     total = torch.zeros((), device=student[0].device)
     for own_BTD, wanted_BTD in zip(student, teacher, strict=True):
         wanted_BTD = wanted_BTD[:, :-1].float()
-        error_BT = (own_BTD[:, :-1].float() - wanted_BTD).square().mean(-1) / wanted_BTD.square().mean(-1)
+        size_BT = wanted_BTD.square().mean(-1)
+        error_BT = (own_BTD[:, :-1].float() - wanted_BTD).square().mean(-1) / size_BT.where(size_BT > 0, 1.0)
         total = total + error_BT[counting_BT].sum() / counting_BT.sum().clamp(min=1)
     return total / len(student)
 

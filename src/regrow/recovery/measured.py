@@ -37,11 +37,13 @@ class Squares:
     sequences: int = 0
 
     def add(self, x_BTI: Tensor, grad_BTO: Tensor, scale: float) -> None:
-        """Count a batch.
+        """Count a batch, unless there is NaN or infinity in it.
 
         Args:
             grad_BTO: by the linear's output, of a loss that `scale` makes the sum of the sequences' summed NLL.
         """
+        if not (torch.isfinite(x_BTI).all() and torch.isfinite(grad_BTO).all()):
+            return
         tokens = x_BTI.shape[1] - 1  # the last position predicts nothing
         for x_TI, grad_TO in zip(x_BTI, grad_BTO, strict=True):  # one gradient of the weight's shape at a time
             self.sum_OI += (grad_TO.float().T @ x_TI.float()).mul_(scale / tokens).square_()
@@ -103,7 +105,7 @@ class Measured:
     def squared_grad(self, name: str) -> Tensor | None:
         """Mean over sequences of a weight's squared gradients, `[O, I]`, if they are measured."""
         squares = self._squares.get(name)
-        return None if squares is None else squares.sum_OI / squares.sequences
+        return None if squares is None else squares.sum_OI / max(squares.sequences, 1)
 
     def estimated_grad(self, name: str) -> Tensor | None:
         """A weight's gradient as the probes tell it, `[O, I]`, if there are any."""

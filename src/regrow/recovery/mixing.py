@@ -18,6 +18,7 @@ from regrow.data.corpus import Corpus
 from regrow.data.mixture import Shares, reweight
 from regrow.data.sampler import Sampler, SamplerState
 from regrow.data.tokens import Batch, Windows
+from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.recipe import Recipe
 from regrow.settings import Stage
@@ -146,9 +147,19 @@ class DataMix:
         )
 
     def remember_dense(self) -> None:
-        """Measure the model that nothing has been removed from yet."""
-        if self.in_rounds:
-            self.dense = [self.measure(source.validation) for source in self.corpus.sources]
+        """Measure the model that nothing has been removed from yet.
+
+        Raises:
+            InputError: if its loss on a source is not finite: there would be nothing to measure against.
+        """
+        if not self.in_rounds:
+            return
+        self.dense = [self.measure(source.validation) for source in self.corpus.sources]
+        for source, loss in zip(self.corpus.sources, self.dense, strict=True):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the whole model's held-out loss on {source.name} is {loss}; look for NaN or infinity in weights"
+                )
 
     def steps(self, first: int = 0) -> Iterator[int]:
         """The numbers of the run's steps from one on, without those of a stage that has ended early."""

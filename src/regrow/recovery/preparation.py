@@ -1,5 +1,6 @@
 """What comes between choosing units and cutting them: a search for better widths, and compensation."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.journal import Forgetful
 from regrow.criteria.registry import find_criterion
+from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
 from regrow.planning.demand import most_removed
@@ -156,7 +158,8 @@ class Preparation:
 
         if pruning.shape == "uniform":
             values = [measured(counts) for counts in starts]
-            counts, value = starts[int(np.argmin(values))], min(values)
+            finite = [math.inf if math.isnan(value) else value for value in values]
+            counts, value = starts[int(np.argmin(finite))], min(finite)
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
         else:
 
@@ -169,6 +172,11 @@ class Preparation:
             counts, value = whole(settle(folded, found.counts, pruning, prior)), found.fitness
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
+        if not math.isfinite(value):
+            raise InputError(
+                "search: no candidate's divergence from the dense model is finite; look for NaN or infinity in the "
+                "weights, or set search.evaluations=0"
+            )
         self.done.search["best"] = value
         return counts
 
@@ -209,7 +217,8 @@ class Preparation:
         for share in self.recipe.compensation.blend:
             self.compensator.blend(done, share)
             trials[share] = self.held_out()
-        best = min(trials, key=lambda share: trials[share])
+        finite = {share: loss for share, loss in trials.items() if math.isfinite(loss)}
+        best = min(finite, key=lambda share: trials[share]) if finite else 0.0  # the plain cut
         self.compensator.blend(done, best)
         return {"blend": best, "validation_loss": {str(share): loss for share, loss in trials.items()}}
 

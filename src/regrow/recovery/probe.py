@@ -11,6 +11,7 @@ the number of perturbations. A backward pass through the gates gives exact deriv
 Not covered: computing in bfloat16, whose steps are larger than what ε changes.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,13 +59,14 @@ class Probes:
 
     @torch.no_grad()
     def take(self, batch: Batch) -> None:
-        """Measure the slope of a batch's mean NLL along new directions."""
+        """Measure the slope of a batch's mean NLL along new directions; one that is not finite counts for nothing."""
         training = self.model.training
         self.model.eval()
         for _ in range(self.perturbations):
             seed = int(torch.randint(2**31, (1,), generator=self._chance))
             up, down = (self._loss(batch, seed, step) for step in (EPSILON, -EPSILON))
-            self._slopes[seed] = (up - down) / (2 * EPSILON)
+            if math.isfinite(slope := (up - down) / (2 * EPSILON)):
+                self._slopes[seed] = slope
         self.model.train(training)
 
     def _loss(self, batch: Batch, seed: int, step: float) -> float:

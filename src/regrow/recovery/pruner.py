@@ -22,7 +22,7 @@ from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
-from regrow.recovery.learner import Learner
+from regrow.recovery.learner import Learner, clip_gradients
 from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.preparation import Preparation, Prepared
 from regrow.recovery.scoring import Average, Scorer
@@ -158,19 +158,34 @@ class Pruner:
         # What adds up over batches is scored when all are in: over more tokens, and once.
         at_once = bool(self.scorer.criterion.needs & {"inputs", "channels", "probes"})
         self.scorer.keep_samples = self.pruning.interactions > 1
-        for number in range(batches := max(count, 1 if 0 in self.events else 0)):
+        good = 0
+        for _ in range(batches := max(count, 1 if 0 in self.events else 0)):
             fine = not self.scorer.criterion.needs or self._measure()
-            due = not at_once or number == batches - 1
-            self.learner.count(skipped=not (fine and (not due or self._score())))
+            fine = fine and (at_once or self._score())
+            if not (fine or at_once):
+                self.scorer.forget(self.groups)
+            good += fine
+            self.learner.count(skipped=not fine)
             self.learner.optimizer.zero_grad(set_to_none=True)
             on_batch()
+        if at_once and good:
+            self._score()
+        if batches:
+            self._check_scored(f"none of {batches} calibration batches gave")
         self.scorer.keep_samples = False
 
     def _measure(self) -> bool:
         labels = self.scorer.generator if self.pruning.labels == "model" else None
         loss = self.learner.backward(self.calibration, self.scorer.recording, labels, self.scorer.look)
-        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters, self.learner.training.clip)
-        return math.isfinite(loss) and bool(torch.isfinite(norm))
+        norm = clip_gradients(self.learner.parameters, self.learner.training.clip)
+        return math.isfinite(loss) and math.isfinite(norm)
+
+    def _check_scored(self, told: str) -> None:
+        if not (self.scorer.average.count or self._known):
+            raise InputError(
+                f"criterion {self.pruning.criterion}: {told} scores that are finite; look for NaN or infinity in the "
+                "model's weights, or take another criterion or text"
+            )
 
     def _score(self) -> bool:
         return self.scorer.update(self.groups, self.cut_plan, self.plan)
@@ -196,7 +211,10 @@ class Pruner:
             self._half_space.remember()
         if self._reached or self._late_scores:
             return self.learner.step().loss
-        return self.learner.step(self.scorer.recording, self._score).loss
+        step = self.learner.step(self.scorer.recording, self._score)
+        if step.skipped:
+            self.scorer.forget(self.groups)
+        return step.loss
 
     def settle(self) -> None:
         """Let what has been chosen and still fades go at once: cut it, or (not cutting early) close its gates."""
@@ -274,6 +292,7 @@ class Pruner:
     def _choose(self, step: int, fraction: float) -> None:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors
             raise InputError(f"criterion {self.pruning.criterion}: scores at step {step} are not finite")
+        self._check_scored(f"no step before {step} gave")
         self.settle()
         scores = self.scorer.average.scores
         before, self.plan = self.plan, self._next_plan(scores, fraction)

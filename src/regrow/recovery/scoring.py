@@ -1,5 +1,6 @@
 """Measure what a criterion needs during backward passes, score all groups, and keep a moving average."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,23 +38,38 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 """Module name -> its LoRA factors A `[rank, in]` and B `[out, rank]`."""
 
 
+SPIKE = 10.0
+"""What is measured on a batch counts for at most so many times the average of those before: one on which the loss
+leaps would outweigh, in squared gradients, all the others."""
+
+
 class Average:
     """A moving average with bias correction, or a plain mean, of one score per original unit."""
 
-    def __init__(self, units: Mapping[str, int], decay: float | None) -> None:
+    def __init__(self, units: Mapping[str, int], decay: float | None, spike: float = math.inf) -> None:
+        """Nothing counted yet.
+
+        Args:
+            spike: scores whose absolute sum is more than so many times the average's are scaled down to that.
+        """
         self.values = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
         self.decay = decay
+        self.spike = spike
         self.count = 0
         self._weight = 0.0
 
     def add(self, scores: Mapping[str, Tensor], plan: Plan) -> None:
         """Count one score per unit (or layer) that `plan` keeps; removed units keep what they had."""
+        kept = {name: list(plan.parts[name].keep) if name in plan.parts else [0] for name in scores}
+        new = {name: score.double().cpu() for name, score in scores.items()}
+        before = sum(float(self.values[name][units].abs().sum()) for name, units in kept.items())
+        most = self.spike * before / self._weight if before > 0 else math.inf
+        share = min(1.0, most / max(sum(float(score.abs().sum()) for score in new.values()), 1e-300))
         self.count += 1
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
-        for name, score in scores.items():
-            kept = list(plan.parts[name].keep) if name in plan.parts else [0]
-            self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
+        for name, units in kept.items():
+            self.values[name][units] = decay * self.values[name][units] + (1 - decay) * share * new[name]
 
     def state(self) -> State:
         """The averages, uncorrected, and what they weigh."""
@@ -92,7 +108,7 @@ class Scorer:
         self.hidden = hidden
         units = {name: group.units for name, group in (plan.parts if hidden else plan.groups).items()}
         layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
-        self.average = Average(units | layers, decay)
+        self.average = Average(units | layers, decay, SPIKE if criterion.needs else math.inf)
         self.generator = torch.Generator().manual_seed(seed)
         self._moments: dict[str, GateMoments] = {}
         self._start: Factors = {}
@@ -124,33 +140,20 @@ class Scorer:
         self._require_weight_gradients(groups, "weight" in self.criterion.needs)
 
     def state(self) -> State:
-        """The averages, chance, and what a step that was skipped has left behind."""
-        evidence = State(
-            {
-                "seen": {name: moments.samples for name, moments in self._moments.items()},
-                "cosines": {unit: [each.total, each.tokens] for unit, each in self._cosines.items()},
-            },
-            {f"{name}/first": moments.first for name, moments in self._moments.items()}
-            | {f"{name}/second": moments.second for name, moments in self._moments.items()}
-            | {"chance": self.generator.get_state()},
-        )
+        """The averages, chance, and where displacements count from; between steps nothing else is known."""
         start = {
             f"{name}/{factor}": t for name, pair in self._start.items() for factor, t in zip("AB", pair, strict=True)
         }
         samples = {name: torch.cat(each) for name, each in self.samples.items()}
-        kept = State(tensors=named("start", start) | named("samples", samples))
-        return State.of(average=self.average.state(), evidence=evidence, kept=kept)
+        chance = {"chance": self.generator.get_state()}
+        kept = State(tensors=chance | named("start", start) | named("samples", samples))
+        return State.of(average=self.average.state(), kept=kept)
 
     def go_on(self, state: State) -> None:
         """Be where `state` was taken."""
         self.average.go_on(state.part("average"))
-        evidence, kept = state.part("evidence"), state.part("kept")
-        self.generator.set_state(evidence.tensors["chance"])
-        self._moments = {
-            name: GateMoments(evidence.tensors[f"{name}/first"], evidence.tensors[f"{name}/second"], samples)
-            for name, samples in evidence.values["seen"].items()
-        }
-        self._cosines.update({unit: Cosines(*each) for unit, each in evidence.values["cosines"].items()})
+        kept = state.part("kept")
+        self.generator.set_state(kept.tensors["chance"])
         start, device = kept.under("start"), self.model.device
         names = {name.rpartition("/")[0] for name in start}
         self._start = {name: (start[f"{name}/A"].to(device), start[f"{name}/B"].to(device)) for name in names}
@@ -181,6 +184,8 @@ class Scorer:
             self.measured.probes.take(batch)
 
     def _count(self, name: str, c_BU: Tensor) -> None:
+        if not torch.isfinite(c_BU).all():
+            return
         if name not in self._moments:
             self._moments[name] = GateMoments.zeros(c_BU.shape[1])
         self._moments[name].add(c_BU)
@@ -203,16 +208,24 @@ class Scorer:
         with torch.no_grad():
             evidence = chain(self._of_groups(groups, cut_plan, plan), self._of_layers(groups, plan))
             scores = self._combined({one.name: self._terms(one) for one in evidence})
-        self._cosines.clear()
-        self._moments = {}
+        self.forget(groups)
         self._inputs = {}
-        self.measured.clear()
-        for parameter in self._weights(groups):
-            parameter.grad = None
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
             return False
         self.average.add(scores, plan)
         return True
+
+    def forget(self, groups: Groups) -> None:
+        """Drop what has been measured since the last scoring: a step that is skipped leaves nothing to the next.
+
+        Args:
+            groups: as they are now.
+        """
+        self._cosines.clear()
+        self._moments = {}
+        self.measured.clear()
+        for parameter in self._weights(groups):
+            parameter.grad = None
 
     def _terms(self, evidence: Evidence) -> dict[str, Tensor]:
         score = self.criterion.score(evidence)

@@ -256,7 +256,9 @@ class Loop:
                 if step != ready:
                     self._note(step, pruner, time.perf_counter() - began, stop())
                 self.learner.step_number = step  # after a stage that ended early the rate goes on with the next's
-                loss = pruner.train_step()
+                skipped, loss = self.learner.skipped, pruner.train_step()
+                if self.learner.skipped > skipped:
+                    self.progress.say(f"step {step}: update skipped, the loss ({loss:.3g}) or a gradient is not finite")
                 seconds = round(time.perf_counter() - began, 3)
                 self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
                 self._tell(step, loss, pruner.cut_plan.sparsity.block)
@@ -345,6 +347,7 @@ class Loop:
             "tokens": steps * self.tokens_a_step,
             "learning_rate": learner.learning_rate,
             "rank": self.recipe.lora.rank,
+            "compute_dtype": self.learner.compute_dtype,
             "trainable_parameters_at_the_end": sum(parameter.numel() for parameter in learner.parameters),
             "skipped_updates": learner.skipped,
             "best_step": self.best.step,

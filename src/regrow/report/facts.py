@@ -1,7 +1,6 @@
 """A finished run as its files tell it: all that reports are made of, so that they can be made again."""
 
 import hashlib
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from regrow.checkpoint.files import RUN_FILE
+from regrow.checkpoint.files import RUN_FILE, parse_json
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Sensitivity
@@ -81,7 +80,4 @@ def _read_scores(file: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(_read(file))
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error}); the report needs it as the run left it") from error
+    return parse_json(_read(file), f"{file}: the report needs it as the run left it")

@@ -279,5 +279,13 @@ def checked_line(results: dict[str, Any]) -> str:
         f"Of the evaluated text's {seen['ngram']}-grams {seen['share']:.2%} stand in the training text too. "
         f"A fresh process with stock transformers {verification['transformers']} loaded the checkpoint as "
         f"`{verification['model_class']}`; its logits differ from those in memory by at most "
-        f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g})."
+        f"{verification['difference']:.2g} (allowed {verification['allowed']:.2g}).{_losses_line(verification)}"
     )
+
+
+def _losses_line(verification: dict[str, Any]) -> str:
+    """The loss on the way from the trained adapters to the files; nothing of a run from before it was compared."""
+    if not (losses := verification.get("losses")):
+        return ""
+    told = ", ".join(f"{station} {loss:.4f}" for station, loss in losses.items())
+    return f" Loss on the way, nats per token: {told} (allowed difference {verification['loss_allowed']:.2g})."

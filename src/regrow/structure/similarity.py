@@ -24,7 +24,9 @@ class Cosines:
     tokens: int = 0
 
     def add(self, cosines_BT: Tensor) -> None:
-        """Count a batch of tokens."""
+        """Count a batch of tokens, unless there is NaN or infinity in it."""
+        if not torch.isfinite(cosines_BT).all():
+            return
         self.total += float(cosines_BT.sum(dtype=torch.float64))
         self.tokens += cosines_BT.numel()
 
