@@ -599,6 +599,8 @@ def test_losses_that_differ_are_told_apart_from_logits_that_do() -> None:
     for losses in ({"trained": 2.0, "merged": 2.1}, {"trained": math.nan, "merged": math.nan}, {"saved": math.inf}):
         with pytest.raises(InputError, match="not the one that was trained"):
             Verification("C", "5", 0.0, 1.0, False, losses, 1e-3).check(Path("m"))
+    assert fine.after({"before": 2.02}, torch.bfloat16).passed  # computed in bfloat16, saved in float32
+    assert not fine.after({"before": 2.02}, torch.float32).passed
     with pytest.raises(InputError, match="logits differ by 2, allowed 1"):
         Verification("C", "5", 2.0, 1.0, False).check(Path("m"))
 

@@ -226,7 +226,9 @@ def test_a_latency_by_hand() -> None:
     assert TABLE.seconds("prefill", whole) == 70.0
     # A KV head of layer 0 saves half of 1, 20 channels of layer 1 save 20/39 of 1.95.
     assert TABLE.seconds("decode", whole | {"layers.0.attention": 2, "layers.1.ffn": 20}) == pytest.approx(7 - 0.5 - 1)
-    assert Latency.from_json(json.loads(json.dumps(TABLE.to_json()))) == TABLE
+    assert Latency.parse(json.dumps(TABLE.to_json()), TABLE.savings) == TABLE
+    with pytest.raises(InputError, match="not a valid latency table"):
+        Latency.parse(json.dumps(TABLE.to_json()), ["expert"])
 
 
 def additive(config) -> tuple[float, float]:

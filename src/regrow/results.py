@@ -1,12 +1,12 @@
 """What a finished run is told by: `results.json`, and what Python gets."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from regrow.checkpoint.files import parse_json
 from regrow.planning.plan import Plan
 from regrow.recipe import Recipe
 from regrow.reuse import read_plan
@@ -29,7 +29,9 @@ class Result:
     @classmethod
     def read(cls, folder: Path) -> "Result":
         """That of a run that has been finished in a folder."""
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        file = folder / "results.json"
+        text = file.read_text(encoding="utf-8", errors="replace")
+        results = parse_json(text, f"{file}: --fresh does the run again")
         return cls(folder, read_plan(folder / "plan.json"), results)
 
 

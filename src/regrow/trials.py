@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from regrow.checkpoint.files import write_bytes, write_json
+from regrow.checkpoint.files import parse_json, write_bytes, write_json
 from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
@@ -143,8 +143,9 @@ class Trials:
         """The recovered validation loss at a sparsity, nats: trained now, or as it was left there before."""
         record = folder / "trial.json"
         if record.is_file():
-            earlier = json.loads(record.read_text(encoding="utf-8"))
-            if earlier["of"] == self._mark(share, dense):
+            told = f"{record}: delete it, and the trial is done anew"
+            earlier = parse_json(record.read_text(encoding="utf-8", errors="replace"), told)
+            if isinstance(earlier, dict) and earlier.get("of") == self._mark(share, dense):
                 return float(earlier["loss"])
             record.unlink()
         trained = train_into(fresh(), self.recipe.with_sparsity(share), folder, scores)

@@ -14,7 +14,7 @@ Every file appears whole or not at all.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -136,11 +136,11 @@ class Walk:
                 del model  # before the original takes its place
                 model = self.attach(self.load(tokenizer, "none"), whole)
                 rebuild(model, trained.plan, trained.adapters)
-            losses = self.merge(model, text)
+            computed_in, losses = model.dtype, self.merge(model, text)
             describe(model, whole, trained.groups)
             self.save(model, tokenizer, trained.plan)
             self.books.begin("verify in a fresh process")
-            verification = self.verify(model, text, losses)
+            verification = self.verify(model, text, losses, computed_in)
         del model
         if self.recipe.output.keep_adapter:
             self.books.begin("keep the adapter")
@@ -329,16 +329,17 @@ class Walk:
         merge_lora(model)
         return losses | {"merged": loss_of(model, compared)}
 
-    def verify(self, model: PreTrainedModel, text: Text, losses: dict[str, float]) -> Verification:
+    def verify(
+        self, model: PreTrainedModel, text: Text, losses: dict[str, float], computed_in: torch.dtype
+    ) -> Verification:
         """Let a fresh process load what was saved; a checkpoint that was not seen to pass is not left behind.
 
         Args:
-            losses: as `merge` gave them.
+            losses: as `merge` gave them, of a model that was computed in a dtype.
         """
         folder = self.folder / "model"
         try:
-            found = verify_checkpoint(model, folder, probe_of(text))
-            verification = replace(found, losses=losses | found.losses)
+            verification = verify_checkpoint(model, folder, probe_of(text)).after(losses, computed_in)
             verification.check(folder)
         except BaseException:
             shutil.rmtree(folder)

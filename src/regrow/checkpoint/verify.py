@@ -9,7 +9,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,11 @@ class Verification:
     (adapters live), `merged`, `saved` (in the dtype of the files), `reloaded` (the fresh process)."""
     loss_allowed: float = LOSS_TOLERANCE[torch.float32]
     """Largest difference of any two."""
+
+    def after(self, losses: Mapping[str, float], dtype: torch.dtype) -> "Verification":
+        """The same with the losses at earlier stations, of a model that was in `dtype` there."""
+        allowed = max(self.loss_allowed, LOSS_TOLERANCE[dtype])
+        return replace(self, losses={**losses, **self.losses}, loss_allowed=allowed)
 
     @property
     def passed(self) -> bool:
