@@ -177,7 +177,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeyp
             torch.zeros(16, 3),
             r"\[16, 3\], the cut model wants \[17",
         ),
-        ("model.layers.9.mlp.up_proj.lora_B.default.weight", torch.zeros(17, 3), "does not have"),
+        ("model.layers.9.mlp.up_proj.lora_B.default.weight", torch.zeros(17, 3), "no counterpart of the same rank"),
+        ("model.layers.9.mlp.up_proj.weight", torch.zeros(17, 3), "does not have"),
         ("model.norm.weight", torch.zeros(2), r"wants \[48\]"),
     ):
         save_file({**tensors, name: wrong}, tmp_path / "wrong.safetensors", {SCALING: "2.0"})
@@ -302,18 +303,17 @@ def test_adapters_that_cannot_be_carried_are_refused(tmp_path: Path) -> None:
     b = torch.zeros(10, 3)
 
     def refused(match: str, factors: dict, **config: object) -> None:
-        Adapter({"target_modules": ["q_proj"], **config}, factors).write(tmp_path / "small")
+        Adapter({"peft_type": "LORA", "target_modules": ["q_proj"], **config}, factors).write(tmp_path / "small")
         with pytest.raises(InputError, match=match):
             regrow.scatter(tmp_path / "small", tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
         assert not (tmp_path / "full").exists()
 
-    refused("not of a model pruned by this plan", {("model.layers.0.self_attn.q_proj", "B"): torch.zeros(7, 3)})
-    refused("factors for model.layers.9.up, which is no linear", {("model.layers.9.up", "B"): b})
-    refused(
-        "layers change their numbers",
-        {("model.layers.0.self_attn.o_proj", "B"): torch.zeros(48, 3)},
-        rank_pattern={"layers.1.up_proj": 2},
-    )
+    def pair(linear: str, b: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
+        return {(linear, "A"): torch.zeros(3, 48), (linear, "B"): b}
+
+    refused("not of a model pruned by this plan", pair("model.layers.0.self_attn.q_proj", torch.zeros(7, 3)))
+    refused("factors for model.layers.9.up, which is no linear", pair("model.layers.9.up", b))
+    refused("layers change their numbers", pair("lm_head", torch.zeros(64, 3)), rank_pattern={"layers.1.up_proj": 2})
     save_file({"base_model.model.x.lora_magnitude_vector": b}, tmp_path / "small" / "adapter_model.safetensors")
     with pytest.raises(InputError, match="lora_magnitude_vector is no LoRA factor"):
         Adapter.read(tmp_path / "small")
