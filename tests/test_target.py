@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import regrow
 from regrow.aim import Aim
+from regrow.errors import InputError
 from regrow.evaluation import compare, latency
 from regrow.evaluation.latency import FRACTIONS, Latency, Saving, measure_latency, probe_turns
 from regrow.evaluation.speed import Rate, Speed, measure_speed
