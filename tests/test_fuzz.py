@@ -160,7 +160,7 @@ HOSTILE = [
     "name: !!set {a, b}", "name: !<tag:x> y", "name: \"\\ud800\"", "name: \"\\0\"", "data: {source: \"a\\0b\"}", 
     "\x00", "\x1b",
     "%YAML 9.9\n---\nseed: 1", "---\nseed: 1\n---\nseed: 2", "<<: 1", "<<: [{seed: 1}, 2]", "lora: {<<: {rank: 3}}",
-    "[" * 3000, "{a: " * 3000, "&a a: *b", "seed: *nobody", "- 1", "1", "''", "[]", "false", "~", "\t", "seed:\n\t- 1",
+    "[" * 500, "{a: " * 500, "&a a: *b", "seed: *nobody", "- 1", "1", "''", "[]", "false", "~", "\t", "seed:\n\t- 1",
     "@",
     "seed: 1\nseed: 2", "lora: {rank: 99999999999999999999}", "training: {clip: 1e-400}", 
     "pruning: {kinds: [ffn, ffn]}",
