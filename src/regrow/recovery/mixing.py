@@ -5,12 +5,15 @@ loss on every source is measured and the shares follow its distance from the den
 names (`data/mixture.py`). With one source, and nothing to end a stage early, nothing is measured.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.state import State
@@ -117,6 +120,19 @@ class DataMix:
         """Other batches of the first stage, in its initial shares."""
         first = self.stages[0]
         return self._sampler(first.members, first.state.shares, self.recipe.seed + 1)
+
+    def upcoming(self) -> Tensor:
+        """Numbers of all windows that training may draw, ascending, int64 `[n]`."""
+        return torch.cat([self._upcoming(stage) for stage in self.stages]).unique()
+
+    def _upcoming(self, stage: StagePlan) -> Tensor:
+        if len(stage.members) > 1 and self.recovery.mixture != "fixed":
+            ranges = [self.corpus.ranges[number] for number in stage.members]
+            return torch.cat([torch.arange(each.start, each.stop) for each in ranges])
+        foretold = self._sampler(stage.members, stage.state.shares, self.recipe.seed)
+        draws = len(stage.steps) * self.recipe.training.accumulate
+        drawn = [batch.numbers_B for batch in itertools.islice(foretold, draws) if batch.numbers_B is not None]
+        return torch.cat(drawn).unique() if drawn else torch.empty(0, dtype=torch.int64)
 
     @property
     def in_rounds(self) -> bool:
