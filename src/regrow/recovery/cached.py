@@ -34,7 +34,6 @@ class CachedTeacher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.numbers_N = np.load(_file(folder, "windows"))
-        self.files = {name: np.load(_file(folder, name), mmap_mode="r") for name in DTYPES}
 
     @property
     def bytes(self) -> int:
@@ -48,7 +47,9 @@ class CachedTeacher:
         rows = np.searchsorted(self.numbers_N, wanted_B)
         assert np.array_equal(self.numbers_N.take(rows, mode="clip"), wanted_B), "a window that was not written down"
         device = batch.ids_BT.device
-        tokens, log_probs, log_tails = (torch.from_numpy(self.files[name][rows]).to(device) for name in DTYPES)
+        # Mapped for as long as it takes: pages that stay mapped count as this process' memory.
+        read = (np.load(_file(self.folder, name), mmap_mode="r")[rows] for name in DTYPES)
+        tokens, log_probs, log_tails = (torch.from_numpy(values).to(device) for values in read)
         return Lesson(TopTarget(tokens.long(), log_probs, log_tails), [])
 
     def before_change(self) -> None:
@@ -56,7 +57,6 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Give the disk back."""
-        self.files = {}
         shutil.rmtree(self.folder)
 
 

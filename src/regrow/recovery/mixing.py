@@ -7,7 +7,7 @@ names (`data/mixture.py`). With one source, and nothing to end a stage early, no
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -123,16 +123,14 @@ class DataMix:
 
     def upcoming(self) -> Tensor:
         """Numbers of all windows that training may draw, ascending, int64 `[n]`."""
-        return torch.cat([self._upcoming(stage) for stage in self.stages]).unique()
+        return torch.tensor(sorted(set().union(*map(self._upcoming, self.stages))))
 
-    def _upcoming(self, stage: StagePlan) -> Tensor:
+    def _upcoming(self, stage: StagePlan) -> Iterable[int]:
         if len(stage.members) > 1 and self.recovery.mixture != "fixed":
-            ranges = [self.corpus.ranges[number] for number in stage.members]
-            return torch.cat([torch.arange(each.start, each.stop) for each in ranges])
+            return itertools.chain.from_iterable(self.corpus.ranges[number] for number in stage.members)
         foretold = self._sampler(stage.members, stage.state.shares, self.recipe.seed)
         draws = len(stage.steps) * self.recipe.training.accumulate
-        drawn = [batch.numbers_B for batch in itertools.islice(foretold, draws) if batch.numbers_B is not None]
-        return torch.cat(drawn).unique() if drawn else torch.empty(0, dtype=torch.int64)
+        return itertools.chain.from_iterable(foretold.draw() for _ in range(draws))
 
     @property
     def in_rounds(self) -> bool:
