@@ -517,7 +517,7 @@ def test_no_weight_is_no_distillation(tmp_path: Path) -> None:
 
 def test_a_distilled_run_leaves_a_plain_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher_dtype": "int8"}
+    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher": "auto", "teacher_dtype": "int8"}
     overrides = {**QUICK, **{f"distillation.{key}": value for key, value in chosen.items()}}
     result = regrow.prune(str(checkpoint), tmp_path / "out", data=str(text), steps=4, overrides=overrides)
     history = json.loads((result.folder / "history.json").read_text())

@@ -26,6 +26,11 @@ from regrow.recovery.teacher import Lesson
 DTYPES = {"tokens": "<i4", "log_probs": "<f4", "log_tails": "<f4"}
 
 
+def cache_bytes(windows: int, length: int, top_k: int) -> int:
+    """What the answers to so many windows take on disk, headers apart."""
+    return windows * (8 + (length - 1) * (8 * top_k + 4))
+
+
 class CachedTeacher:
     """Answers for windows of the text that it was written for, by their numbers, at one temperature."""
 
