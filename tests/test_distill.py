@@ -289,7 +289,9 @@ def test_a_teacher_never_changes_its_mind(kind: str) -> None:
     kinds, cuts = [], []
     with Pruner(model, groups, recipe, learner, random_data(), cut_early=kind != "self") as pruner:
         pruner.calibrate()
-        learner.objective = distil(recipe.distillation, learner, pruner.gates, random_text(), Path(), Silent())
+        learner.objective = distil(
+            recipe.distillation, learner, pruner.gates, random_text(), everything, Path(), Silent()
+        )
         teacher = learner.objective.teacher
         assert teacher is not None
         for step in range(recipe.training.steps):
@@ -320,21 +322,32 @@ def random_text(count: int = 11, length: int = 8) -> Windows:
     return Windows(ids, "random", "none")
 
 
+def everything() -> torch.Tensor:
+    return torch.arange(11)
+
+
 def test_the_cache_gives_back_what_was_written(tmp_path: Path) -> None:
     teacher, windows, counted = ModelTeacher(build("llama-gqa"), PLAIN), random_text(), []
+    drawn = list(itertools.islice(batches(windows, 3, seed=1), 3))
+    numbers = torch.cat([batch.numbers_B for batch in drawn]).sort().values
     write_cache(
-        tmp_path / "teacher", teacher.logits, windows, batch_size=4, top_k=5, temperature=1.5, on_batch=counted.append
-    )
+        tmp_path / "teacher", teacher.logits, windows, numbers, batch_size=4, top_k=5, temperature=1.5,
+        on_batch=counted.append,
+    )  # fmt: skip
     cached = CachedTeacher(tmp_path / "teacher")
-    assert counted == [4, 4, 3]
-    assert cached.bytes == sum(file.stat().st_size for file in (tmp_path / "teacher").iterdir()) > 11 * 7 * 44
-    for batch in itertools.islice(batches(windows, 4, seed=1), 5):
+    assert counted == [4, 4, 1]
+    assert cached.bytes == sum(file.stat().st_size for file in (tmp_path / "teacher").iterdir()) > 9 * 7 * 44
+    for batch in drawn:
         assert torch.equal(windows.ids_NT[batch.numbers_B], batch.ids_BT)
         got = cached.lesson(batch).target
         wanted = top_distribution(teacher.logits(batch.ids_BT), 5, 1.5)
         assert torch.equal(got.tokens_BTK, wanted.tokens_BTK)
         torch.testing.assert_close(got.log_probs_BTK, wanted.log_probs_BTK)
         torch.testing.assert_close(got.log_tail_BT, wanted.log_tail_BT)
+    others = sorted(set(range(11)) - set(numbers.tolist()))
+    for number in others:
+        with pytest.raises(AssertionError, match="was not written down"):
+            cached.lesson(windows.batch(torch.tensor([number])))
     cached.close()
     assert not list(tmp_path.iterdir())
 
@@ -504,7 +517,7 @@ def test_no_weight_is_no_distillation(tmp_path: Path) -> None:
 
 def test_a_distilled_run_leaves_a_plain_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher_dtype": "int8"}
+    chosen = {"weight": 0.5, "hidden_weight": 0.5, "teacher": "auto", "teacher_dtype": "int8"}
     overrides = {**QUICK, **{f"distillation.{key}": value for key, value in chosen.items()}}
     result = regrow.prune(str(checkpoint), tmp_path / "out", data=str(text), steps=4, overrides=overrides)
     history = json.loads((result.folder / "history.json").read_text())

@@ -407,9 +407,10 @@ class Losses:
         return self.losses[int(windows.ids_NT[0, 0]) // 30]
 
 
-def mix_of(text: Corpus, losses: Losses, steps: int = 20, **settings: object) -> DataMix:
+def mix_of(text: Corpus, losses: Losses, steps: int = 20, size: int = 8, **settings: object) -> DataMix:
     named = {f"recovery.{key}": value for key, value in settings.items()}
-    mix = DataMix(text, load_recipe("magnitude", {"training.steps": steps, "recovery.interval": 4, **named}), losses)
+    named |= {"training.steps": steps, "training.batch_size": size, "recovery.interval": 4}
+    mix = DataMix(text, load_recipe("magnitude", named), losses)
     mix.remember_dense()
     return mix
 
@@ -453,6 +454,23 @@ def test_instructions_come_last() -> None:
     drawn = {name: one["sequences_drawn"] for name, one in mix.summary()["sources"].items()}
     assert drawn["b"] == 6 * 8
     assert drawn["a"] + drawn["c"] == 14 * 8
+
+
+@pytest.mark.parametrize("mixture", ["fixed", "degradation"])
+def test_what_will_be_drawn_is_known_before(mixture: str) -> None:
+    """To the window while the shares stand; else any window may come."""
+    mix = mix_of(corpus("pretrain", "instruct"), Losses(1, 2), steps=2, size=3, instruct_share=0.5, mixture=mixture)
+    both = mix_of(corpus("pretrain", "pretrain"), Losses(1, 2), steps=2, size=3, mixture=mixture)
+    upcoming, of_both = mix.upcoming().tolist(), both.upcoming().tolist()
+    for each in (mix, both):
+        drawn = set()
+        for step in each.steps():
+            each.before_step(step, all_cut=True)
+            drawn |= set(next(each).numbers_B.tolist())
+        assert drawn <= set(each.upcoming().tolist())
+        assert sorted(drawn) == (upcoming if each is mix else of_both) or mixture != "fixed"
+    assert len(upcoming) == 6, "one source a stage: nothing moves"
+    assert len(of_both) == (6 if mixture == "fixed" else 16)
 
 
 def test_a_stage_ends_when_it_gains_nothing() -> None:

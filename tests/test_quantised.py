@@ -243,10 +243,16 @@ def reloaded(model: PreTrainedModel, folder: Path, ids: Tensor) -> Verification:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("nf4", {"search.evaluations": 4, "search.windows": 4, "search.judge_windows": 4, "compensation.windows": 4}),
+        (
+            "nf4",
+            {
+                "search.evaluations": 4, "search.windows": 4, "search.judge_windows": 4, "compensation.windows": 4,
+                "distillation.teacher": "auto",
+            },
+        ),
         ("int8", {"search.evaluations": 0, "compensation.windows": 4, "distillation.teacher": "model"}),
     ],
-)
+)  # fmt: skip
 def test_the_default_recipe_ends_in_a_plain_checkpoint(
     folder: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch, kind: str, settings
 ) -> None:

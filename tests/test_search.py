@@ -192,7 +192,7 @@ def test_the_default_recipe_searches_refits_and_reports_it(
     training = result.results["training"]
     assert training["search"]["best"] == min(training["search"].get("trace") or training["search"]["divergence"])
     assert set(training["compensation"]["validation_loss"]) == {"0.5", "0.75", "1.0"}
-    assert training["distillation"]["teacher_steps"] == {"model": 4}
+    assert training["distillation"]["teacher_steps"] == {"cached": 4}
     assert result.results["sparsity"]["block"] == pytest.approx(0.4, abs=0.02)
     assert result.plan == Plan.parse((result.folder / "plan.json").read_text())
 

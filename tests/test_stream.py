@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
 from regrow.planning.memory import OVERHEAD, Sizes, estimate_memory
 from regrow.planning.plan import Plan
-from regrow.preflight import check_memory
+from regrow.preflight import check_disk, check_memory
 from regrow.recipe import load_recipe
 from regrow.reuse import texts
 from regrow.settings import Lora
@@ -385,7 +386,8 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, config = load_recipe("regrow", {"device": "cpu"}), load_config(str(checkpoint))
+    recipe = load_recipe("regrow", {"device": "cpu", "distillation.teacher": "auto"})
+    config = load_config(str(checkpoint))
     assert re.fullmatch(
         r"memory, estimated: score \d+ MiB, train \d+ MiB, save \d+ MiB; [\d.]+ [GM]iB free on cpu",
         check_memory(str(checkpoint), config, recipe),
@@ -395,3 +397,20 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
         regrow.prune(str(checkpoint), tmp_path / "out", recipe, data=str(text))
     assert not (tmp_path / "out").exists()
     check_memory(str(checkpoint), config, recipe.override({"training.check_memory": False}))
+
+
+def test_a_teacher_that_would_fill_the_disk_is_refused_before_anything_is_scored(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = load_config(str(checkpoint)), tmp_path / "not" / "there"
+    recipe = load_recipe("regrow", {"training.steps": 2, "training.batch_size": 3, "data.sequence_length": 33})
+    position = 8 * min(recipe.distillation.top_k, config.vocab_size) + 4
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=5 * (8 + 32 * position)))
+    check_disk(out, config, recipe, windows=5)
+    for other in ({"distillation.teacher": "auto"}, {"distillation.weight": 0.0}):
+        check_disk(out, config, recipe.override(other), windows=1000)
+    with pytest.raises(InputError, match=r"will take about .* of disk, .* free: choose another --out, .*top_k"):
+        check_disk(out, config, recipe, windows=1000)
+    with pytest.raises(InputError, match="of disk"):
+        regrow.prune(str(checkpoint), tmp_path / "out", data=str(text), steps=4, overrides={"distillation.top_k": 64})
+    assert not (tmp_path / "out" / "scores.safetensors").exists()

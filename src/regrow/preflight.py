@@ -1,5 +1,6 @@
 """Before a run: whether its settings go together, and whether memory and files will do."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from regrow.errors import InputError
 from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe
+from regrow.recovery.cached import cache_bytes
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
 from regrow.recovery.self_text import start_token, tokens_to_write
@@ -151,6 +153,30 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
         )
     told = ", ".join(f"{stage} {_amount(size)}" for stage, size in found.items())
     return f"memory, estimated: {told}" + (f"; {_amount(free)} free on {device}" if free is not None else "")
+
+
+def check_disk(folder: Path, config: PretrainedConfig, recipe: Recipe, windows: int) -> None:
+    """Refuse a new run whose cached teacher would fill the disk.
+
+    Args:
+        folder: of the run; it need not be there yet.
+        windows: how many the text has.
+
+    Raises:
+        InputError: if it would.
+    """
+    if not recipe.distillation.on or recipe.distillation.teacher != "cached":
+        return
+    training, top_k = recipe.training, min(recipe.distillation.top_k, config.get_text_config().vocab_size)
+    drawn = min(training.steps * training.accumulate * training.batch_size, windows)
+    size = cache_bytes(drawn, recipe.data.sequence_length, top_k)
+    place = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.is_dir())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError(
+            f"the teacher's answers will take about {_amount(size)} of disk, {place} has {_amount(free)} free: choose "
+            "another --out, a smaller distillation.top_k, or distillation.teacher=auto, which takes memory instead"
+        )
 
 
 def check_files(model: str, recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_experts, check_files, check_memory, check_model, check_settings
+from regrow.preflight import check_disk, check_experts, check_files, check_memory, check_model, check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.outcome import FILES, read_trained
@@ -122,9 +122,12 @@ class Walk:
         self.books.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
+        is_new = self.journal.latest() is None
         if text is None:
             text = self.write_text(model, tokenizer)
         self.books.check_text(text)
+        if is_new:
+            check_disk(self.folder, model.config, self.recipe, len(text.corpus.train))
         for note in notes:
             self.progress.say(note)
         prior = self.analyse(model, text, known)

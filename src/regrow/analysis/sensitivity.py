@@ -5,12 +5,9 @@ go in the order of a criterion's scores, and the deviation is the rise of the he
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,9 +20,6 @@ from regrow.progress import Progress
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk
-
-Repair = Callable[[Group, NDArray[np.int64]], AbstractContextManager[object]]
-"""Given a group and the numbers of the units that stay, ascending: a context that makes up for the others."""
 
 
 def units_removed(share: float, units: int, least: int = 1) -> int:
@@ -42,7 +36,6 @@ def measure_sensitivity(
     progress: Progress,
     *,
     conditions: Conditions,
-    repair: Repair | None = None,
 ) -> Sensitivity:
     """Prune each group alone, at each share, through its gates; the model is left as it was found.
 
@@ -56,7 +49,6 @@ def measure_sensitivity(
         scores: group name -> one score per unit; the lowest go.
         windows: held-out text.
         conditions: what the result is to say of itself; its batch size is used.
-        repair: within its context a trial is measured.
 
     Raises:
         InputError: if a loss is not finite.
@@ -76,7 +68,7 @@ def measure_sensitivity(
                     continue
                 ranked = [torch.argsort(scores[group.name], stable=True).cpu() for group in members]
                 for count in dict.fromkeys(trials[name]):
-                    loss = _trial(walk, gates, members, [order[count:] for order in ranked], repair)
+                    loss = _trial(walk, gates, members, [order[count:] for order in ranked])
                     losses[name][count] = loss
                     progress.advance(1, f"{name} without {count} of {members[0].units}: loss {loss:.3f}")
             if layer < len(groups.layers) - 1:
@@ -110,16 +102,13 @@ def mean_loss(walk: LayerWalk) -> float:
     return float(sum(losses)) / sum(ids_BT[:, 1:].numel() for ids_BT in walk.batches)
 
 
-def _trial(
-    walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor], repair: Repair | None
-) -> float:
-    with ExitStack() as stack:
-        for group, units in zip(members, stay, strict=True):
-            gates.keep(group.name, units.tolist())
-            stack.callback(gates.set, group.name, torch.ones(group.units))
-            if repair is not None:
-                stack.enter_context(repair(group, np.sort(units.numpy())))
-        return mean_loss(walk)
+def _trial(walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor]) -> float:
+    for group, units in zip(members, stay, strict=True):
+        gates.keep(group.name, units.tolist())
+    loss = mean_loss(walk)
+    for group in members:
+        gates.set(group.name, torch.ones(group.units))
+    return loss
 
 
 def _demand_finite(what: str, loss: float) -> None:

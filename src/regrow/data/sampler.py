@@ -56,10 +56,14 @@ class Sampler:
         return self
 
     def __next__(self) -> Batch:
+        return self.windows.batch(torch.tensor(self.draw()))
+
+    def draw(self) -> list[int]:
+        """Numbers of the next batch's windows, which count as drawn."""
         chance = random.Random(f"{self.seed} {self.state.batches}")
         drawn = chance.choices(range(len(self.sources)), self.state.weights, k=self.size)
         numbers = [self.sources[source][next(self._orders[source])] for source in drawn]
         for source in drawn:
             self.state.taken[source] += 1
         self.state.batches += 1
-        return self.windows.batch(torch.tensor(numbers))
+        return numbers

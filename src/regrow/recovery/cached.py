@@ -1,8 +1,9 @@
 """A teacher on disk: what the whole model finds most likely at every position of the training text.
 
-The folder holds, for N windows of T tokens, `tokens.npy` (int32) and `log_probs.npy` (float32), both `[N, T - 1, K]`,
-most likely first, and `log_tails.npy` (float32, `[N, T - 1]`), the log of all other tokens' probability together.
-That is 8 K + 4 bytes a position: 10 GB for 20 million tokens at K = 64. Read through memory maps.
+The folder holds, for N windows of T tokens, `windows.npy` (int64, `[N]`, ascending), which of the text's windows they
+are, `tokens.npy` (int32) and `log_probs.npy` (float32), both `[N, T - 1, K]`, most likely first, and `log_tails.npy`
+(float32, `[N, T - 1]`), the log of all other tokens' probability together. That is 8 K + 4 bytes a position: 10 GB for
+20 million tokens at K = 64. Read through memory maps.
 
 Shapes: N windows, B of them at a time, T tokens, V vocabulary, K tokens kept, P positions taken at once.
 """
@@ -25,6 +26,11 @@ from regrow.recovery.teacher import Lesson
 DTYPES = {"tokens": "<i4", "log_probs": "<f4", "log_tails": "<f4"}
 
 
+def cache_bytes(windows: int, length: int, top_k: int) -> int:
+    """What the answers to so many windows take on disk, headers apart."""
+    return windows * (8 + (length - 1) * (8 * top_k + 4))
+
+
 class CachedTeacher:
     """Answers for windows of the text that it was written for, by their numbers, at one temperature."""
 
@@ -32,19 +38,23 @@ class CachedTeacher:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = {name: np.load(_file(folder, name), mmap_mode="r") for name in DTYPES}
+        self.numbers_N = np.load(_file(folder, "windows"))
 
     @property
     def bytes(self) -> int:
         """On disk."""
-        return sum(_file(self.folder, name).stat().st_size for name in DTYPES)
+        return sum(file.stat().st_size for file in self.folder.iterdir())
 
     def lesson(self, batch: Batch) -> Lesson:
         """See `Teacher`."""
         assert batch.numbers_B is not None, "a cached teacher knows windows by their numbers"
-        rows = batch.numbers_B.numpy()
+        wanted_B = batch.numbers_B.numpy()
+        rows = np.searchsorted(self.numbers_N, wanted_B)
+        assert np.array_equal(self.numbers_N.take(rows, mode="clip"), wanted_B), "a window that was not written down"
         device = batch.ids_BT.device
-        tokens, log_probs, log_tails = (torch.from_numpy(self.files[name][rows]).to(device) for name in DTYPES)
+        # Mapped for as long as it takes: pages that stay mapped count as this process' memory.
+        read = (np.load(_file(self.folder, name), mmap_mode="r")[rows] for name in DTYPES)
+        tokens, log_probs, log_tails = (torch.from_numpy(values).to(device) for values in read)
         return Lesson(TopTarget(tokens.long(), log_probs, log_tails), [])
 
     def before_change(self) -> None:
@@ -52,7 +62,6 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Give the disk back."""
-        self.files = {}
         shutil.rmtree(self.folder)
 
 
@@ -60,27 +69,30 @@ def write_cache(
     folder: Path,
     logits: Callable[[Tensor], Tensor],
     windows: Windows,
+    numbers_N: Tensor,
     *,
     batch_size: int,
     top_k: int,
     temperature: float,
     on_batch: Callable[[int], None],
 ) -> None:
-    """Write down a teacher's answers to all windows; the folder appears whole or not at all.
+    """Write down a teacher's answers; the folder appears whole or not at all.
 
     Args:
         logits: of the teacher: ids `[B, T]` -> `[B, T, V]`.
+        numbers_N: of the windows that it will be asked about, ascending.
         top_k: K; all of V if that is fewer.
         on_batch: called with the number of windows just written.
     """
     with new_folder(folder) as temporary, ExitStack() as stack:
-        answers = _answers(logits, windows, batch_size, top_k, temperature)
+        np.save(_file(temporary, "windows"), numbers_N.numpy())
+        answers = _answers(logits, windows.ids_NT[numbers_N], batch_size, top_k, temperature)
         # Plain writes: a full disk is an error then, not a crash as in a memory map.
         files = {name: stack.enter_context(open(_file(temporary, name), "wb")) for name in DTYPES}
         for number, answer in enumerate(answers):
             for (name, dtype), tensor in zip(DTYPES.items(), answer, strict=True):
                 if number == 0:
-                    shape = (len(windows), *tensor.shape[1:])
+                    shape = (len(numbers_N), *tensor.shape[1:])
                     npy.write_array_header_1_0(files[name], {"descr": dtype, "fortran_order": False, "shape": shape})
                 files[name].write(tensor.cpu().numpy().astype(dtype).tobytes())
             on_batch(len(answer[0]))
@@ -99,9 +111,9 @@ def top_distribution(logits_BTV: Tensor, top_k: int, temperature: float) -> TopT
 
 
 def _answers(
-    logits: Callable[[Tensor], Tensor], windows: Windows, batch_size: int, top_k: int, temperature: float
+    logits: Callable[[Tensor], Tensor], ids_NT: Tensor, batch_size: int, top_k: int, temperature: float
 ) -> Iterator[tuple[Tensor, ...]]:
-    for ids_BT in torch.split(windows.ids_NT, batch_size):
+    for ids_BT in torch.split(ids_NT, batch_size):
         target = top_distribution(logits(ids_BT), top_k, temperature)
         yield target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT
 

@@ -1,5 +1,6 @@
 """Settle who teaches, and begin."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def distil(
     learner: Learner,
     gates: Gates,
     text: Windows,
+    upcoming: Callable[[], Tensor],
     folder: Path,
     progress: Progress,
     journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
@@ -58,6 +60,7 @@ def distil(
     Args:
         gates: of the model.
         text: what is trained on.
+        upcoming: numbers of the windows of it that may be drawn, ascending.
         folder: where a cached teacher writes.
         journal: knows whether it has written.
     """
@@ -81,21 +84,27 @@ def distil(
             teacher = AutoTeacher(learner.model, gates, wish, kept)
         case "cached":
             if journal.read("teach") is None:
-                _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, progress)
+                _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, upcoming(), progress)
                 journal.write("teach", State(), files=sorted(folder.iterdir()))
             teacher = CachedTeacher(folder)
     return Objective(settings, teacher, layers)
 
 
 def _write(
-    folder: Path, settings: Distillation, learner: Learner, whole: SelfTeacher, text: Windows, progress: Progress
+    folder: Path,
+    settings: Distillation,
+    learner: Learner,
+    whole: SelfTeacher,
+    text: Windows,
+    numbers_N: Tensor,
+    progress: Progress,
 ) -> None:
     def logits(ids_BT: Tensor) -> Tensor:
         with learner.autocast:
             return whole.logits(ids_BT.to(learner.model.device))
 
-    progress.stage("ask the teacher", len(text))
+    progress.stage("ask the teacher", len(numbers_N))
     write_cache(
-        folder, logits, text, batch_size=learner.training.batch_size, top_k=settings.top_k,
+        folder, logits, text, numbers_N, batch_size=learner.training.batch_size, top_k=settings.top_k,
         temperature=settings.temperature, on_batch=progress.advance,
     )  # fmt: skip

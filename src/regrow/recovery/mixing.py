@@ -5,12 +5,15 @@ loss on every source is measured and the shares follow its distance from the den
 names (`data/mixture.py`). With one source, and nothing to end a stage early, nothing is measured.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.state import State
@@ -118,6 +121,17 @@ class DataMix:
         """Other batches of the first stage, in its initial shares."""
         first = self.stages[0]
         return self._sampler(first.members, first.state.shares, self.recipe.seed + 1)
+
+    def upcoming(self) -> Tensor:
+        """Numbers of all windows that training may draw, ascending, int64 `[n]`."""
+        return torch.tensor(sorted(set().union(*map(self._upcoming, self.stages))))
+
+    def _upcoming(self, stage: StagePlan) -> Iterable[int]:
+        if len(stage.members) > 1 and self.recovery.mixture != "fixed":
+            return itertools.chain.from_iterable(self.corpus.ranges[number] for number in stage.members)
+        foretold = self._sampler(stage.members, stage.state.shares, self.recipe.seed)
+        draws = len(stage.steps) * self.recipe.training.accumulate
+        return itertools.chain.from_iterable(foretold.draw() for _ in range(draws))
 
     @property
     def in_rounds(self) -> bool:

@@ -131,8 +131,9 @@ def train(
         loop.score(pruner, known=scores is not None)
         if recipe.distillation.on:
             loop.learner.objective = distil(
-                recipe.distillation, loop.learner, pruner.gates, corpus.train, teacher_folder, progress, journal
-            )
+                recipe.distillation, loop.learner, pruner.gates, corpus.train, loop.mix.upcoming, teacher_folder,
+                progress, journal,
+            )  # fmt: skip
         loop.run(pruner, loop.begin(pruner))
         loop.end(pruner)
     return loop.trained(pruner)
