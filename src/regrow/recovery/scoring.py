@@ -51,8 +51,9 @@ class Average:
         self.count += 1
         decay = 1 - 1 / self.count if self.decay is None else self.decay
         self._weight = decay * self._weight + 1 - decay
+        parts = plan.parts
         for name, score in scores.items():
-            kept = list(plan.parts[name].keep) if name in plan.parts else [0]
+            kept = torch.tensor(parts[name].keep if name in parts else [0], dtype=torch.long)
             self.values[name][kept] = decay * self.values[name][kept] + (1 - decay) * score.double().cpu()
 
     def state(self) -> State:
