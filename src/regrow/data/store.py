@@ -36,12 +36,12 @@ def home() -> Path | None:
 
 
 def name_of(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, how: object) -> str | None:
-    """The name of a text's tokens; None of a tokenizer that cannot be told by what it is made of.
+    """The name of a text's tokens; None if none are kept, or the tokenizer cannot be told by what it is made of.
 
     Args:
         how: whatever else they depend on.
     """
-    if not tokenizer.is_fast:
+    if home() is None or not tokenizer.is_fast:
         return None
     digest = hashlib.sha256(f"{version('tokenizers')} {how}".encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode(errors="surrogatepass"))
