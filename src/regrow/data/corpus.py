@@ -20,6 +20,9 @@ from regrow.settings import Data, Stage, TextSource
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
 
+LEAST_TOKENS = 2_000_000
+"""Read so many of text that is tokenized, however few are trained on: parts of them are held out."""
+
 OWN_TEXT = "text by the model itself"
 """Name of the source when no text is given."""
 
@@ -160,7 +163,8 @@ def _part_rows(
 ) -> tuple[Windows, Windows, list[str]]:
     """Of text tokenized before; what is held out to evaluate on is text again."""
     shares = [data.held_out] * (1 + tested)
-    rows = load_rows(wanted.source, tokenizer, math.ceil(max_tokens / (1 - sum(shares))), seed)
+    wanted_tokens = max(math.ceil(max_tokens / (1 - sum(shares))), LEAST_TOKENS)
+    rows = load_rows(wanted.source, tokenizer, wanted_tokens, seed)
     validation, *test, train = split_pieces(rows, shares, seed, len)
     length, bos, held_out = data.sequence_length, data.bos, f"{wanted.source} (held out)"
     return (
