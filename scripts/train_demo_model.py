@@ -7,127 +7,27 @@ and one CPU thread is enough. The same seed, thread count and library versions g
 """
 
 import argparse
-import copy
-import json
-import math
-import time
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_llama import (
+    BATCH,
+    WINDOW,
+    Shape,
+    build_model,
+    fit,
+    pack,
+    prepare,
+    save_tokenizer,
+    tell_data,
+    train_tokenizer,
+    try_out,
+)
 
 from regrow.demo.corpus import standard_library_corpus
 
-BOS, EOS = "<s>", "</s>"
-VOCAB, WINDOW, BATCH = 2048, 256, 16  # WINDOW and BATCH: tokens in a row, rows in a step
-EVAL_EVERY = 100
-LEARNING_RATE, WARM_UP, WEIGHT_DECAY, DROPOUT = 3e-3, 100, 0.1, 0.1
+SHAPE = Shape(vocab=2048, hidden=192, intermediate=512, layers=6, heads=8, kv_heads=4)
+"""2.8 million parameters."""
 PROMPT = "Return a list of"
-
-
-def train_tokenizer(documents: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 256 bytes, two special tokens, and merges learned from the documents."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[BOS, EOS],  # ids 0 and 1
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    reads = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, model_max_length=512, model_input_names=reads
-    )
-
-
-def pack(documents: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """All documents in one row of tokens, each after its `<s>` (which the tokenizer adds)."""
-    rows = tokenizer(list(documents), verbose=False)["input_ids"]
-    return torch.tensor([token for row in rows for token in row])
-
-
-def build_model() -> LlamaForCausalLM:
-    """2.8 million parameters; grouped-query attention, so that pruning has groups to respect."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=24,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
-
-
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
-    """Llama has no dropout on its residual branches; a small corpus read many times wants some."""
-    for layer in model.model.layers:
-        for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            branch.register_forward_hook(
-                lambda module, _, out: nn.functional.dropout(out, rate, training=module.training)
-            )
-
-
-def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW that decays the matrices and leaves the norms alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
-    if step < WARM_UP:
-        return LEARNING_RATE * (step + 1) / WARM_UP
-    progress = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return LEARNING_RATE * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def sample(tokens: Tensor) -> Tensor:
-    """A batch of windows at random offsets; each has one token more than the model reads."""
-    starts = torch.randint(len(tokens) - WINDOW, (BATCH, 1))
-    return tokens[starts + torch.arange(WINDOW + 1)]
-
-
-def loss_of(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
-    """Mean cross-entropy of every next token in windows of WINDOW + 1 tokens."""
-    logits = model(windows[:, :-1], use_cache=False).logits
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-
-
-@torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, tokens: Tensor) -> float:
-    """Perplexity over the whole row of tokens, in windows that start afresh every WINDOW tokens."""
-    model.eval()
-    windows = tokens[: (len(tokens) - 1) // WINDOW * WINDOW + 1].unfold(0, WINDOW + 1, WINDOW)
-    total = sum(loss_of(model, part).item() * len(part) for part in windows.split(BATCH))
-    model.train()
-    return math.exp(total / len(windows))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Save it under the class name that every release of transformers knows."""
-    tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def save_model(model: LlamaForCausalLM, out: Path) -> None:
-    """Save a bfloat16 copy; the model itself goes on training in float32."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
 
 
 def main() -> None:
@@ -139,49 +39,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (the result depends on them)")
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(args.seed)
-
+    prepare(args.seed, args.threads)
     corpus = standard_library_corpus()
-    tokenizer = train_tokenizer(corpus.train)
+    tokenizer = train_tokenizer(corpus.train, SHAPE.vocab)
     save_tokenizer(tokenizer, args.out)
     train, held_out = pack(corpus.train, tokenizer), pack(corpus.held_out, tokenizer)
-    model = build_model()
-    add_dropout(model, DROPOUT)
-    optimizer = build_optimizer(model)
-    print(f"train: {len(corpus.train)} documents, {len(train)} tokens")
-    print(f"held out: {len(corpus.held_out)} documents, {len(held_out)} tokens")
+    model = build_model(SHAPE)
+    tell_data("train", corpus.train, train)
+    tell_data("held out", corpus.held_out, held_out)
     print(f"model: {model.num_parameters():,} parameters")
-
-    best, recent, started = math.inf, 0.0, time.monotonic()
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
-        loss = loss_of(model, sample(train))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
-
-        if (step + 1) % EVAL_EVERY == 0 or step + 1 == args.steps:
-            now = perplexity(model, held_out)
-            kept = now < best
-            if kept:
-                best = now
-                save_model(model, args.out)
-            minutes = (time.monotonic() - started) / 60
-            print(
-                f"step {step + 1:5d}  {minutes:5.1f} min  train {math.exp(recent):7.2f}"
-                f"  held-out {now:7.2f}{'  saved' if kept else ''}",
-                flush=True,
-            )
-
-    saved, reader = LlamaForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
-    print(f"saved model in {saved.dtype}: held-out perplexity {perplexity(saved, held_out):.3f}")
-    answer = saved.eval().generate(**reader(PROMPT, return_tensors="pt"), max_new_tokens=64, do_sample=False)
-    print(reader.decode(answer[0], skip_special_tokens=True))
+    fit(model, train, held_out, args.steps, args.out)
+    try_out(args.out, {"held-out": held_out}, PROMPT)
 
 
 if __name__ == "__main__":

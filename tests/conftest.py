@@ -31,6 +31,8 @@ from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.groups import Groups, find_groups
 
+os.environ.setdefault("REGROW_CACHE", "")  # tests that mean it name a folder; the user's is left alone
+
 # Shells start what runs in the background with Ctrl-C ignored, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -180,6 +180,16 @@ def test_the_figures_are_those_of_the_run(facts: Facts) -> None:
     )
 
 
+def test_where_the_time_went_is_told_part_by_part(facts: Facts) -> None:
+    seconds = dict(facts.results["seconds"])
+    assert {"read text", "train", "score", "plan", "cut", "validate", "checkpoint", "evaluate"} <= set(seconds)
+    assert min(seconds.values()) >= 0
+    total = seconds.pop("total")
+    assert total == pytest.approx(sum(seconds.values()), abs=1e-3 * len(seconds))
+    text = write_report(facts)
+    assert all(f"| {stage} | {value:.1f} | {value / total:.1%} |" in text for stage, value in seconds.items())
+
+
 def test_a_run_with_little_to_show_has_a_page_too(facts: Facts) -> None:
     results = copy.deepcopy(facts.results)
     for key in ("speed", "speedup"):

@@ -50,7 +50,7 @@ def tell_results(
 
     Args:
         measured: dense, cut and recovered, compared.
-        seconds: by stage.
+        seconds: by stage; parts of training (score, plan, search, compensate, cut, validate, …) are not in its own.
     """
     return {
         "regrow": version("regrow"),

@@ -5,7 +5,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, wr
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.load import pick_device, weights_folder
+from regrow.clock import Clock
 from regrow.errors import InputError
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -73,13 +73,11 @@ class Books:
         self.model = model
         self.argv = list(argv)
         self.progress = progress
-        self.journal = Journal(folder, progress.say, self.seconds_so_far)
-        self.seconds: dict[str, float] = {}
-        """By stage, of those that are over."""
+        self.clock = Clock()
+        self.journal = Journal(folder, progress.say, self.clock)
         self.goes_on = False
         """Whether the folder holds a part of this run."""
         self._asked: dict[str, Any] = {}
-        self._stage = ("", time.perf_counter())
 
     def look(self, recipe: Recipe, fresh: bool) -> None:
         """See what is in the folder; without `fresh` a run of the same request goes on.
@@ -98,7 +96,7 @@ class Books:
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
         self.progress.say(f"resuming {where(self.journal, steps)}")
-        self.seconds = self.journal.seconds_before()
+        self.clock.go_on(self.journal.seconds_before())
         return False
 
     def claim(self, recipe: Recipe) -> None:
@@ -116,17 +114,9 @@ class Books:
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """Close the account of the stage before, open the next."""
-        self.seconds = self.seconds_so_far()
-        self._stage = (stage, time.perf_counter())
+        self.clock.begin(stage)
         if stage:
             self.progress.stage(stage, total)
-
-    def seconds_so_far(self) -> dict[str, float]:
-        """What every stage has taken, the present one up to now."""
-        name, since = self._stage
-        if not name:
-            return self.seconds
-        return {**self.seconds, name: round(self.seconds.get(name, 0.0) + time.perf_counter() - since, 3)}
 
     def check_text(self, text: Text) -> None:
         """Refuse to go on with another text than was begun with.

@@ -280,7 +280,7 @@ class Walk:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
         journal = self.journal
         if folder != self.folder:
-            journal = Journal(folder, self.progress.say, self.books.seconds_so_far)
+            journal = Journal(folder, self.progress.say, self.books.clock)
             if journal.latest() is not None:
                 self.progress.say(f"trial {folder.name}: resuming {where(journal, recipe.training.steps)}")
         done = journal.read("trained")
@@ -377,7 +377,7 @@ class Walk:
         self.books.begin("")
         results = tell_results(
             self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
-            verification=verification.to_json(), seconds=self.books.seconds, machine=environment(device),
+            verification=verification.to_json(), seconds=self.books.clock.so_far(), machine=environment(device),
         )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}

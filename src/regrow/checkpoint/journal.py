@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from regrow.checkpoint.files import new_folder, sha256_of
 from regrow.checkpoint.state import State, chance, named, set_chance
+from regrow.clock import Clock
 
 FOLDER, VALUES, TENSORS, CHECKSUMS = "checkpoint", "values.json", "tensors.safetensors", "checksums.json"
 ENTRY = re.compile(r"(?P<number>\d+)-(?P<stage>[a-z-]*[a-z])(-(?P<step>\d+))?")
@@ -42,27 +44,26 @@ class Forgetful:
     def drop(self, *stages: str) -> None:
         """Nothing."""
 
+    def timing(self, part: str) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
 
 class Journal(Forgetful):
     """A run's, or that of one of its trials."""
 
-    def __init__(
-        self,
-        folder: Path,
-        say: Callable[[str], None],
-        seconds: Callable[[], dict[str, float]] = dict,
-    ) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], clock: Clock | None = None) -> None:
         """Look at what is there later, when it is asked for.
 
         Args:
             folder: the run's.
             say: told, in a line, of every entry that is damaged.
-            seconds: how long the run's stages have taken up to now; noted in every entry.
+            clock: the run's, noted in every entry.
         """
         self.run = folder
         self.folder = folder / FOLDER
         self.say = say
-        self.seconds = seconds
+        self.clock = clock or Clock()
         self._whole: set[Path] = set()
 
     def read(self, stage: str) -> State | None:
@@ -81,10 +82,14 @@ class Journal(Forgetful):
         Args:
             files: whole ones in the run's folder that belong to it.
         """
+        with self.timing("checkpoint"):
+            self._write(stage, state, step, files)
+
+    def _write(self, stage: str, state: State, step: int | None, files: Sequence[Path]) -> None:
         number = max((int(_match(entry)["number"]) for entry in self._entries()), default=0) + 1
         entry = self.folder / (f"{number:04}-{stage}" + ("" if step is None else f"-{step:06}"))
         with new_folder(entry) as partial:
-            values = {"state": state.values, "seconds": self.seconds()}
+            values = {"state": state.values, "seconds": self.clock.so_far()}
             (partial / VALUES).write_text(json.dumps(values), encoding="utf-8")
             tensors = state.tensors | named("chance", chance())
             save_file({name: _plain(tensor) for name, tensor in tensors.items()}, partial / TENSORS)
@@ -109,6 +114,10 @@ class Journal(Forgetful):
         for stage in stages:
             for entry in self._entries(stage):
                 shutil.rmtree(entry)
+
+    def timing(self, part: str) -> AbstractContextManager[None]:
+        """A part of the stage under way, whose time counts for itself."""
+        return self.clock.part(part)
 
     def latest(self) -> tuple[str, int | None] | None:
         """Stage and step of the newest whole entry of all."""

@@ -1,6 +1,7 @@
 """The recipe's sources of text: read, some of each held out, cut into windows."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from regrow.data.instructions import make_examples, pack_examples
+from regrow.data.shards import holds_tokens, load_rows
 from regrow.data.source import load_documents, load_records, split_documents, split_pieces
-from regrow.data.tokens import Windows, join_windows, make_windows
+from regrow.data.tokens import Windows, join_windows, make_windows, pack_rows
 from regrow.errors import InputError
 from regrow.settings import Data, Stage, TextSource
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average: how much of an endless data set to read for a number of tokens."""
+
+LEAST_TOKENS = 2_000_000
+"""Read so many of text that is tokenized, however few are trained on: parts of them are held out."""
 
 OWN_TEXT = "text by the model itself"
 """Name of the source when no text is given."""
@@ -120,9 +125,11 @@ def read_corpus(
     for wanted in list_sources(data):
         if wanted.stage == "pretrain":
             tested = data.eval_source is None
-            characters = CHARACTERS_PER_TOKEN * max_tokens
-            documents = own_documents or load_documents(wanted.source, wanted.text_field, max_characters=characters)
-            train, validation, held_out = _part_text(documents, wanted, data, tokenizer, max_tokens, seed, tested)
+            if own_documents is None and holds_tokens(wanted.source, wanted.text_field):
+                part = _part_rows(wanted, data, tokenizer, max_tokens, seed, tested)
+            else:
+                part = _part_text(own_documents, wanted, data, tokenizer, max_tokens, seed, tested)
+            train, validation, held_out = part
             test += held_out
         else:
             train, validation = _read_instructions(wanted, data, tokenizer, max_tokens, seed)
@@ -132,7 +139,7 @@ def read_corpus(
 
 
 def _part_text(
-    documents: Sequence[str],
+    own_documents: Sequence[str] | None,
     wanted: TextSource,
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
@@ -140,12 +147,30 @@ def _part_text(
     seed: int,
     tested: bool,
 ) -> tuple[Windows, Windows, list[str]]:
+    characters = CHARACTERS_PER_TOKEN * max_tokens
+    documents = own_documents or load_documents(wanted.source, wanted.text_field, max_characters=characters)
     validation, *test, train = split_documents(documents, [data.held_out] * (1 + tested), seed)
     length, bos, held_out = data.sequence_length, data.bos, f"{wanted.source} (held out)"
     return (
         make_windows(train, tokenizer, length, bos=bos, source=wanted.source, max_tokens=max_tokens),
         make_windows(validation, tokenizer, length, bos=bos, source=held_out),
         list(itertools.chain(*test)),
+    )
+
+
+def _part_rows(
+    wanted: TextSource, data: Data, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, tested: bool
+) -> tuple[Windows, Windows, list[str]]:
+    """Of text tokenized before; what is held out to evaluate on is text again."""
+    shares = [data.held_out] * (1 + tested)
+    wanted_tokens = max(math.ceil(max_tokens / (1 - sum(shares))), LEAST_TOKENS)
+    rows = load_rows(wanted.source, tokenizer, wanted_tokens, seed)
+    validation, *test, train = split_pieces(rows, shares, seed, len)
+    length, bos, held_out = data.sequence_length, data.bos, f"{wanted.source} (held out)"
+    return (
+        pack_rows(train, tokenizer, length, bos=bos, source=wanted.source, max_tokens=max_tokens),
+        pack_rows(validation, tokenizer, length, bos=bos, source=held_out),
+        [str(tokenizer.decode(row, skip_special_tokens=True)) for row in itertools.chain(*test)],
     )
 
 

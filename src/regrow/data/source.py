@@ -25,8 +25,12 @@ HUB_NAMES = {
 }
 """Short names for data sets that papers use: repository, configuration, and the split to evaluate on."""
 
+ROWS_AT_ONCE = 256
 HUB_CHARACTERS = 200_000_000
 """Read at most so much of a data set on the hub, which may have no end."""
+
+FILE_CHARACTERS = 200_000_000
+"""Read the first so many of a file, or more if a run can use more: memory does not follow the file's size."""
 
 TITLE = re.compile(r" = [^=].* = ?")
 """A line of WikiText that begins an article; sections have more equals signs."""
@@ -51,7 +55,7 @@ def load_documents(
             `:configuration` if it has several.
         text_field: the field of a record that holds its text.
         split: of a data set on the hub; `test` is whatever the data set calls it.
-        max_characters: of a data set on the hub, stop reading after so many.
+        max_characters: stop reading after so many; of a file not before `FILE_CHARACTERS`.
 
     Raises:
         InputError: if the source is not there, cannot be read, or holds no text.
@@ -59,10 +63,12 @@ def load_documents(
     path = _path_of(source)
     if path is None:
         documents = _from_hub(source, text_field, split, max_characters)
-    elif path.suffix.lower() in FORMS:
-        documents = list(_field_of(_from_records(path), text_field, str(path)))
     else:
-        documents = _from_text(path)
+        limit = max(max_characters, FILE_CHARACTERS)
+        if path.suffix.lower() in FORMS:
+            documents = list(upto(_field_of(_from_records(path, limit), text_field, str(path)), limit))
+        else:
+            documents = _from_text(path, limit)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise InputError(f"{source} holds no text; give another file or data set")
@@ -80,7 +86,8 @@ def load_records(source: str, max_characters: int = HUB_CHARACTERS) -> list[Reco
         with _hub_errors(source):
             records = list(upto(_hub_records(source, "train"), max_characters, lambda record: len(str(record))))
     elif path.suffix.lower() in FORMS:
-        records = list(_from_records(path))
+        limit = max(max_characters, FILE_CHARACTERS)
+        records = list(upto(_from_records(path, limit), limit, lambda record: len(str(record))))
     else:
         raise InputError(f"{source} holds no records; give a .jsonl, .json or .parquet file, or a hub data set")
     if not records:
@@ -92,7 +99,9 @@ def _path_of(source: str) -> Path | None:
     """The file that a source is, or None if it is a data set on the hub."""
     path = Path(source)
     if path.is_dir():
-        raise InputError(f"{source!r} is a folder; give a .txt, .jsonl, .json or .parquet file")
+        raise InputError(
+            f"{source!r} is a folder; give a .txt, .jsonl, .json or .parquet file (prune --data takes token ids, too)"
+        )
     if path.is_file():
         return path
     if path.suffix.lower() in (".txt", ".raw", *FORMS) or looks_like_path(source):
@@ -100,9 +109,13 @@ def _path_of(source: str) -> Path | None:
     return None
 
 
-def _from_text(path: Path) -> list[str]:
+def _from_text(path: Path, limit: int) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.stat().st_size <= limit:
+            text = path.read_text(encoding="utf-8-sig")
+        else:
+            with path.open(encoding="utf-8-sig") as file:
+                text = file.read(limit).rpartition("\n")[0]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
@@ -110,7 +123,8 @@ def _from_text(path: Path) -> list[str]:
     return [part.strip("\n") for part in text.split(SEPARATOR)]
 
 
-def _from_records(path: Path) -> Iterator[Record]:
+def _from_records(path: Path, limit: int) -> Iterator[Record]:
+    """The records of a file, one after another; a large one is read as it goes."""
     import datasets
 
     if not path.stat().st_size:
@@ -119,6 +133,9 @@ def _from_records(path: Path) -> Iterator[Record]:
     datasets.disable_progress_bars()
     try:
         kind = "parquet" if suffix == ".parquet" else "json"
+        if path.stat().st_size > limit:
+            yield from _streamed(path, kind)
+            return
         # A copy that outlives the reading would need a home that can be written, and room there.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             builder = datasets.load_dataset_builder(kind, data_files=glob.escape(str(path)), cache_dir=scratch)
@@ -148,6 +165,20 @@ def _hub_records(source: str, split: str) -> Iterable[Record]:
     split = evaluation_split if split == "test" else split
     records: Iterable[Record] = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
     return records
+
+
+def _streamed(path: Path, kind: str) -> Iterator[Record]:
+    """The records of a large file, as it is read."""
+    import datasets
+    from pyarrow.parquet import ParquetFile
+
+    if kind == "json":
+        yield from datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+        return
+    # datasets reads Parquet ahead in threads that do not survive being left off in the middle.
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 @contextmanager

@@ -5,14 +5,16 @@ Shapes: N windows, T tokens in a window, B windows in a batch.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from regrow.data.store import Ids, keep, name_of
 from regrow.errors import InputError
 
 Bos = Literal["document", "once", "none"]
@@ -45,8 +47,10 @@ class Windows:
     @property
     def sha256(self) -> str:
         """Hash of the tokens, and of which are scored, to tell whether two runs saw the same text."""
-        scored = b"" if self.scored_NT is None else self.scored_NT.numpy().tobytes()
-        return hashlib.sha256(self.ids_NT.numpy().tobytes() + scored).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids_NT.numpy()).data)
+        if self.scored_NT is not None:
+            digest.update(np.ascontiguousarray(self.scored_NT.numpy()).data)
+        return digest.hexdigest()
 
     def first(self, count: int | None) -> "Windows":
         """At most `count` windows, evenly spread over the text."""
@@ -94,29 +98,75 @@ def make_windows(
 ) -> Windows:
     """Tokenize documents, join them and cut the whole into windows of `length`.
 
+    Tokens that were made before are taken from disk (`data/store.py`), and mapped rather than read.
+
     With `bos="once"` documents are joined by a blank line and tokenized as one text with one BOS at its
     start, as the literature does with WikiText-2. A tokenizer without BOS adds none.
 
     Raises:
         InputError: if the text is shorter than one window.
     """
-    mark = [] if bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if bos == "once":
         documents = ["\n\n".join(documents)]
-    ids: list[int] = []
+    mark = _mark(tokenizer, bos)
+    name = name_of(documents, tokenizer, (mark, max_tokens))
+    return _cut(keep(name, lambda: _first(_tokenized(documents, tokenizer, mark), max_tokens)), length, bos, source)
+
+
+def pack_rows(
+    rows: Sequence[Ids],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    bos: Bos,
+    source: str,
+    max_tokens: int | None = None,
+) -> Windows:
+    """As `make_windows`, of documents that have been tokenized; one that begins with BOS gets no other.
+
+    Raises:
+        InputError: if they are shorter than one window.
+    """
+    mark = np.array(_mark(tokenizer, bos), dtype=np.int64)
+
+    def marked() -> Iterator[Ids]:
+        for number, row in enumerate(rows):
+            wanted = bos == "document" or number == 0
+            yield np.concatenate([mark, row]) if wanted and not np.array_equal(row[:1], mark) else row
+
+    ids = np.concatenate(list(_first(marked(), max_tokens)))
+    return _cut(torch.from_numpy(ids), length, bos, source)
+
+
+def _mark(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
+    return [] if bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _tokenized(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, mark: list[int]) -> Iterator[Ids]:
+    """Some documents at a time, `mark` before each."""
     for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
         batch = list(documents[start : start + DOCUMENTS_AT_ONCE])
-        for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            ids += mark + tokens
-        if max_tokens is not None and len(ids) >= max_tokens:
-            ids = ids[:max_tokens]
-            break
+        rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield np.array(list(itertools.chain.from_iterable(mark + row for row in rows)), dtype=np.int64)
+
+
+def _first(parts: Iterable[Ids], count: int | None) -> Iterator[Ids]:
+    """Tokens until there are so many; all, if no number is given."""
+    for ids in parts:
+        yield ids[:count]
+        if count is not None:
+            count -= len(ids[:count])
+            if not count:
+                return
+
+
+def _cut(ids: Tensor, length: int, bos: Bos, source: str) -> Windows:
     count = len(ids) // length
     if count == 0:
         raise InputError(
             f"{source}: {len(ids)} tokens are fewer than one window of {length}; give more text or a shorter window"
         )
-    return Windows(torch.tensor(ids[: count * length]).view(count, length), source, bos)
+    return Windows(ids[: count * length].view(count, length), source, bos)
 
 
 def join_windows(parts: Sequence[Windows]) -> Windows:

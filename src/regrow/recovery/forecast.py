@@ -43,7 +43,8 @@ def measure_scores(
             average.go_on(done)
             return average
         progress.stage("score", max(recipe.pruning.calibration_batches, 1))
-        pruner.calibrate(progress.advance)
+        with journal.timing("score"):
+            pruner.calibrate(progress.advance)
         journal.write("target-scores", average.state())
         return average
 

@@ -6,6 +6,7 @@ With the lhspg schedule a fade takes a period, and a unit may be gone before its
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import RESIDUAL, Groups
+
+Timing = Callable[[str], AbstractContextManager[None]]
+"""Given a part's name: a context whose time counts for it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Pruner:
         prepare: Callable[[Gates], Preparation] | None = None,
         scores: Average | None = None,
         prior: Prior | None = None,
+        timing: Timing = lambda part: nullcontext(),
     ) -> None:
         """Take charge of a LoRA-wrapped model.
 
@@ -90,6 +95,7 @@ class Pruner:
             prepare: makes what searches and compensates, given the gates; needed if the recipe asks for either.
             scores: what `calibrate` would find, if it has been found before.
             prior: what an analysis has found, for the allocation.
+            timing: told of the parts that are no plain training.
         """
         self.model = model
         self.pruning = recipe.pruning
@@ -98,6 +104,7 @@ class Pruner:
         self.on_event = on_event
         self.cut_early = cut_early
         self.prior = prior
+        self.timing = timing
         self.original = groups
         self.groups = groups
         self.plan = Plan.whole(groups)
@@ -188,14 +195,16 @@ class Pruner:
             )
 
     def _score(self) -> bool:
-        return self.scorer.update(self.groups, self.cut_plan, self.plan)
+        with self.timing("score"):
+            return self.scorer.update(self.groups, self.cut_plan, self.plan)
 
     def before_step(self, step: int) -> None:
         """Whatever the schedule asks for before optimizer step `step` (0-based)."""
         if self.finished:
             return
         if step in self.events:
-            self._choose(step, self.events[step])
+            with self.timing("plan"):
+                self._choose(step, self.events[step])
         if self.plan != self.settled_plan:
             end = self.fade_ends[self._chosen_at]
             if step >= end:
@@ -313,13 +322,15 @@ class Pruner:
         if preparation and preparation.compensator.writes_base(self.groups):
             self.learner.objective.before_change()
         if preparation and preparation.searches:
-            plan = preparation.search(self.original, self.plan, scores, self.prior)
+            with self.timing("search"):
+                plan = preparation.search(self.original, self.plan, scores, self.prior)
         else:
             plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         if self.scorer.samples:
             plan = self._interacting(plan)
         if preparation and preparation.compensates:
-            plan = preparation.compensate(self.groups, self.cut_plan, plan)
+            with self.timing("compensate"):
+                plan = preparation.compensate(self.groups, self.cut_plan, plan)
         return plan
 
     def _interacting(self, plan: Plan) -> Plan:
@@ -361,7 +372,10 @@ class Pruner:
 
     def _cut(self) -> None:
         self.learner.objective.before_change()
-        self.groups = cut(self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer)
+        with self.timing("cut"):
+            self.groups = cut(
+                self.model, self.groups, self.plan.positions_within(self.cut_plan), self.learner.optimizer
+            )
         self.learner.parameters = adapter_parameters(self.model)
         self.learner.objective.layer_numbers = [layer.number for layer in self.groups.layers]
         self.cut_plan = self.settled_plan = self.plan

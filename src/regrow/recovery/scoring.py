@@ -60,7 +60,8 @@ class Average:
 
     def add(self, scores: Mapping[str, Tensor], plan: Plan) -> None:
         """Count one score per unit (or layer) that `plan` keeps; removed units keep what they had."""
-        kept = {name: list(plan.parts[name].keep) if name in plan.parts else [0] for name in scores}
+        parts = plan.parts
+        kept = {name: torch.tensor(parts[name].keep if name in parts else [0], dtype=torch.long) for name in scores}
         new = {name: score.double().cpu() for name, score in scores.items()}
         before = sum(float(self.values[name][units].abs().sum()) for name, units in kept.items())
         most = self.spike * before / self._weight if before > 0 else math.inf

@@ -126,14 +126,25 @@ def train(
     early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
     prepare = preparer(model, recipe, corpus, progress, journal)
     with Pruner(
-        model, groups, recipe, loop.learner, loop.mix.calibration(), loop.record_cut, early, prepare, scores, prior
+        model,
+        groups,
+        recipe,
+        loop.learner,
+        loop.mix.calibration(),
+        loop.record_cut,
+        early,
+        prepare,
+        scores,
+        prior,
+        journal.timing,
     ) as pruner:
         loop.score(pruner, known=scores is not None)
         if recipe.distillation.on:
-            loop.learner.objective = distil(
-                recipe.distillation, loop.learner, pruner.gates, corpus.train, loop.mix.upcoming, teacher_folder,
-                progress, journal,
-            )  # fmt: skip
+            with journal.timing("teach"):
+                loop.learner.objective = distil(
+                    recipe.distillation, loop.learner, pruner.gates, corpus.train, loop.mix.upcoming, teacher_folder,
+                    progress, journal,
+                )  # fmt: skip
         loop.run(pruner, loop.begin(pruner))
         loop.end(pruner)
     return loop.trained(pruner)
@@ -181,10 +192,12 @@ class Loop:
             self.learner.go_on(done.part("learner"))
             pruner.scorer.go_on(done.part("scorer"))
             return
-        self.mix.remember_dense()
+        with self.journal.timing("validate"):
+            self.mix.remember_dense()
         if self.recipe.pruning.calibration_batches and not known:
             self.progress.stage("score", self.recipe.pruning.calibration_batches)
-        pruner.calibrate(self.progress.advance)
+        with self.journal.timing("score"):
+            pruner.calibrate(self.progress.advance)
         parts = {"mix": self.mix.state(), "learner": self.learner.state(), "scorer": pruner.scorer.state()}
         self.journal.write("score", State.of(**parts))
 
@@ -228,7 +241,8 @@ class Loop:
 
     def validate(self, step: int) -> None:
         """Measure the held-out loss, and keep the adapters if they are the best since the last cut."""
-        loss = self.mix.validation_loss(step)
+        with self.journal.timing("validate"):
+            loss = self.mix.validation_loss(step)
         self.history.validations.append({"step": step, "loss": loss})
         self.track({"validation_loss": loss}, step)
         self.best.offer(loss, step, self.learner)

@@ -36,11 +36,17 @@ def write_report(facts: Facts) -> str:
         f"```\n{facts.command}\n```",
         f"The whole recipe is `recipe.yaml` (SHA-256 {facts.recipe_sha256}).",
         "## Where the time went",
-        table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]),
+        _seconds(results["seconds"]),
         "## Measured on",
         table(["", ""], [[key, str(value)] for key, value in results["machine"].items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _seconds(seconds: dict[str, float]) -> str:
+    total = max(seconds["total"], 1e-9)
+    rows = [[stage, f"{value:.1f}", f"{value / total:.1%}"] for stage, value in seconds.items()]
+    return table(["stage", "seconds", "share"], rows)
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class Data(Section):
 
     source: str | None = Field(
         default=None,
-        description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, or a data set on the hub; "
-        "null: text that the model writes itself (see `generate`).",
+        description="Text to score and train on: a .txt, .jsonl, .json or .parquet file, a data set on the hub, or "
+        "token ids (see docs/data.md); null: text that the model writes itself (see `generate`).",
     )
     sources: tuple[TextSource, ...] = Field(
         default=(),
