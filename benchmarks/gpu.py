@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,9 @@ def prepare(
     if method == "llm-pruner":
         return pruner.calibrate
     if recipe.distillation.on:
-        text = Windows(next(data).ids_BT, "random", "none")
-        learner.objective = distil(recipe.distillation, learner, pruner.gates, text, Path("not written"), Silent())
+        text, folder = Windows(next(data).ids_BT, "random", "none"), Path("not written")
+        everything = partial(torch.arange, len(text))
+        learner.objective = distil(recipe.distillation, learner, pruner.gates, text, everything, folder, Silent())
     return pruner.train_step
 
 
