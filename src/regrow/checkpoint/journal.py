@@ -36,8 +36,13 @@ class Forgetful:
         """Nothing."""
 
     def once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Do it."""
-        return work()
+        """What a stage found, plain data: as it was noted, or by doing the work and noting it."""
+        done = self.read(stage)
+        if done is not None:
+            return done.values["found"]
+        found = work()
+        self.write(stage, State({"found": found}))
+        return found
 
     def drop(self, *stages: str) -> None:
         """Nothing."""
@@ -94,15 +99,6 @@ class Journal(Forgetful):
         self._whole.add(entry)
         for old in self._entries(stage)[: -1 if step is None else -KEPT]:
             shutil.rmtree(old)
-
-    def once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """What a stage found, plain data: as it stands here, or by doing the work and noting it."""
-        done = self.read(stage)
-        if done is not None:
-            return done.values["found"]
-        found = work()
-        self.write(stage, State({"found": found}))
-        return found
 
     def drop(self, *stages: str) -> None:
         """Forget stages that nothing will ask for again."""
