@@ -127,9 +127,11 @@ def prune(
     chosen = load_recipe(recipe, settings)
     quiet()
     with going_on_later(), shown_progress() as progress:
+        from regrow.processes import leave
         from regrow.run import prune as run
 
         result = run(model, out, chosen, fresh=fresh, processes=processes, progress=progress, argv=sys.argv[1:])
+        leave()
     if rank() == 0:
         _summary(result.results, result.folder)
 

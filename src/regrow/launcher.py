@@ -1,8 +1,7 @@
 """What the launcher's variables say of this process; nothing heavy is imported for it."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from regrow.errors import InputError
@@ -14,7 +13,6 @@ NUMBERS = {
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
 }
 """How many processes there are -> which of them this is; of torchrun, then of several MPIs."""
-OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
 HOW = "torchrun --nproc-per-node {count} -m regrow …"
 
 
@@ -26,7 +24,7 @@ class Launch:
     rank: int = 0
     local: int = 1
     """How many of them are on this machine."""
-    variable: str = "no variable"
+    variable: str = "WORLD_SIZE"
     """The one that tells the count."""
 
 
@@ -58,17 +56,6 @@ def rank() -> int:
         return read_launch().rank
     except InputError:
         return 0
-
-
-@contextmanager
-def not_launched() -> Iterator[None]:
-    """Within this context neither libraries nor processes started from here learn of the launcher."""
-    names = (*NUMBERS, *NUMBERS.values(), *OTHERS)
-    former = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(former)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -207,7 +207,9 @@ class Together(Processes):
         try:
             yield
         except RuntimeError as error:  # gloo's and nccl's word for a connection that is gone
-            raise LostOther(f"another of the {self.count} processes has ended; it says itself why") from error
+            raise LostOther(
+                f"another of the {self.count} processes has ended; see what it or the launcher says"
+            ) from error
 
 
 def join(device: str = "auto", wanted: int | None = None) -> Processes:
@@ -254,6 +256,7 @@ def _meet(launch: Launch, device: str) -> Processes:
     try:
         state = PartialState(cpu=not on_gpus, timeout=LOST_AFTER)
     except (ValueError, RuntimeError) as error:
+        PartialState._reset_state()  # it takes itself for one that has met the others
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(
             f"{launch.variable} says {launch.count} processes, but they do not meet: {reason}; start them with "
