@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from conftest import QUICK
 
 import regrow
 from regrow import cli
+from regrow.checkpoint.journal import Journal
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.launcher import NUMBERS, Launch, rank, read_launch
@@ -99,6 +101,8 @@ def test_two_processes_prune_as_one(launched: Launched, checkpoint: Path, text: 
     perplexities = [each["perplexity"]["pruned"]["window-32"]["value"] for each in results]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
     assert alone.results == results[1]
+    again = regrow.prune(str(checkpoint), two, "loraprune", data=str(text), steps=4, overrides=CHANGES)
+    assert again.results == results[0], "one process takes what two have finished"
     assert launched.stderr.count("attach LoRA …") == 1
     assert launched.stdout.count("perplexity, window-32") == 1
 
@@ -193,3 +197,16 @@ def test_what_cannot_be_shared(settings: dict[str, Any], complaint: str) -> None
     check_processes(recipe, 1)
     with pytest.raises(InputError, match=complaint):
         check_processes(recipe, 3)
+
+
+def test_one_process_goes_on_with_what_two_began(launched: Launched, tmp_path: Path) -> None:
+    """Their journal holds the chance of both; a single process has its own."""
+    shutil.copytree(launched.folder / "broken", tmp_path / "broken")
+    work = together.DROPPED_OUT
+    journal = Journal(tmp_path / "broken", print)
+    begun = journal.read("train")
+    assert begun is not None
+    assert {name.partition("/")[0] for name in journal.chance_of} == {"0", "1"}
+    assert not [name for name in begun.tensors if "chance-of" in name]
+    done = together.session(work, tmp_path / "broken")
+    assert len(done.history.steps) == 5

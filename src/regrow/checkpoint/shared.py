@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.journal import CHANCE_OF, Forgetful
 from regrow.checkpoint.state import State, chance, named, set_chance
 from regrow.processes import Processes
-
-CHANCE = "chance-of"
 
 
 class Shared(Forgetful):
@@ -29,18 +27,15 @@ class Shared(Forgetful):
         values = self.processes.same(None if found is None else {"of": found.values})
         if values is None:
             return None
-        state = State(values["of"], self.processes.same_tensors({} if found is None else found.tensors))
-        own_chance = state.under(f"{CHANCE}/{self.processes.rank}")
-        if own_chance:  # not if as many processes did not take part when it was written
-            set_chance(own_chance)
-        state.tensors = {name: t for name, t in state.tensors.items() if not name.startswith(f"{CHANCE}/")}
-        return state
+        chances = State(tensors=self.processes.same_tensors(self.own.chance_of)).under(str(self.processes.rank))
+        set_chance(chances)  # none if fewer processes took part when it was written
+        return State(values["of"], self.processes.same_tensors({} if found is None else found.tensors))
 
     def write(self, stage: str, state: State, step: int | None = None, files: Sequence[Path] = ()) -> None:
         """See `Journal`."""
         tensors = dict(state.tensors)
         for rank, states in enumerate(self.processes.gather(chance())):
-            tensors |= named(f"{CHANCE}/{rank}", states)
+            tensors |= named(f"{CHANCE_OF}/{rank}", states)
         if self.processes.is_main:
             self.own.write(stage, State(state.values, tensors), step, files)
 
