@@ -22,6 +22,7 @@ from regrow.errors import InputError
 from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.planning.target import parse_target
+from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import check_distillation
 from regrow.recovery.pruner import check_one_shot
@@ -144,11 +145,11 @@ def check_hidden(recipe: Recipe) -> None:
         raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
-def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes: int = 1) -> str:
+def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes: Processes = ALONE) -> str:
     """Refuse a run that cannot fit; see `planning.memory` for how coarse the estimate is.
 
     Args:
-        processes: that share the machine's memory, each with a model of its own; a GPU is not shared.
+        processes: those that share the batches and, but for GPUs, a machine's memory, each with a model of its own.
 
     Returns:
         One line on what each stage will need.
@@ -161,6 +162,8 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
+    if processes.count > 1:
+        recipe = recipe.override({"training.batch_size": -(-recipe.training.batch_size // processes.count)})
     skeleton = load_skeleton(model)
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
@@ -168,9 +171,9 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
     free = free_memory(device)
     if free is not None and device.type == "cpu":
-        free //= processes
+        free //= processes.local
     if recipe.training.offload == "cpu":
-        _check_host(sizes.matrices * weights.itemsize * processes, recipe)
+        _check_host(sizes.matrices * weights.itemsize * processes.local, recipe)
     stage = max(found, key=lambda stage: found[stage])
     if free is not None and found[stage] > free and recipe.training.check_memory:
         raise InputError(

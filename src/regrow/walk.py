@@ -115,7 +115,7 @@ class Walk:
             self.books.begin("read text")
             text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
-        memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes.local)
+        memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes)
         self.books.begin("load model")
         model = self.load(tokenizer)
         self.books.begin("trace groups")
