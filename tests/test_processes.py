@@ -17,8 +17,9 @@ from conftest import QUICK
 import regrow
 from regrow import cli
 from regrow.checkpoint.journal import Journal
+from regrow.console import tell
 from regrow.data.tokens import Batch
-from regrow.errors import InputError
+from regrow.errors import InputError, LostOther
 from regrow.launcher import NUMBERS, Launch, rank, read_launch
 from regrow.preflight import check_processes
 from regrow.processes import ALONE, Processes, join
@@ -210,3 +211,18 @@ def test_one_process_goes_on_with_what_two_began(launched: Launched, tmp_path: P
     assert not [name for name in begun.tensors if "chance-of" in name]
     done = together.session(work, tmp_path / "broken")
     assert len(done.history.steps) == 5
+
+
+@pytest.mark.parametrize(("number", "error", "told"), [
+    ("0", InputError("no\nroom"), "regrow: no room\n"),
+    ("1", InputError("no room"), "regrow: process 1: no room\n"),
+    ("1", LostOther("gone"), ""),
+])  # fmt: skip
+def test_who_complains(
+    number: str, error: InputError, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", number)
+    monkeypatch.setattr("regrow.console.SECONDS_TO_END", 0.0)
+    tell(error)
+    assert capsys.readouterr().err == told

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regrow.errors import InputError
+from regrow.errors import InputError, LostOther
 from regrow.interrupt import interruptible
 from regrow.launcher import rank, read_launch
 
@@ -57,6 +57,8 @@ def going_on_later() -> Iterator[None]:
 
 def tell(error: InputError) -> None:
     """Say in a line what is wrong. Others than the main process only if it has not just said so, and ended them all."""
+    if rank() != 0 and isinstance(error, LostOther):
+        return
     line = " ".join(str(error).split())  # libraries' reasons may have several lines
     if rank() == 0:
         print("regrow:", line, file=sys.stderr)

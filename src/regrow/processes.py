@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from regrow.errors import InputError
+from regrow.errors import InputError, LostOther
 from regrow.launcher import HOW, Launch, read_launch
 
 LOST_AFTER = timedelta(minutes=30)
@@ -31,10 +31,6 @@ SMALL = 2**16
 SEED_STEP = 1_000_003
 
 T = TypeVar("T")
-
-
-class LostOther(InputError):
-    """Another process has ended, and says itself why."""
 
 
 class Processes:
@@ -83,6 +79,11 @@ class Processes:
     def by_main(self, work: Callable[[], T]) -> T:
         """What the main process finds while the others wait; JSON can hold it."""
         return work()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process be the first to do what stands in this context, and to fail in it, or to download."""
+        yield
 
     def begin_alike(self, parameters: Sequence[nn.Parameter], seed: int) -> None:
         """Give all processes the main one's parameters, and each a chance (dropout) of its own."""
@@ -151,6 +152,15 @@ class Together(Processes):
         there, *parts = torch.split(total, [len(parameters), *(p.numel() for p in parameters)])
         for parameter, has_one, part in zip(parameters, there.tolist(), parts, strict=True):
             parameter.grad = part.view_as(parameter) if has_one else None
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """See `Processes`."""
+        if not self.is_main:
+            self.same(None)
+        yield
+        if self.is_main:
+            self.same(None)
 
     @torch.no_grad()
     def begin_alike(self, parameters: Sequence[nn.Parameter], seed: int) -> None:

@@ -72,7 +72,9 @@ class Books:
             argv: the command line that asked for the run, without the program's name; perhaps none.
             processes: those that do the run; the main one keeps the books for all.
         """
-        self.together = self.processes = processes
+        self.processes = processes
+        self.took_part = processes.count
+        """The most processes that have worked at the run."""
         self.folder = folder
         self.model = model
         self.argv = list(argv)
@@ -116,6 +118,7 @@ class Books:
             return True
         self.progress.say(f"resuming {where(journal, steps)}")
         before = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8")).get("processes", 1)
+        self.took_part = max(before, self.took_part)
         if before != self.processes.count:
             self.progress.say(
                 f"begun with {before} processes, goes on with {self.processes.count}; alike but for rounding, dropout"
@@ -144,7 +147,7 @@ class Books:
     def mark(self, state: str, recipe: Recipe) -> None:
         """Write down what is being done, or has been: `run.json`."""
         run = {"state": state, "model": self.model, "recipe": recipe.name, "regrow": version("regrow")}
-        several = {"processes": self.together.count} if self.together.count > 1 else {}
+        several = {"processes": self.took_part} if self.took_part > 1 else {}
         write_json(self.folder / RUN_FILE, {**run, **several, "argv": self.argv, "asked": self._asked})
 
     def leave(self, file: Path, content: str | bytes | dict[str, Any]) -> None:

@@ -80,15 +80,9 @@ class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
     def __init__(
-        self,
-        model: str,
-        folder: Path,
-        recipe: Recipe,
-        progress: Progress,
-        fresh: bool,
-        argv: Sequence[str],
+        self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str],
         processes: Processes,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name = model
         self.folder = folder
         self.recipe = recipe
@@ -113,7 +107,8 @@ class Walk:
         text = None
         if not writes_own_text(self.recipe.data):
             self.books.begin("read text")
-            text = read_text(self.recipe, tokenizer)
+            with self.processes.main_first():
+                text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
         memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes)
         self.books.begin("load model")
@@ -175,13 +170,14 @@ class Walk:
             InputError: if the run cannot work.
         """
         given = self.recipe
-        recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
-        check_settings(recipe)
-        check_processes(recipe, self.processes.count)
-        if Path(self.name).resolve() == (self.folder / "model").resolve():
-            raise InputError(f"{self.name} is where the result would go; choose another --out")
-        check_folder(self.folder)
-        tokenizer = check_model(self.name, recipe)
+        with self.processes.main_first():
+            recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
+            check_settings(recipe)
+            check_processes(recipe, self.processes.count)
+            if Path(self.name).resolve() == (self.folder / "model").resolve():
+                raise InputError(f"{self.name} is where the result would go; choose another --out")
+            check_folder(self.folder)
+            tokenizer = check_model(self.name, recipe)
         self.books.look(given, self.fresh)
         return tokenizer
 
@@ -379,7 +375,7 @@ class Walk:
         results = tell_results(
             self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
             verification=verification.to_json(), seconds=self.books.seconds,
-            machine=environment(device, self.together.count),
+            machine=environment(device, self.books.took_part),
         )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}
