@@ -40,6 +40,7 @@ def blocks(language: str) -> list[object]:
 def commands(code: str) -> list[list[str]]:
     """The lines of a shell block that call regrow, as lists of words."""
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    lines = [line[line.index("regrow") :] if "-m" in line and "regrow" in line else line for line in lines]  # torchrun
     parts = [part for line in lines for part in _parted(line)]
     return [part[1:] for part in parts if part and Path(part[0]).name == "regrow"]
 

@@ -385,7 +385,7 @@ def test_a_forecast_that_is_right_saves_trials() -> None:
     assert broken.propose() is not None
 
 
-def loss_of_size(model, windows, batch_size) -> float:
+def loss_of_size(model, windows, batch_size, processes) -> float:
     """A validation loss that knows only how much of the blocks (27,648 parameters) is gone."""
     left = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n and ("mlp" in n or "self_attn" in n))
     return math.log(10.0) + 0.5 * (1 - left / 27_648)

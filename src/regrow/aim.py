@@ -23,6 +23,7 @@ from regrow.errors import InputError
 from regrow.evaluation.latency import Latency, measure_latency, probe_turns
 from regrow.planning.plan import Plan
 from regrow.planning.target import Target, check_speedup, sparsity_for, sparsity_for_speedup
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.forecast import measure_scores
@@ -47,6 +48,7 @@ class Aim:
     """The run's."""
     progress: Progress
     journal: Forgetful = field(default_factory=Forgetful)
+    processes: Processes = ALONE
     latency: Latency | None = None
     """Target speedup: this machine's table."""
     trials: list[Trial] = field(default_factory=list)
@@ -97,7 +99,8 @@ class Aim:
                     return recipe.with_sparsity(share)
                 return recipe.with_sparsity(share * saved.total_parameters / groups.total_parameters, "total")
             case "speedup":
-                self.latency = self._table(model, groups, machine)
+                found = self.processes.by_main(lambda: self._table(model, groups, machine).to_json())
+                self.latency = Latency.parse(json.dumps(found), {group.kind for group in groups})
                 check_speedup(self.target, groups, recipe.pruning, self._seconds(recipe))
                 return recipe.override({"evaluation.speed": True, "evaluation.speed_batches": _with_one(recipe)})
             case "perplexity":
@@ -140,7 +143,7 @@ class Aim:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
         scores = None
         if recipe.pruning.allocation != SCORELESS:
-            scores = measure_scores(model, groups, recipe, text, self.progress, self.journal)
+            scores = measure_scores(model, groups, recipe, text, self.progress, self.journal, self.processes)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
         predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, self._seconds(recipe), known)
         share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table

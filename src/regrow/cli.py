@@ -11,8 +11,9 @@ import typer
 
 from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
-from regrow.console import AsJson, Trust, going_on_later, quiet, shown_progress
+from regrow.console import AsJson, Trust, going_on_later, quiet, shown_progress, tell
 from regrow.errors import InputError
+from regrow.launcher import rank, read_launch
 
 app = typer.Typer(
     name="regrow",
@@ -34,12 +35,16 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print("regrow:", " ".join(str(error).split()), file=sys.stderr)  # libraries' reasons may have several lines
+        tell(error)
         sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
-def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if context.invoked_subcommand != "prune" and (count := read_launch().count) > 1:
+        raise InputError(f"{count} processes have been launched; only prune is shared, start anything else once")
     if show:
         print(f"regrow {version('regrow')}")
         raise typer.Exit
@@ -96,6 +101,10 @@ def prune(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do it from the start, whatever run --out holds; else that one goes on.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse to start unless a launcher (torchrun) has started so many processes."),
+    ] = None,
 ) -> None:
     """Prune MODEL and regrow its skill: leaves model/, plan.json, results.json and report.html in --out."""
     from regrow.recipe import load_recipe, parse_assignments
@@ -118,10 +127,13 @@ def prune(
     chosen = load_recipe(recipe, settings)
     quiet()
     with going_on_later(), shown_progress() as progress:
+        from regrow.processes import leave
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, fresh=fresh, progress=progress, argv=sys.argv[1:])
-    _summary(result.results, result.folder)
+        result = run(model, out, chosen, fresh=fresh, processes=processes, progress=progress, argv=sys.argv[1:])
+        leave()
+    if rank() == 0:
+        _summary(result.results, result.folder)
 
 
 @app.command()

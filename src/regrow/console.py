@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regrow.errors import InputError, LostOther
 from regrow.interrupt import interruptible
+from regrow.launcher import rank, read_launch
 
 if TYPE_CHECKING:
     from regrow.progress import Progress
+
+SECONDS_TO_END = 5.0
+"""A launcher has by then ended the other processes of one that has failed."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")]
@@ -43,14 +49,32 @@ def going_on_later() -> Iterator[None]:
             yield
     except KeyboardInterrupt as stopped:
         words = [word for word in sys.argv[1:] if word != "--fresh"]
-        print(f"regrow: {stopped or 'stopped'}; to go on: {shlex.join(['regrow', *words])}", file=sys.stderr)
+        again = shlex.join(["regrow", *words]) if read_launch().count == 1 else "launch the same again"
+        if rank() == 0:
+            print(f"regrow: {stopped or 'stopped'}; to go on: {again}", file=sys.stderr)
         raise typer.Exit(130) from stopped
+
+
+def tell(error: InputError) -> None:
+    """Say in a line what is wrong. Others than the main process only if it has not just said so, and ended them all."""
+    if rank() != 0 and isinstance(error, LostOther):
+        return
+    line = " ".join(str(error).split())  # libraries' reasons may have several lines
+    if rank() == 0:
+        print("regrow:", line, file=sys.stderr)
+        return
+    time.sleep(SECONDS_TO_END)
+    print(f"regrow: process {rank()}: {line}", file=sys.stderr)
 
 
 @contextmanager
 def shown_progress() -> "Iterator[Progress]":
-    """Progress on the terminal."""
+    """Progress on the terminal, of one process."""
+    from regrow.progress import Silent
     from regrow.terminal import terminal_progress
 
+    if rank() != 0:
+        yield Silent()
+        return
     with terminal_progress() as progress:
         yield progress

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""Errors that are the user's to mend."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2; any other exception is a bug of ours.
     """
+
+
+class LostOther(InputError):
+    """Another of the run's processes has ended, and has said itself why."""

@@ -22,6 +22,8 @@ from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
 from regrow.evaluation.tasks import check_tasks
 from regrow.planning.memory import Sizes, estimate_memory
+from regrow.planning.target import parse_target
+from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.recovery.cached import cache_bytes
 from regrow.recovery.distillation import check_distillation
@@ -53,6 +55,28 @@ def check_settings(recipe: Recipe) -> None:
     check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
     check_tasks(recipe.evaluation.tasks)
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    search, compensation = recipe.search, recipe.compensation
+    shared = {
+        "training.batch_size": recipe.training.batch_size,
+        **({"search.windows": search.windows} if search.evaluations else {}),
+        **({"compensation.windows": compensation.windows} if compensation.walks else {}),
+    }
+    for setting, windows in shared.items():
+        if windows < count:
+            raise InputError(
+                f"{setting}={windows} is less than one for each of {count} processes; raise it, or start fewer"
+            )
+    target = recipe.pruning.target
+    if count > 1 and target is not None and parse_target(target).kind == "perplexity":
+        raise InputError("--target perplexity makes trials in a single process; start one, or give --sparsity")
 
 
 def check_prefix(recipe: Recipe) -> None:
@@ -123,8 +147,11 @@ def check_hidden(recipe: Recipe) -> None:
         raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
-def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
+def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes: Processes = ALONE) -> str:
     """Refuse a run that cannot fit; see `planning.memory` for how coarse the estimate is.
+
+    Args:
+        processes: those that share the batches and, but for GPUs, a machine's memory, each with a model of its own.
 
     Returns:
         One line on what each stage will need.
@@ -137,14 +164,18 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe) -> str:
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
+    if processes.count > 1:
+        recipe = recipe.override({"training.batch_size": -(-recipe.training.batch_size // processes.count)})
     skeleton = load_skeleton(model)
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
         recipe = recipe.override({"training.offload": "none"})
     found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
     free = free_memory(device)
+    if free is not None and device.type == "cpu":
+        free //= processes.local
     if recipe.training.offload == "cpu":
-        _check_host(sizes.matrices * weights.itemsize, recipe)
+        _check_host(sizes.matrices * weights.itemsize * processes.local, recipe)
     stage = max(found, key=lambda stage: found[stage])
     if free is not None and found[stage] > free and recipe.training.check_memory:
         raise InputError(

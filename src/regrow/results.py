@@ -8,6 +8,7 @@ from typing import Any
 
 from regrow.checkpoint.files import parse_json
 from regrow.planning.plan import Plan
+from regrow.processes import Processes
 from regrow.recipe import Recipe
 from regrow.reuse import read_plan
 
@@ -33,6 +34,16 @@ class Result:
         text = file.read_text(encoding="utf-8", errors="replace")
         results = parse_json(text, f"{file}: --fresh does the run again")
         return cls(folder, read_plan(folder / "plan.json"), results)
+
+
+def everywhere(result: Result | None, folder: Path, processes: Processes) -> Result:
+    """The main process' result, in all processes: for the others this is where they wait for it."""
+    if processes.count == 1 and result is not None:
+        return result
+    found = None if result is None else {"plan": result.plan.model_dump(mode="json"), "results": result.results}
+    told = processes.same(found)
+    assert told is not None
+    return result or Result(folder, Plan.model_validate(told["plan"]), told["results"])
 
 
 def tell_results(

@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_json
+from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_bytes, write_json
 from regrow.checkpoint.fingerprint import checkpoint_sha256
-from regrow.checkpoint.journal import Journal
+from regrow.checkpoint.journal import Forgetful, Journal
 from regrow.checkpoint.load import pick_device, weights_folder
+from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
 from regrow.errors import InputError
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
@@ -63,18 +65,24 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
 class Books:
     """What a run writes down of itself: what it was asked for, how far it is, and how long each stage has taken."""
 
-    def __init__(self, folder: Path, model: str, argv: Sequence[str], progress: Progress) -> None:
+    def __init__(self, folder: Path, model: str, argv: Sequence[str], progress: Progress, processes: Processes) -> None:
         """Open them; nothing is read or written yet.
 
         Args:
             argv: the command line that asked for the run, without the program's name; perhaps none.
+            processes: those that do the run; the main one keeps the books for all.
         """
+        self.processes = processes
+        self.took_part = processes.count
+        """The most processes that have worked at the run."""
         self.folder = folder
         self.model = model
         self.argv = list(argv)
         self.progress = progress
         self.clock = Clock()
-        self.journal = Journal(folder, progress.say, self.clock)
+        self.own_journal = Journal(folder, progress.say, self.clock)
+        self.journal: Forgetful = shared(self.own_journal, processes)
+        """What all processes go by."""
         self.goes_on = False
         """Whether the folder holds a part of this run."""
         self._asked: dict[str, Any] = {}
@@ -86,21 +94,48 @@ class Books:
             InputError: if the folder cannot be a run's, or holds a run that was asked for something else.
         """
         self._asked = describe_request(self.model, recipe)
-        self.goes_on = open_run(self.folder, self._asked, fresh)
+        self._check_others(self.processes.same(self._asked))
+        self.goes_on = self.processes.by_main(lambda: open_run(self.folder, self._asked, fresh))
+
+    def _check_others(self, asked: Mapping[str, Any]) -> None:
+        """Refuse to do another run than the main process does."""
+        own = json.loads(json.dumps(self._asked))
+        difference = next((key for key in {**asked, **own} if asked.get(key) != own.get(key)), None)
+        if difference is not None:
+            values = ", the main one ".join(repr(each.get(difference)) for each in (own, asked))
+            raise InputError(f"process {self.processes.rank} has {difference} = {values}; all need the same")
 
     def is_finished(self, steps: int) -> bool:
         """Whether the folder holds the result whole. If it holds a part of the way there, that is said."""
-        if not self.goes_on:
-            return False
-        if self.journal.read("report") is not None and self.journal.read("save") is not None:
+        return self.goes_on and self.processes.by_main(lambda: self._is_finished(steps))
+
+    def _is_finished(self, steps: int) -> bool:
+        journal = self.own_journal
+        if journal.read("report") is not None and journal.read("save") is not None:
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
-        self.progress.say(f"resuming {where(self.journal, steps)}")
-        self.clock.go_on(self.journal.seconds_before())
+        self.progress.say(f"resuming {where(journal, steps)}")
+        before = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8")).get("processes", 1)
+        self.took_part = max(before, self.took_part)
+        if before != self.processes.count:
+            self.progress.say(
+                f"begun with {before} processes, goes on with {self.processes.count}; alike but for rounding, dropout"
+            )
+        self.clock.go_on(journal.seconds_before())
         return False
+
+    def is_trained(self) -> bool:
+        """Whether several processes go on with a run of which only the main one's part is left."""
+        return self.processes.count > 1 and self.goes_on and self.journal.read("trained") is not None
+
+    def part(self) -> None:
+        """From here on the main process keeps the books for itself."""
+        self.processes, self.journal = ALONE, self.own_journal
 
     def claim(self, recipe: Recipe) -> None:
         """Take the folder: for a run that goes on as it is, else without what an earlier run has left."""
+        if not self.processes.is_main:
+            return
         if not self.goes_on:
             for left_over in OF_A_RUN:
                 shutil.rmtree(self.folder / left_over, ignore_errors=True)
@@ -110,7 +145,17 @@ class Books:
     def mark(self, state: str, recipe: Recipe) -> None:
         """Write down what is being done, or has been: `run.json`."""
         run = {"state": state, "model": self.model, "recipe": recipe.name, "regrow": version("regrow")}
-        write_json(self.folder / RUN_FILE, {**run, "argv": self.argv, "asked": self._asked})
+        several = {"processes": self.took_part} if self.took_part > 1 else {}
+        write_json(self.folder / RUN_FILE, {**run, **several, "argv": self.argv, "asked": self._asked})
+
+    def leave(self, file: Path, content: str | bytes | dict[str, Any]) -> None:
+        """Write a file of the run, once for all processes: text, bytes, or JSON."""
+        if not self.processes.is_main:
+            return
+        if isinstance(content, dict):
+            write_json(file, content)
+        else:
+            write_bytes(file, content.encode() if isinstance(content, str) else content)
 
     def begin(self, stage: str, total: int | None = None) -> None:
         """Close the account of the stage before, open the next."""

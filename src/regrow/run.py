@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.files import storage_errors
+from regrow.processes import join
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
-from regrow.results import Result
+from regrow.results import Result, everywhere
 from regrow.walk import Walk
 
 
@@ -28,6 +29,7 @@ def prune(
     offload: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     fresh: bool = False,
+    processes: int | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
 ) -> Result:
@@ -46,6 +48,8 @@ def prune(
         offload: cpu or disk: where the frozen weights lie when they are not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
         fresh: do it from the start, whatever run `out` holds.
+        processes: how many have to take part; by default as many as a launcher (torchrun) has started. All of them call
+            this function alike; the main one alone writes to `out` and tells progress.
         argv: the command line that asked for the run, without the program's name, for the report; by default it tells
             how to call this function with the run's recipe.
 
@@ -67,5 +71,8 @@ def prune(
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    together = join(chosen.device, processes)
+    told = progress if progress is not None and together.is_main else Silent()
     with storage_errors():
-        return Walk(model, Path(out), chosen, progress or Silent(), fresh, argv).walk()
+        result = Walk(model, Path(out), chosen, told, fresh, argv, together).walk()
+        return everywhere(result, Path(out), together)

@@ -8,7 +8,7 @@ A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.jso
 `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
 `latency.json` and `trials/` if the recipe's target needs them, `tracker/` if figures go to TensorBoard.
 `checkpoint/` is what an interrupted run goes on from.
-Every file appears whole or not at all.
+Every file appears whole or not at all. Of several processes the main one writes; the others walk as far as training.
 """
 
 import json
@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
-from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
+from regrow.analysis.stage import analyse, conditions_of, known_sensitivity
 from regrow.checkpoint.biases import check_biases
-from regrow.checkpoint.files import check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.files import check_folder, write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
@@ -52,7 +52,16 @@ from regrow.planning.allocation import check_reach
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior, Sensitivity
 from regrow.planning.target import parse_target
-from regrow.preflight import check_disk, check_experts, check_files, check_memory, check_model, check_settings
+from regrow.preflight import (
+    check_disk,
+    check_experts,
+    check_files,
+    check_memory,
+    check_model,
+    check_processes,
+    check_settings,
+)
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.outcome import FILES, read_trained
@@ -68,7 +77,7 @@ from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
 from regrow.resume import Books, where
 from regrow.reuse import keep_adapter, report, save_streamed, texts
-from regrow.structure.adapters import adapters_off, attach_lora, merge_lora
+from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.groups import Groups
 from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
@@ -85,30 +94,37 @@ class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
     def __init__(
-        self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str]
-    ) -> None:
+        self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str],
+        processes: Processes,
+    ) -> None:  # fmt: skip
         self.name = model
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
         self.fresh = fresh
-        self.books = Books(folder, model, argv, progress)
+        self.together = self.processes = processes
+        self.books = Books(folder, model, argv, progress, processes)
         self.journal = self.books.journal
         target = recipe.pruning.target
-        self.aim = None if target is None else Aim(parse_target(target), model, folder, progress, self.journal)
+        self.aim = (
+            None if target is None else Aim(parse_target(target), model, folder, progress, self.journal, processes)
+        )
         self.own_text: OwnText | None = None
 
-    def walk(self) -> Result:
-        """Everything, start to end."""
+    def walk(self) -> Result | None:
+        """Everything, start to end; the result, in the main process."""
         tokenizer = self.check()
         if self.books.is_finished(self.recipe.training.steps):
-            return Result.read(self.folder)
+            return Result.read(self.folder) if self.together.is_main else None
+        if self.books.is_trained() and not self.part():
+            return None
         text = None
         if not writes_own_text(self.recipe.data):
             self.books.begin("read text")
-            text = read_text(self.recipe, tokenizer)
+            with self.processes.main_first():
+                text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
-        memory = check_memory(self.name, load_config(self.name), self.recipe)
+        memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes)
         self.books.begin("load model")
         model = self.load(tokenizer)
         self.books.begin("trace groups")
@@ -118,20 +134,23 @@ class Walk:
         if self.recipe.compensation.method == "bias":
             check_biases(model, whole)
         self.check_reach(model, whole)
-        known = self.known_sensitivity(whole)
+        known = known_sensitivity(self.recipe, self.name, whole)
         self.books.begin("attach LoRA")
         self.attach(model, whole)
         self.claim(whole)
-        is_new = self.journal.latest() is None
+        is_new = self.processes.by_main(lambda: self.books.own_journal.latest() is None)
         if text is None:
             text = self.write_text(model, tokenizer)
         self.books.check_text(text)
         if is_new:
-            check_disk(self.folder, model.config, self.recipe, len(text.corpus.train))
+            with self.processes.main_first():
+                check_disk(self.folder, model.config, self.recipe, len(text.corpus.train))
         for note in notes:
             self.progress.say(note)
         prior = self.analyse(model, text, known)
         model, trained = self.recover(model, tokenizer, whole, text, prior)
+        if not self.part():
+            return None
         verification = self.saved()
         if verification is None:
             self.books.begin("merge and save")
@@ -153,6 +172,15 @@ class Walk:
         results = self.evaluate(trained, tokenizer, text, verification)
         return self.report(trained, results)
 
+    def part(self) -> bool:
+        """From here on the main process works by itself; whether this is it."""
+        self.processes = ALONE
+        self.books.part()
+        self.journal = self.books.journal
+        if self.aim is not None:
+            self.aim.journal, self.aim.processes = self.journal, ALONE
+        return self.together.is_main
+
     def check(self) -> PreTrainedTokenizerBase:
         """Fail early by whatever recipe, folder, config and tokenizer can tell; the tokenizer.
 
@@ -160,12 +188,14 @@ class Walk:
             InputError: if the run cannot work.
         """
         given = self.recipe
-        recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
-        check_settings(recipe)
-        if Path(self.name).resolve() == (self.folder / "model").resolve():
-            raise InputError(f"{self.name} is where the result would go; choose another --out")
-        check_folder(self.folder)
-        tokenizer = check_model(self.name, recipe)
+        with self.processes.main_first():
+            recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
+            check_settings(recipe)
+            check_processes(recipe, self.processes.count)
+            if Path(self.name).resolve() == (self.folder / "model").resolve():
+                raise InputError(f"{self.name} is where the result would go; choose another --out")
+            check_folder(self.folder)
+            tokenizer = check_model(self.name, recipe)
         self.books.look(given, self.fresh)
         return tokenizer
 
@@ -176,9 +206,10 @@ class Walk:
         self.books.begin("write text", tokens)
         with adapters_off(model):
             work = partial(write_own_text, model, tokenizer, recipe.generate, tokens, recipe.seed, self.progress)
-            self.own_text = OwnText(**self.journal.once("write-text", lambda: asdict(work())))
+            by_main = partial(self.processes.by_main, lambda: asdict(work()))
+            self.own_text = OwnText(**self.journal.once("write-text", by_main))
         lines = [json.dumps({recipe.data.text_field: document}) for document in self.own_text.documents]
-        write_text(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
+        self.books.leave(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
         return read_text(recipe, tokenizer, self.own_text.documents)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
@@ -191,9 +222,10 @@ class Walk:
         return model
 
     def attach(self, model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-        """Wrap the linears with LoRA."""
+        """Wrap the linears with LoRA, with the same factors in all processes; from here on each has its own chance."""
         lora = self.recipe.lora
         attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        self.processes.begin_alike(adapter_parameters(model), self.recipe.seed)
         return model
 
     def check_reach(self, model: PreTrainedModel, groups: Groups) -> None:
@@ -205,20 +237,13 @@ class Walk:
                 return
         check_reach(groups, self.recipe.pruning)
 
-    def known_sensitivity(self, groups: Groups) -> Sensitivity | None:
-        """The analysis that the recipe names, if it does."""
-        file = self.recipe.analysis.from_file
-        if file is None or not self.recipe.analysis.enabled:
-            return None
-        return read_sensitivity(Path(file), local_folder(self.name), groups)
-
     def claim(self, groups: Groups) -> None:
         """Take the folder and write down what is about to happen."""
         self.books.claim(self.recipe)
-        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
-        write_json(self.folder / "groups.json", groups.to_json())
+        self.books.leave(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        self.books.leave(self.folder / "groups.json", groups.to_json())
         if self.aim is not None and self.aim.latency is not None:
-            write_json(self.folder / LATENCY_FILE, self.aim.latency.to_json())
+            self.books.leave(self.folder / LATENCY_FILE, self.aim.latency.to_json())
 
     def analyse(self, model: PreTrainedModel, text: Text, known: Sensitivity | None) -> Prior | None:
         """How sensitive each group is, if the recipe wants to know; leaves it as data and as a picture."""
@@ -230,14 +255,12 @@ class Walk:
         if known is None:
             held_out = corpus.validation.first(recipe.analysis.windows)
             conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
-            found = self.journal.once(
-                "analyse",
-                lambda: analyse(model, groups, recipe, held_out, corpus.train, conditions, self.progress).to_json(),
-            )
+            measure = partial(analyse, model, groups, recipe, held_out, corpus.train, conditions, self.progress)
+            found = self.journal.once("analyse", lambda: measure(self.processes).to_json())
             known = Sensitivity.parse(json.dumps(found))
         prior = known.prior(recipe.analysis.protect)
-        write_json(self.folder / "sensitivity.json", known.to_json())
-        write_text(self.folder / "sensitivity.svg", to_svg(draw_sensitivity(known, prior.protected)))
+        self.books.leave(self.folder / "sensitivity.json", known.to_json())
+        self.books.leave(self.folder / "sensitivity.svg", to_svg(draw_sensitivity(known, prior.protected)))
         if self.aim is None or self.aim.is_settled:
             check_reach(groups, recipe.pruning, prior)
         return prior
@@ -265,7 +288,7 @@ class Walk:
             fresh=lambda: self.attach(self.load(tokenizer), whole),
             train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores, prior),
         )
-        write_text(self.folder / "recipe.yaml", dump_recipe(self.recipe))
+        self.books.leave(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         return model, trained
 
     def train(
@@ -280,9 +303,9 @@ class Walk:
         """`[score → plan → cut → adapt]*`, then recovery; leaves scores, plan, history and adapters in `folder`."""
         journal = self.journal
         if folder != self.folder:
-            journal = Journal(folder, self.progress.say, self.books.clock)
-            if journal.latest() is not None:
-                self.progress.say(f"trial {folder.name}: resuming {where(journal, recipe.training.steps)}")
+            journal = own = Journal(folder, self.progress.say, self.books.clock)
+            if own.latest() is not None:
+                self.progress.say(f"trial {folder.name}: resuming {where(own, recipe.training.steps)}")
         done = journal.read("trained")
         if done is not None:
             return read_trained(folder, model, done.values)
@@ -290,10 +313,10 @@ class Walk:
         def record_cut(event: CutEvent) -> None:
             if gone := event.plan.removed_layers:
                 self.progress.say(f"layers {', '.join(map(str, gone))} of {len(event.plan.layers)} removed")
-            write_bytes(folder / "scores.safetensors", tensors_to_bytes(event.scores))
-            write_json(folder / "plan.json", event.plan.to_json())
+            self.books.leave(folder / "scores.safetensors", tensors_to_bytes(event.scores))
+            self.books.leave(folder / "plan.json", event.plan.to_json())
 
-        with tracking(recipe, folder) as track:
+        with tracking(recipe, folder, self.processes.is_main) as track:
             trained = train(
                 model,
                 prunable_groups(model),
@@ -302,14 +325,15 @@ class Walk:
                 self.progress,
                 teacher_folder=folder / "teacher",
                 on_cut=record_cut,
-                on_validation=lambda history: write_json(folder / "history.json", vars(history)),
+                on_validation=lambda history: self.books.leave(folder / "history.json", vars(history)),
                 scores=scores,
                 prior=prior,
                 track=track,
                 journal=journal,
+                processes=self.processes,
             )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
-        write_bytes(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
+        self.books.leave(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
         journal.write("trained", State(trained.summary), files=[folder / file for file in FILES])
         journal.drop("score", "teach", "search", "train")
         return trained
@@ -377,7 +401,8 @@ class Walk:
         self.books.begin("")
         results = tell_results(
             self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
-            verification=verification.to_json(), seconds=self.books.clock.so_far(), machine=environment(device),
+            verification=verification.to_json(), seconds=self.books.clock.so_far(),
+            machine=environment(device, self.books.took_part),
         )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}

@@ -10,7 +10,9 @@ from regrow.analysis.sensitivity import measure_sensitivity
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Windows, batches
 from regrow.errors import InputError
+from regrow.evaluation.compare import local_folder
 from regrow.planning.sensitivity import Conditions, Sensitivity
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
@@ -43,6 +45,14 @@ def conditions_of(
     )
 
 
+def known_sensitivity(recipe: Recipe, model: str, groups: Groups) -> Sensitivity | None:
+    """The analysis that the recipe names, if it does; see `read_sensitivity`."""
+    file = recipe.analysis.from_file
+    if file is None or not recipe.analysis.enabled:
+        return None
+    return read_sensitivity(Path(file), local_folder(model), groups)
+
+
 def read_sensitivity(path: Path, folder: Path, groups: Groups) -> Sensitivity:
     """An earlier analysis, which must be of this checkpoint; shares, text and criterion may be any.
 
@@ -66,6 +76,7 @@ def analyse(
     calibration: Windows,
     conditions: Conditions,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> Sensitivity:
     """Score all units by the analysis' criterion, then measure what losing the lowest costs each group.
 
@@ -76,13 +87,20 @@ def analyse(
     Raises:
         InputError: if a loss or a score is not finite.
     """
-    scores = _proxy_scores(model, groups, recipe, calibration, progress)
+    scores = _proxy_scores(model, groups, recipe, calibration, progress, processes)
     shares = recipe.analysis.shares
-    return measure_sensitivity(model, groups, scores, held_out, shares, progress, conditions=conditions)
+    return measure_sensitivity(
+        model, groups, scores, held_out, shares, progress, conditions=conditions, processes=processes
+    )
 
 
 def _proxy_scores(
-    model: PreTrainedModel, groups: Groups, recipe: Recipe, calibration: Windows, progress: Progress
+    model: PreTrainedModel,
+    groups: Groups,
+    recipe: Recipe,
+    calibration: Windows,
+    progress: Progress,
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """What a one-shot run would choose by, had it the analysis' criterion."""
     proxy = recipe.override(
@@ -93,7 +111,8 @@ def _proxy_scores(
         }
     )
     data = batches(calibration, recipe.training.batch_size, recipe.seed + 1)
-    with Pruner(model, groups, proxy, Learner(model, recipe.training, data), data) as pruner:
+    learner = Learner(model, recipe.training, data, processes)
+    with Pruner(model, groups, proxy, learner, data) as pruner:
         progress.stage("score", proxy.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         return pruner.scorer.average.scores

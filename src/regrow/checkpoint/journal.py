@@ -9,9 +9,10 @@ at all, and one that no longer agrees with its checksums counts as not there.
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,16 @@ from regrow.clock import Clock
 
 FOLDER, VALUES, TENSORS, CHECKSUMS = "checkpoint", "values.json", "tensors.safetensors", "checksums.json"
 ENTRY = re.compile(r"(?P<number>\d+)-(?P<stage>[a-z-]*[a-z])(-(?P<step>\d+))?")
+CHANCE_OF = "chance-of"
 KEPT = 2
 """Entries of one stage at several steps."""
 
 
 class Forgetful:
     """The journal of work that nobody will go on with."""
+
+    chance_of: Mapping[str, Tensor] = MappingProxyType({})
+    """Of the entry read last: the chance of every process that shared it, as `RANK/DEVICE`; see `shared.py`."""
 
     def read(self, stage: str) -> State | None:
         """Nothing is ever done."""
@@ -38,8 +43,13 @@ class Forgetful:
         """Nothing."""
 
     def once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Do it."""
-        return work()
+        """What a stage found, plain data: as it was noted, or by doing the work and noting it."""
+        done = self.read(stage)
+        if done is not None:
+            return done.values["found"]
+        found = work()
+        self.write(stage, State({"found": found}))
+        return found
 
     def drop(self, *stages: str) -> None:
         """Nothing."""
@@ -72,7 +82,8 @@ class Journal(Forgetful):
         if entry is None:
             return None
         tensors = load_file(entry / TENSORS)
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("chance/")}
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("chance/", CHANCE_OF + "/"))}
+        self.chance_of = State(tensors=tensors).under(CHANCE_OF)
         set_chance(State(tensors=tensors).under("chance"))
         return State(json.loads((entry / VALUES).read_text(encoding="utf-8"))["state"], own)
 
@@ -99,15 +110,6 @@ class Journal(Forgetful):
         self._whole.add(entry)
         for old in self._entries(stage)[: -1 if step is None else -KEPT]:
             shutil.rmtree(old)
-
-    def once(self, stage: str, work: Callable[[], Any]) -> Any:
-        """What a stage found, plain data: as it stands here, or by doing the work and noting it."""
-        done = self.read(stage)
-        if done is not None:
-            return done.values["found"]
-        found = work()
-        self.write(stage, State({"found": found}))
-        return found
 
     def drop(self, *stages: str) -> None:
         """Forget stages that nothing will ask for again."""

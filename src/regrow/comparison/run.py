@@ -17,6 +17,7 @@ from regrow.comparison.page import html, markdown
 from regrow.comparison.table import Row, rows_of, to_csv, to_json
 from regrow.errors import InputError
 from regrow.evaluation.machine import machine
+from regrow.launcher import read_launch
 from regrow.progress import Progress, Silent
 from regrow.report.words import short_name
 
@@ -64,6 +65,8 @@ def compare(
     Raises:
         InputError: if something given cannot work, or no run succeeds.
     """
+    if (count := read_launch().count) > 1:
+        raise InputError(f"compare: {count} processes have been launched; start it once, it starts its runs by itself")
     load_config(model)
     if seeds < 1 or not recipes or not sparsities:
         raise InputError("compare: give at least one recipe, one sparsity and one seed")

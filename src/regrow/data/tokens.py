@@ -81,6 +81,12 @@ class Batch:
         """How many tokens count in the loss."""
         return self.ids_BT[:, 1:].numel() if self.scored_BT is None else int(self.scored_BT[:, 1:].sum())
 
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the windows."""
+        scored_BT = None if self.scored_BT is None else self.scored_BT[rows]
+        numbers_B = None if self.numbers_B is None else self.numbers_B[rows]
+        return Batch(self.ids_BT[rows], scored_BT, numbers_B)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device; window numbers stay where they are."""
         scored_BT = None if self.scored_BT is None else self.scored_BT.to(device)

@@ -20,6 +20,7 @@ from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
 from regrow.evaluation.tasks import run_tasks
 from regrow.planning.plan import Plan
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.structure.gates import Gates
@@ -29,10 +30,18 @@ PROMPT_TOKENS = 16
 EVAL_BATCH = 8
 
 
-def held_out_nll(model: PreTrainedModel, windows: Windows, batch_size: int) -> float:
-    """Mean NLL per scored token, nats; not finite if the model is broken (the caller decides what that means)."""
-    losses = window_losses(model, windows.ids_NT, batch_size, None, windows.scored_NT)
-    return float(losses.sum()) / windows.tokens
+def held_out_nll(model: PreTrainedModel, windows: Windows, batch_size: int, processes: Processes = ALONE) -> float:
+    """Mean NLL per scored token, nats; not finite if the model is broken (the caller decides what that means).
+
+    Args:
+        processes: those that share the windows.
+    """
+    rows = processes.rows(len(windows))
+    scored_NT = None if windows.scored_NT is None else windows.scored_NT[rows]
+    losses, own_NT = 0.0, windows.ids_NT[rows]
+    if len(own_NT):
+        losses = float(window_losses(model, own_NT, batch_size, None, scored_NT).sum())
+    return processes.sum([losses])[0] / windows.tokens
 
 
 def protocol_windows(

@@ -25,11 +25,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and everything on it that can change a figure."""
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """The machine and everything on it that can change a figure.
+
+    Args:
+        processes: how many took part in the run.
+    """
     found = machine(device)
     return {
         **found,
+        "processes": processes,
         "processor": _processor(),
         "logical processors": os.cpu_count(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",

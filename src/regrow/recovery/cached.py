@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regrow.checkpoint.files import new_folder
 from regrow.data.tokens import Batch, Windows
+from regrow.processes import ALONE, Processes
 from regrow.recovery.losses import TopTarget, position_chunks
 from regrow.recovery.teacher import Lesson
 
@@ -36,8 +37,14 @@ class CachedTeacher:
 
     kind = "cached"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, is_owner: bool = True) -> None:
+        """Read what has been written.
+
+        Args:
+            is_owner: whether the folder goes when this teacher does.
+        """
         self.folder = folder
+        self.is_owner = is_owner
         self.numbers_N = np.load(_file(folder, "windows"))
 
     @property
@@ -62,7 +69,8 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Give the disk back."""
-        shutil.rmtree(self.folder)
+        if self.is_owner:
+            shutil.rmtree(self.folder)
 
 
 def write_cache(
@@ -75,6 +83,7 @@ def write_cache(
     top_k: int,
     temperature: float,
     on_batch: Callable[[int], None],
+    processes: Processes = ALONE,
 ) -> None:
     """Write down a teacher's answers; the folder appears whole or not at all.
 
@@ -83,10 +92,15 @@ def write_cache(
         numbers_N: of the windows that it will be asked about, ascending.
         top_k: K; all of V if that is fewer.
         on_batch: called with the number of windows just written.
+        processes: those that share the windows; the main one writes.
     """
+    answers = _answers(logits, windows.ids_NT[numbers_N], batch_size, top_k, temperature, processes)
+    if not processes.is_main:
+        for _ in answers:
+            pass
+        return
     with new_folder(folder) as temporary, ExitStack() as stack:
         np.save(_file(temporary, "windows"), numbers_N.numpy())
-        answers = _answers(logits, windows.ids_NT[numbers_N], batch_size, top_k, temperature)
         # Plain writes: a full disk is an error then, not a crash as in a memory map.
         files = {name: stack.enter_context(open(_file(temporary, name), "wb")) for name in DTYPES}
         for number, answer in enumerate(answers):
@@ -111,11 +125,21 @@ def top_distribution(logits_BTV: Tensor, top_k: int, temperature: float) -> TopT
 
 
 def _answers(
-    logits: Callable[[Tensor], Tensor], ids_NT: Tensor, batch_size: int, top_k: int, temperature: float
-) -> Iterator[tuple[Tensor, ...]]:
+    logits: Callable[[Tensor], Tensor],
+    ids_NT: Tensor,
+    batch_size: int,
+    top_k: int,
+    temperature: float,
+    processes: Processes,
+) -> Iterator[list[Tensor]]:
+    """Batch by batch, in the order of `DTYPES`; in all but the main process empty lists."""
     for ids_BT in torch.split(ids_NT, batch_size):
-        target = top_distribution(logits(ids_BT), top_k, temperature)
-        yield target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT
+        own: dict[str, Tensor] = {}
+        if len(part_BT := ids_BT[processes.rows(len(ids_BT))]):
+            target = top_distribution(logits(part_BT), top_k, temperature)
+            own = dict(zip(DTYPES, (target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT), strict=True))
+        found = [answer for answer in processes.gather(own) if answer]
+        yield [torch.cat([answer[name] for answer in found]) for name in DTYPES if found]
 
 
 def _file(folder: Path, name: str) -> Path:

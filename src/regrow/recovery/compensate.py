@@ -28,8 +28,10 @@ from regrow.compensation.solve import (
 from regrow.criteria.evidence import Linear
 from regrow.criteria.registry import Criterion
 from regrow.errors import InputError
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recovery.measured import Measured
+from regrow.recovery.pooling import add_up
 from regrow.recovery.scoring import gather_evidence, linear_evidence
 from regrow.settings import Compensation
 from regrow.structure.biases import add_bias
@@ -58,13 +60,20 @@ class Compensator:
     """Refits the consumers of a gated model."""
 
     def __init__(
-        self, model: PreTrainedModel, gates: Gates, settings: Compensation, criterion: Criterion | None = None
+        self,
+        model: PreTrainedModel,
+        gates: Gates,
+        settings: Compensation,
+        criterion: Criterion | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Take charge of a model.
 
         Args:
             criterion: what selects, with `selection: prefix`.
+            processes: those that share the batches; what they measure is put together, and each refits its own model.
         """
+        self.processes = processes
         self.model = model
         self.criterion = criterion
         self.gates = gates
@@ -85,13 +94,13 @@ class Compensator:
         Args:
             groups: as the model's tensors are now.
             keep: group name -> numbers of the units that are to stay; only how many, unless the criterion selects.
-            batches: token ids, each `[B, T]`.
+            batches: token ids, each `[B, T]`, the same in every process.
 
         Returns:
             What was chosen and done. The model's base weights (or adapters) have changed.
         """
         done = Compensated()
-        walk = LayerWalk(self.model, batches)
+        walk = LayerWalk(self.model, self.processes.parts(batches))
         last = max((groups.by_name(name).layer for name in keep), default=-1)
         numbers = [layer.number for layer in groups.layers if layer.number <= last]
         progress.stage("compensate", len(numbers))
@@ -104,15 +113,19 @@ class Compensator:
 
     def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated) -> None:
         if self.settings.selection == "prefix" and 0 < len(keep) < group.units:
-            keep = np.delete(np.arange(group.units), self.lowest(group, walk, group.units - len(keep)))
+            keep = self._without(group, self.lowest(group, walk, group.units - len(keep)))
         if self.treats(group) and len(keep):
             moments = self.measure(group, walk)
             if self.settings.selection == "obs":
                 count = group.units - len(keep)
-                keep = np.delete(np.arange(group.units), self.order(group, moments, count))
+                keep = self._without(group, self.order(group, moments, count))
             done.repaired[group.name] = self._refit(group, keep, moments, done)
         done.keep[group.name] = keep
         self.gates.keep(group.name, keep)
+
+    def _without(self, group: Group, gone: Units) -> Units:
+        """All units but those that the main process lets go."""
+        return np.delete(np.arange(group.units), self.processes.same(gone.tolist()))
 
     def writes_base(self, groups: Groups) -> bool:
         """Whether parameters of the base change: all refits but those that adapters carry alone."""
@@ -136,6 +149,7 @@ class Compensator:
         moments = InputMoments.zeros(weight_shape(weight)[consumer.axis], weight.device)
         with watching_inputs(self.model.get_submodule(consumer.module), moments.add):
             walk.run()
+        add_up(self.processes, [moments])
         if not moments.tokens:
             raise InputError(
                 f"compensation: what flows into {consumer.module} is not finite in any batch; look for NaN or infinity "
@@ -150,6 +164,7 @@ class Compensator:
         measured.watch([group])
         with measured.recording(1.0):
             walk.run()
+        add_up(self.processes, measured.moments)
         scores = self.criterion.score(gather_evidence(self.model, group, None, torch.Generator(), measured=measured))
         assert isinstance(scores, Tensor)
         return torch.argsort(scores, stable=True)[:count].numpy()

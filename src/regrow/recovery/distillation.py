@@ -83,10 +83,13 @@ def distil(
         case "auto":
             teacher = AutoTeacher(learner.model, gates, wish, kept)
         case "cached":
+            processes = learner.processes
             if journal.read("teach") is None:
                 _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, upcoming(), progress)
-                journal.write("teach", State(), files=sorted(folder.iterdir()))
-            teacher = CachedTeacher(folder)
+                journal.write("teach", State(), files=sorted(folder.iterdir()) if processes.is_main else [])
+            if not folder.is_dir():
+                raise InputError(f"process {processes.rank} does not see {folder}: put --out on a disk that all share")
+            teacher = CachedTeacher(folder, processes.is_main)
     return Objective(settings, teacher, layers)
 
 
@@ -106,5 +109,5 @@ def _write(
     progress.stage("ask the teacher", len(numbers_N))
     write_cache(
         folder, logits, text, numbers_N, batch_size=learner.training.batch_size, top_k=settings.top_k,
-        temperature=settings.temperature, on_batch=progress.advance,
+        temperature=settings.temperature, on_batch=progress.advance, processes=learner.processes,
     )  # fmt: skip

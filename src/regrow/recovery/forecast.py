@@ -11,6 +11,7 @@ from regrow.data.tokens import Windows, batches
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.planning.target import with_share
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner
@@ -22,7 +23,13 @@ from regrow.structure.groups import Groups
 
 
 def measure_scores(
-    model: PreTrainedModel, groups: Groups, recipe: Recipe, text: Windows, progress: Progress, journal: Forgetful
+    model: PreTrainedModel,
+    groups: Groups,
+    recipe: Recipe,
+    text: Windows,
+    progress: Progress,
+    journal: Forgetful,
+    processes: Processes = ALONE,
 ) -> Average:
     """The scores on which a one-shot run of this recipe would act, measured without changing the model.
 
@@ -34,7 +41,7 @@ def measure_scores(
     """
     one_shot = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update={"schedule": "one-shot"})})
     size = recipe.training.batch_size
-    learner = Learner(model, recipe.training, batches(text, size, recipe.seed))
+    learner = Learner(model, recipe.training, batches(text, size, recipe.seed), processes)
     calibration = batches(text, size, recipe.seed + 1)
     with Pruner(model, groups, one_shot, learner, calibration) as pruner:
         average = pruner.scorer.average

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from regrow.checkpoint.state import State, named
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
+from regrow.processes import ALONE, Processes
 from regrow.recovery.objective import Objective
 from regrow.settings import Training
 from regrow.structure.adapters import adapter_names, adapter_parameters
@@ -79,7 +80,16 @@ def learning_rate_factor(step: int, steps: int, training: Training) -> float:
 class Learner:
     """Trains the adapters of a model; everything else is frozen."""
 
-    def __init__(self, model: PreTrainedModel, training: Training, data: Iterator[Batch]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, training: Training, data: Iterator[Batch], processes: Processes = ALONE
+    ) -> None:
+        """Take charge of a LoRA-wrapped model.
+
+        Args:
+            data: whole batches, the same in every process.
+            processes: those that share the batches.
+        """
+        self.processes = processes
         self.model = model
         self.training = training
         self.data = data
@@ -133,25 +143,30 @@ class Learner:
             look: sees every batch before its pass.
 
         Returns:
-            The mean loss; not a number as soon as one is not finite.
+            The mean loss of the whole batches; not a number as soon as one is not finite.
         """
         self.model.train()
         total, self.terms, accumulate = 0.0, {}, self.training.accumulate
         for _ in range(accumulate):
-            batch = next(data).to(self.model.device)
-            look(batch)
+            whole = next(data)
+            batch = whole.rows(self.processes.rows(len(whole.ids_BT))).to(self.model.device)
+            share = batch.tokens / max(whole.tokens, 1)
+            look(whole)
             with self.autocast:
                 lesson = self.objective.lesson(batch)
-            with recording(batch.tokens * accumulate) if recording else nullcontext():
+            with recording(whole.tokens * accumulate) if recording else nullcontext():
                 with self.autocast:
                     loss, terms = self.objective.loss(self.model, batch, lesson, labels)
-                    loss = loss / accumulate
-                if not torch.isfinite(loss):
+                    loss = loss * share / accumulate
+                parts = [loss.item(), *(term.item() * share / accumulate for term in terms.values())]
+                summed, *parts = self.processes.sum(parts)
+                if not math.isfinite(summed):
                     return math.nan
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-            for name, term in terms.items():
-                self.terms[name] = self.terms.get(name, 0.0) + term.item() / accumulate
+            total += summed
+            for name, term in zip(terms, parts, strict=True):
+                self.terms[name] = self.terms.get(name, 0.0) + term
+        self.processes.add_gradients(self.parameters)
         return total
 
     def step(self, recording: Recording | None = None, before_update: Callable[[], bool] | None = None) -> Step:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regrow.compensation.moments import ChannelMoments
+from regrow.processes import ALONE, Processes
 from regrow.recovery.probe import Probes
 from regrow.structure.adapters import is_linear
 from regrow.structure.groups import Group, Slice
@@ -53,11 +54,18 @@ class Squares:
 class Measured:
     """Statistics of the linears in some groups, by the linears' names; `clear` begins anew."""
 
-    def __init__(self, model: PreTrainedModel, needs: Collection[str], seed: int, perturbations: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        needs: Collection[str],
+        seed: int,
+        perturbations: int,
+        processes: Processes = ALONE,
+    ) -> None:
         """Measure what a criterion needs, if that is `channels`, `squares` or `probes`."""
         self.model = model
         self.needs = needs
-        self.probes = Probes(model, seed, perturbations)
+        self.probes = Probes(model, seed, perturbations, processes)
         self._modules: dict[str, nn.Module] = {}
         self._channels: dict[str, ChannelMoments] = {}
         self._squares: dict[str, Squares] = {}
@@ -72,6 +80,11 @@ class Measured:
         """Forget what has been seen."""
         self._channels, self._squares = {}, {}
         self.probes.clear()
+
+    @property
+    def moments(self) -> list[object]:
+        """All that has been added up; not the probes, which have been measured together."""
+        return [*self._channels.values(), *self._squares.values()]
 
     @contextmanager
     def recording(self, scale: float) -> Iterator[None]:

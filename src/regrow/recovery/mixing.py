@@ -23,6 +23,7 @@ from regrow.data.sampler import Sampler, SamplerState
 from regrow.data.tokens import Batch, Windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
+from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.settings import Stage
 
@@ -261,7 +262,7 @@ class DataMix:
         }
 
 
-def validation_loss(model: PreTrainedModel, corpus: Corpus, recipe: Recipe) -> float:
+def validation_loss(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, processes: Processes = ALONE) -> float:
     """A model's loss over all held-out text, weighted as in `DataMix.validation_loss`: nats; perhaps not finite."""
     size = recipe.training.batch_size
-    return DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, size)).validation_loss(0)
+    return DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, size, processes)).validation_loss(0)

@@ -21,6 +21,7 @@ from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.compensate import Compensated, Compensator
@@ -62,6 +63,7 @@ class Preparation:
         held_out: Callable[[], float],
         progress: Progress,
         journal: Forgetful,
+        processes: Processes = ALONE,
     ) -> None:
         """Nothing is measured yet.
 
@@ -70,6 +72,7 @@ class Preparation:
             batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
             journal: knows whether the search is done.
+            processes: those that share the batches.
         """
         self.model = model
         self.gates = gates
@@ -79,7 +82,7 @@ class Preparation:
         self.progress = progress
         self.journal = journal
         criterion = find_criterion(recipe.pruning.criterion)
-        self.compensator = Compensator(model, gates, recipe.compensation, criterion)
+        self.compensator = Compensator(model, gates, recipe.compensation, criterion, processes)
         self.done = Prepared()
         self.refitted: set[str] = set()
         """Names of the groups whose consumers have been written to."""

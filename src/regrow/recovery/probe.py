@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from regrow.data.tokens import Batch
+from regrow.processes import ALONE, Processes
 from regrow.recovery.losses import language_loss
 from regrow.structure.adapters import linear_shape
 
@@ -34,12 +35,14 @@ EPSILON = 1e-3
 class Probes:
     """Perturbations of a model's linears, and the slopes of the loss along them."""
 
-    def __init__(self, model: PreTrainedModel, seed: int, perturbations: int) -> None:
+    def __init__(self, model: PreTrainedModel, seed: int, perturbations: int, processes: Processes = ALONE) -> None:
         """No probe has been taken.
 
         Args:
             perturbations: per batch.
+            processes: those that share the batches.
         """
+        self.processes = processes
         self.model = model
         self.perturbations = perturbations
         self.linears: Mapping[str, nn.Module] = {}
@@ -59,12 +62,14 @@ class Probes:
 
     @torch.no_grad()
     def take(self, batch: Batch) -> None:
-        """Measure the slope of a batch's mean NLL along new directions; one that is not finite counts for nothing."""
+        """Measure the slope of a whole batch's mean NLL along new directions; one not finite counts for nothing."""
+        part = batch.rows(self.processes.rows(len(batch.ids_BT))).to(self.model.device)
+        share = part.tokens / max(batch.tokens, 1)
         training = self.model.training
         self.model.eval()
         for _ in range(self.perturbations):
             seed = int(torch.randint(2**31, (1,), generator=self._chance))
-            up, down = (self._loss(batch, seed, step) for step in (EPSILON, -EPSILON))
+            up, down = self.processes.sum([share * self._loss(part, seed, step) for step in (EPSILON, -EPSILON)])
             if math.isfinite(slope := (up - down) / (2 * EPSILON)):
                 self._slopes[seed] = slope
         self.model.train(training)

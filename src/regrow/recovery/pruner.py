@@ -25,6 +25,7 @@ from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
 from regrow.recovery.learner import Learner, clip_gradients
 from regrow.recovery.lhspg import HalfSpace, forget_moments
+from regrow.recovery.pooling import gather_samples
 from regrow.recovery.preparation import Preparation, Prepared
 from regrow.recovery.scoring import Average, Scorer
 from regrow.structure.adapters import adapter_parameters
@@ -100,6 +101,7 @@ class Pruner:
         self.model = model
         self.pruning = recipe.pruning
         self.learner = learner
+        self.processes = learner.processes
         self.calibration = calibration
         self.on_event = on_event
         self.cut_early = cut_early
@@ -124,7 +126,7 @@ class Pruner:
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(
             model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth, self.hidden,
-            perturbations=self.pruning.perturbations,
+            perturbations=self.pruning.perturbations, processes=self.processes,
         )  # fmt: skip
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""
@@ -180,6 +182,7 @@ class Pruner:
         if batches:
             self._check_scored(f"none of {batches} calibration batches gave")
         self.scorer.keep_samples = False
+        gather_samples(self.processes, self.scorer.samples)
 
     def _measure(self) -> bool:
         labels = self.scorer.generator if self.pruning.labels == "model" else None
@@ -328,10 +331,19 @@ class Pruner:
             plan = choose(self.original, self.plan, scores, self.pruning, fraction, self.prior)
         if self.scorer.samples:
             plan = self._interacting(plan)
+        plan = self._agreed(plan)
         if preparation and preparation.compensates:
             with self.timing("compensate"):
                 plan = preparation.compensate(self.groups, self.cut_plan, plan)
         return plan
+
+    def _agreed(self, plan: Plan) -> Plan:
+        """The main process' plan: other machines may round differently."""
+        return (
+            plan
+            if self.processes.count == 1
+            else Plan.model_validate(self.processes.same(plan.model_dump(mode="json")))
+        )
 
     def _interacting(self, plan: Plan) -> Plan:
         """A plan of the same widths whose removed units do least damage together."""

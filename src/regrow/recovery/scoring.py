@@ -21,8 +21,10 @@ from regrow.criteria.registry import Criterion, combine
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
+from regrow.processes import ALONE, Processes
 from regrow.recovery.experts import expert_evidence, weight_pieces
 from regrow.recovery.measured import Measured
+from regrow.recovery.pooling import add_gradients, add_up_at_main
 from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
@@ -101,7 +103,9 @@ class Scorer:
         depth: bool = False,
         hidden: bool = False,
         perturbations: int = 1,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.model = model
         self.gates = gates
         self.criterion = criterion
@@ -110,7 +114,7 @@ class Scorer:
         units = {name: group.units for name, group in (plan.parts if hidden else plan.groups).items()}
         layers = {f"layers.{number}": 1 for number in range(len(plan.layers))} if self.depth else {}
         self.average = Average(units | layers, decay, SPIKE if criterion.needs else math.inf)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(processes.own_seed(seed))
         self._moments: dict[str, GateMoments] = {}
         self._start: Factors = {}
         self.keep_samples = False
@@ -118,7 +122,7 @@ class Scorer:
         """If `keep_samples`: group name -> gate derivatives `[B, U]` of every sequence recorded."""
         self._cosines: dict[str, Cosines] = defaultdict(Cosines)
         self._layers: tuple[Layer, ...] = ()
-        self.measured = Measured(model, criterion.needs, seed, perturbations)
+        self.measured = Measured(model, criterion.needs, seed, perturbations, processes)
         self._consumers: dict[str, str] = {}
         self._inputs: dict[str, InputMoments] = {}
 
@@ -154,7 +158,8 @@ class Scorer:
         """Be where `state` was taken."""
         self.average.go_on(state.part("average"))
         kept = state.part("kept")
-        self.generator.set_state(kept.tensors["chance"])
+        if self.processes.is_main:
+            self.generator.set_state(kept.tensors["chance"])
         start, device = kept.under("start"), self.model.device
         names = {name.rpartition("/")[0] for name in start}
         self._start = {name: (start[f"{name}/A"].to(device), start[f"{name}/B"].to(device)) for name in names}
@@ -193,6 +198,13 @@ class Scorer:
         if self.keep_samples:
             self.samples[name].append(c_BU.cpu())
 
+    @property
+    def _evidence(self) -> list[object]:
+        """What has been added up since the last scoring, in an order that all processes share."""
+        gates = [self._moments[name] for name in sorted(self._moments)]
+        cosines = [self._cosines[unit] for unit in sorted(self._cosines)]
+        return [*gates, *cosines, *self._inputs.values(), *self.measured.moments]
+
     def update(self, groups: Groups, cut_plan: Plan, plan: Plan) -> bool:
         """Score every group from the gradients of one step, and average.
 
@@ -201,14 +213,15 @@ class Scorer:
             plan: what is to stay of it; units behind closed gates are not scored.
 
         Returns:
-            False if a score was not finite; then nothing was counted.
+            False if a score was not finite; then nothing was counted. The scores are the main process' in all.
 
         Raises:
             InputError: if a user's criterion does not give one score per unit (or the same terms for all groups).
         """
-        with torch.no_grad():
-            evidence = chain(self._of_groups(groups, cut_plan, plan), self._of_layers(groups, plan))
-            scores = self._combined({one.name: self._terms(one) for one in evidence})
+        add_up_at_main(self.processes, self._evidence)
+        if "weight" in self.criterion.needs:
+            add_gradients(self.processes, self._weights(groups))
+        scores = self.processes.same_tensors(self._scored(groups, cut_plan, plan) if self.processes.is_main else {})
         self.forget(groups)
         self._inputs = {}
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
@@ -227,6 +240,11 @@ class Scorer:
         self.measured.clear()
         for parameter in self._weights(groups):
             parameter.grad = None
+
+    @torch.no_grad()
+    def _scored(self, groups: Groups, cut_plan: Plan, plan: Plan) -> dict[str, Tensor]:
+        evidence = chain(self._of_groups(groups, cut_plan, plan), self._of_layers(groups, plan))
+        return self._combined({one.name: self._terms(one) for one in evidence})
 
     def _terms(self, evidence: Evidence) -> dict[str, Tensor]:
         score = self.criterion.score(evidence)

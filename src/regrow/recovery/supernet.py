@@ -79,7 +79,7 @@ class Supernet:
             scores: group name -> one per unit, for the groups whose order is the criterion's.
             batches: calibration token ids, each `[B, T]`.
         """
-        walk = LayerWalk(self.model, batches)
+        walk = LayerWalk(self.model, self.compensator.processes.parts(batches))
         progress.stage("prepare search", len(self.groups.layers))
         for layer in self.groups.layers:
             for group in (group for group in self.groups if group.layer == layer.number):
@@ -154,10 +154,14 @@ class Fitness:
 
     def __init__(self, supernet: Supernet, batches: Sequence[Tensor]) -> None:
         self.supernet = supernet
-        self.batches = [ids_BT.to(supernet.model.device) for ids_BT in batches]
+        self.processes = supernet.compensator.processes
+        parts = [ids_BT[self.processes.rows(len(ids_BT))] for ids_BT in batches]
+        self.batches = [part.to(supernet.model.device) for part in parts]
+        self._shares = [len(part) / len(ids_BT) for part, ids_BT in zip(parts, batches, strict=True)]
+        """Of every batch, what this process measures."""
         supernet.close()
         with supernet.gates.opened():  # hidden channels may be behind closed ones
-            self._dense = [self._logits(ids_BT) for ids_BT in self.batches]
+            self._dense = [self._logits(ids_BT) if len(ids_BT) else None for ids_BT in self.batches]
 
     @torch.no_grad()
     def _logits(self, ids_BT: Tensor) -> Tensor:
@@ -168,8 +172,11 @@ class Fitness:
     def __call__(self, counts: Mapping[str, int]) -> float:
         """Set the candidate and measure it."""
         self.supernet.set(counts)
-        pairs = zip(self._dense, self.batches, strict=True)
-        values = [
-            float(divergence(self._logits(ids_BT), FullTarget(dense_BTV, 1.0), 1.0)) for dense_BTV, ids_BT in pairs
-        ]
+        told = zip(self._dense, self.batches, self._shares, strict=True)
+        values = self.processes.sum([share * self._divergence(dense_BTV, ids_BT) for dense_BTV, ids_BT, share in told])
         return sum(values) / len(values)
+
+    def _divergence(self, dense_BTV: Tensor | None, ids_BT: Tensor) -> float:
+        if dense_BTV is None:  # no row of the batch is this process'
+            return 0.0
+        return float(divergence(self._logits(ids_BT), FullTarget(dense_BTV, 1.0), 1.0))

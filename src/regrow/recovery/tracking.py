@@ -40,16 +40,17 @@ def check_tracker(name: str) -> None:
 
 
 @contextmanager
-def tracking(recipe: Recipe, folder: Path) -> Iterator[Track]:
+def tracking(recipe: Recipe, folder: Path, is_main: bool = True) -> Iterator[Track]:
     """Where a training's figures go, by the recipe's `output.tracker`.
 
     Args:
         folder: the training's; its name is the name of what is tracked.
+        is_main: of several processes one tells.
 
     Raises:
         InputError: if the tracker cannot start, for example for want of a login.
     """
-    if recipe.output.tracker == "none":
+    if recipe.output.tracker == "none" or not is_main:
         yield ignore
         return
     PartialState()  # accelerate's trackers log, and its logging wants to know which process it is in

@@ -21,6 +21,7 @@ from regrow.evaluation.machine import memory_in_use
 from regrow.interrupt import Stopped, stop_requests
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior
+from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.distillation import distil
@@ -104,6 +105,7 @@ def train(
     prior: Prior | None = None,
     track: Track = ignore,
     journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
+    processes: Processes = ALONE,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -116,15 +118,16 @@ def train(
         prior: what an analysis has found, for the allocation.
         track: gets the figures of every step, validation and round.
         journal: knows what of it an interrupted run has done; the model is then as that run got it, too.
+        processes: those that train together, each with a model and all the text.
 
     Raises:
         InputError: if training diverges.
         Stopped: if a signal asks for it: after the step under way, its state noted.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal)
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal, processes)
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
-    prepare = preparer(model, recipe, corpus, progress, journal)
+    prepare = preparer(model, recipe, corpus, progress, journal, processes)
     with Pruner(
         model,
         groups,
@@ -163,8 +166,10 @@ class Loop:
         on_validation: Callable[[History], None],
         track: Track,
         journal: Forgetful,
+        processes: Processes,
     ) -> None:
         """Arguments as for `train`."""
+        self.processes = processes
         self.model = model
         self.recipe = recipe
         self.training = recipe.training
@@ -175,8 +180,9 @@ class Loop:
         self.journal = journal
         self.bytes = held_bytes(model)
         """Of the whole model, adapters included."""
-        self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, recipe.training.batch_size))
-        self.learner = Learner(model, recipe.training, self.mix)
+        size = recipe.training.batch_size
+        self.mix = DataMix(corpus, recipe, lambda windows: held_out_nll(model, windows, size, processes))
+        self.learner = Learner(model, recipe.training, self.mix, processes)
         self.history = History(mixture=self.mix.history)
         self.best = Best()
         self._last_steps = deque[float](maxlen=RECENT + 1)
@@ -269,7 +275,7 @@ class Loop:
                     self.progress.say(f"stage {self.mix.stage.name} has converged; ended at step {step}")
                     continue
                 if step != ready:
-                    self._note(step, pruner, time.perf_counter() - began, stop())
+                    self._note(step, pruner, time.perf_counter() - began, self.processes.any(stop()))
                 self.learner.step_number = step  # after a stage that ended early the rate goes on with the next's
                 skipped, loss = self.learner.skipped, pruner.train_step()
                 if self.learner.skipped > skipped:
@@ -376,14 +382,22 @@ class Loop:
 
 
 def preparer(
-    model: PreTrainedModel, recipe: Recipe, corpus: Corpus, progress: Progress, journal: Forgetful
+    model: PreTrainedModel,
+    recipe: Recipe,
+    corpus: Corpus,
+    progress: Progress,
+    journal: Forgetful,
+    processes: Processes,
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
     if not (wanted := windows_wanted(recipe)):
         return None
     size = recipe.training.batch_size
     batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
+    if len(batches[0]) < processes.count:
+        raise InputError(f"{len(batches[0])} windows of text are too few for {processes.count} processes; give more")
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
-        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe), shown, journal
-    )
+        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
+        processes,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ class Training(Section):
     """LoRA training: recovery, and the steps between cuts."""
 
     steps: int = Field(default=400, ge=0, description="Optimizer steps, those between cuts included.")
-    batch_size: Count = Field(default=8, description="Sequences in a forward pass.")
+    batch_size: Count = Field(default=8, description="Sequences in a forward pass, of all processes together.")
     accumulate: Count = Field(default=1, description="Forward passes in an optimizer step.")
     learning_rate: float | None = Field(
         default=None, gt=0, description="Peak learning rate of AdamW; null: by `learning_rate_rule`."
