@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regrow.checkpoint.files import storage_errors
+from regrow.checkpoint.files import check_folder, storage_errors
+from regrow.checkpoint.lock import alone_in
+from regrow.errors import InputError
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.results import Result
@@ -50,7 +52,7 @@ def prune(
             how to call this function with the run's recipe.
 
     Raises:
-        InputError: if something given cannot work; nothing half-written is left.
+        InputError: if something given cannot work, or another process works in `out`; nothing half-written is left.
         Stopped: a KeyboardInterrupt, if a signal asks for it while training; the same call goes on.
     """
     given = {
@@ -67,5 +69,10 @@ def prune(
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    folder = Path(out)
     with storage_errors():
-        return Walk(model, Path(out), chosen, progress or Silent(), fresh, argv).walk()
+        if Path(model).resolve() == (folder / "model").resolve():
+            raise InputError(f"{model} is where the result would go; choose another --out")
+        check_folder(folder)
+        with alone_in(folder):
+            return Walk(model, folder, chosen, progress or Silent(), fresh, argv).walk()

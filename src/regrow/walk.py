@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, read_sensitivity
 from regrow.checkpoint.biases import check_biases
-from regrow.checkpoint.files import check_folder, write_bytes, write_json, write_text
+from regrow.checkpoint.files import write_bytes, write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
@@ -153,9 +153,6 @@ class Walk:
         given = self.recipe
         recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
         check_settings(recipe)
-        if Path(self.name).resolve() == (self.folder / "model").resolve():
-            raise InputError(f"{self.name} is where the result would go; choose another --out")
-        check_folder(self.folder)
         tokenizer = check_model(self.name, recipe)
         self.books.look(given, self.fresh)
         return tokenizer
