@@ -1,4 +1,4 @@
-"""Everything that must hold before a change lands: lint, format, types, tests."""
+"""Everything that must hold before a change lands: lint, format, types, documentation, tests."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
+    ("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"),
     ("pytest", "--numprocesses=2"),
 )
 

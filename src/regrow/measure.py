@@ -1,6 +1,7 @@
 """Checkpoints as they are: the verbs `evaluate`, `bench` and `analyze`, and what `inspect` draws (floor 4)."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.analysis.stage import analyse, conditions_of
 from regrow.checkpoint.files import storage_errors, write_json, write_text
 from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
+from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.offloaded import load
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Bos, Windows, make_windows
@@ -139,7 +141,7 @@ def analyze(
         overrides: `key.path` -> value of a recipe's settings.
 
     Raises:
-        InputError: if something given cannot work.
+        InputError: if something given cannot work, or another process works in `out`.
     """
     given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
     recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
@@ -150,6 +152,11 @@ def analyze(
     folder, progress = Path(out) if out is not None else None, progress or Silent()
     if folder is not None and folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
+    with storage_errors(), nullcontext() if folder is None else alone_in(folder):
+        return _analyze(model, data, folder, recipe, progress)
+
+
+def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progress: Progress) -> Sensitivity:
     check_length(load_config(model), recipe.data.sequence_length)
     tokenizer = load_tokenizer(model)
     progress.stage("read text")
@@ -167,10 +174,9 @@ def analyze(
     attach_lora(loaded, find_groups(loaded).linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
     found = analyse(loaded, find_groups(loaded), recipe, held_out, calibration, conditions, progress)
     if folder is not None:
-        with storage_errors():
-            write_json(folder / SENSITIVITY, found.to_json())
-            protected = found.protected(recipe.analysis.protect)
-            write_text(folder / "sensitivity.svg", to_svg(draw_sensitivity(found, protected)))
+        write_json(folder / SENSITIVITY, found.to_json())
+        protected = found.protected(recipe.analysis.protect)
+        write_text(folder / "sensitivity.svg", to_svg(draw_sensitivity(found, protected)))
     return found
 
 

@@ -1,10 +1,13 @@
 """`regrow.prune`: settle the recipe, then walk."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from regrow.checkpoint.files import storage_errors
+from regrow.checkpoint.files import check_folder, storage_errors
+from regrow.checkpoint.lock import alone_in
+from regrow.errors import InputError
 from regrow.processes import join
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
@@ -54,7 +57,7 @@ def prune(
             how to call this function with the run's recipe.
 
     Raises:
-        InputError: if something given cannot work; nothing half-written is left.
+        InputError: if something given cannot work, or another process works in `out`; nothing half-written is left.
         Stopped: a KeyboardInterrupt, if a signal asks for it while training; the same call goes on.
     """
     given = {
@@ -71,8 +74,14 @@ def prune(
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
-    together = join(chosen.device, processes)
+    folder, together = Path(out), join(chosen.device, processes)
     told = progress if progress is not None and together.is_main else Silent()
-    with storage_errors():
-        result = Walk(model, Path(out), chosen, told, fresh, argv, together).walk()
-        return everywhere(result, Path(out), together)
+    with storage_errors(), ExitStack() as until_the_end:
+        with together.main_first():
+            if Path(model).resolve() == (folder / "model").resolve():
+                raise InputError(f"{model} is where the result would go; choose another --out")
+            check_folder(folder)
+            if together.is_main:
+                until_the_end.enter_context(alone_in(folder))
+        result = Walk(model, folder, chosen, told, fresh, argv, together).walk()
+        return everywhere(result, folder, together)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from regrow.aim import LATENCY_FILE, Aim
 from regrow.analysis.stage import analyse, conditions_of, known_sensitivity
 from regrow.checkpoint.biases import check_biases
-from regrow.checkpoint.files import check_folder, write_json, write_text
+from regrow.checkpoint.files import write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import (
@@ -45,7 +45,6 @@ from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, loss_of, verify_checkpoint
 from regrow.data.corpus import writes_own_text
 from regrow.data.overlap import overlap
-from regrow.errors import InputError
 from regrow.evaluation.compare import compare, local_folder, protocol_windows
 from regrow.evaluation.machine import environment, machine
 from regrow.planning.allocation import check_reach
@@ -192,9 +191,6 @@ class Walk:
             recipe = self.recipe = settle_offload(settle_quantization(given, self.progress), self.progress)
             check_settings(recipe)
             check_processes(recipe, self.processes.count)
-            if Path(self.name).resolve() == (self.folder / "model").resolve():
-                raise InputError(f"{self.name} is where the result would go; choose another --out")
-            check_folder(self.folder)
             tokenizer = check_model(self.name, recipe)
         self.books.look(given, self.fresh)
         return tokenizer

@@ -15,6 +15,8 @@ from regrow.errors import InputError
 
 RUN_FILE = "run.json"
 """Marks a folder as a run's."""
+LOCK_FILE = ".lock"
+"""Is in a folder while a process works in it; see `regrow.checkpoint.lock`."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -138,7 +140,8 @@ def check_folder(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give a folder for the results")
     earlier = (path / RUN_FILE).is_file()
-    if path.is_dir() and not earlier and any(not file.name.endswith(".partial") for file in path.iterdir()):
+    left_over = (".partial", LOCK_FILE)  # by a process that was killed before it had begun
+    if path.is_dir() and not earlier and any(not file.name.endswith(left_over) for file in path.iterdir()):
         raise InputError(f"{path} is not empty and holds no run of regrow; give another folder")
     return earlier
 

@@ -12,6 +12,7 @@ import torch
 
 from regrow.checkpoint.files import storage_errors, write_json, write_text
 from regrow.checkpoint.load import load_config
+from regrow.checkpoint.lock import alone_in
 from regrow.comparison.grid import Cell, lay_out, run_cells
 from regrow.comparison.page import html, markdown
 from regrow.comparison.table import Row, rows_of, to_csv, to_json
@@ -63,7 +64,7 @@ def compare(
         overrides: `key.path` -> value, for all recipes.
 
     Raises:
-        InputError: if something given cannot work, or no run succeeds.
+        InputError: if something given cannot work, another process works in `out`, or no run succeeds.
     """
     if (count := read_launch().count) > 1:
         raise InputError(f"compare: {count} processes have been launched; start it once, it starts its runs by itself")
@@ -81,8 +82,8 @@ def compare(
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
     cells = lay_out(recipes, sparsities, seeds, settings, folder)
-    with storage_errors():
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    with storage_errors(), alone_in(folder):
+        (folder / "cells").mkdir(exist_ok=True)
         failed = run_cells(cells, model, threads, progress)
         rows = rows_of(cells)
         if not rows:

@@ -337,7 +337,7 @@ RULES: dict[str, Rule] = {
             "add sub mul div pow neg abs exp log sqrt rsqrt reciprocal square sigmoid tanh silu gelu relu mish "
             "softplus erf sin cos clamp clamp_min clamp_max maximum minimum where masked_fill to type_as float "
             "_to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax hardswish "
-            "leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ copy"
+            "leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
         ),
         _elementwise,
     ),
