@@ -22,7 +22,8 @@ from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.data.source import load_documents
 from regrow.data.tokens import Windows, make_windows
 from regrow.evaluation.perplexity import perplexity
-from regrow.formats.llamacpp import TYPES, write_gguf
+from regrow.formats.llamacpp import K_TYPES, TYPES, write_gguf
+from regrow.formats.llamacpp_quantise import write_quantised
 from regrow.formats.source import Checkpoint
 
 
@@ -44,7 +45,8 @@ def main() -> None:
     for kind in options.types:
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch, "model.gguf")
-            written = write_gguf(source, file, kind)
+            write = write_quantised if kind in K_TYPES else write_gguf
+            written = write(source, file, kind)
             nll = llama_cpp_nll(file, windows)
             rows.append(row("llama.cpp", f"{written.architecture} {kind}", file.stat().st_size, nll))
     if options.out is not None:
@@ -59,7 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="text to measure on")
     parser.add_argument("--window", type=int, default=256, help="tokens in a window (default 256)")
     parser.add_argument("--max-windows", type=int, default=100, help="windows to measure on (default 100)")
-    parser.add_argument("--types", nargs="+", default=["f32", "q8_0"], choices=list(TYPES), help="of the GGUF files")
+    types = [*TYPES, *K_TYPES]
+    parser.add_argument("--types", nargs="+", default=["f32", "q8_0"], choices=types, help="of the GGUF files")
     parser.add_argument("--trust-remote-code", action="store_true", help="for uneven layers in transformers")
     parser.add_argument("--out", type=Path, help="JSON file for the results, machine and versions")
     return parser.parse_args()

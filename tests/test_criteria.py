@@ -13,8 +13,9 @@ from regrow.criteria.taylor import taylor, taylor_vector
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
+from regrow.recovery.average import Average
 from regrow.recovery.losses import language_loss
-from regrow.recovery.scoring import Average, Scorer, gather_evidence
+from regrow.recovery.scoring import Scorer, gather_evidence
 from regrow.structure.gates import GateMoments, Gates
 
 

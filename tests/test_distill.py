@@ -25,9 +25,10 @@ from regrow.recovery.distillation import check_distillation, distil
 from regrow.recovery.learner import Learner
 from regrow.recovery.losses import FullTarget, divergence, hidden_distance, language_loss
 from regrow.recovery.objective import Objective
+from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import Pruner
 from regrow.recovery.teacher import AutoTeacher, ModelTeacher, SelfTeacher, Wish, layer_outputs
-from regrow.recovery.train import Trained, train
+from regrow.recovery.train import train
 from regrow.settings import Distillation, Training
 from regrow.structure.adapters import adapter_parameters, merge_lora
 from regrow.structure.cut import cut

@@ -38,11 +38,12 @@ from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.average import Average
 from regrow.recovery.compensate import Compensator
 from regrow.recovery.learner import Diverged, Learner, clip_gradients
 from regrow.recovery.losses import hidden_distance, language_loss
 from regrow.recovery.pruner import Pruner
-from regrow.recovery.scoring import Average, Scorer
+from regrow.recovery.scoring import Scorer
 from regrow.settings import Compensation, Pruning
 from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
 from regrow.structure.gates import Gates

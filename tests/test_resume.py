@@ -30,8 +30,9 @@ from regrow.errors import InputError
 from regrow.interrupt import Stopped
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.train import Trained, train
+from regrow.recovery.train import train
 from regrow.structure.adapters import attach_lora
 from regrow.structure.groups import Groups
 

@@ -21,7 +21,8 @@ from regrow.planning.sensitivity import Conditions
 from regrow.processes import ALONE, Processes, join
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
-from regrow.recovery.train import Trained, train
+from regrow.recovery.outcome import Trained
+from regrow.recovery.train import train
 from regrow.structure.adapters import adapter_parameters, attach_lora
 
 COMMON = {

@@ -26,9 +26,9 @@ from regrow.planning.target import Target, check_speedup, sparsity_for, sparsity
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.recovery.average import Average
 from regrow.recovery.forecast import measure_scores
-from regrow.recovery.scoring import Average
-from regrow.recovery.train import Trained
+from regrow.recovery.outcome import Trained
 from regrow.structure.groups import Groups
 from regrow.trials import TrainInto, Trial, Trials, smallest
 

@@ -27,7 +27,6 @@ from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.recovery.cached import cache_bytes
 from regrow.recovery.distillation import check_distillation
-from regrow.recovery.pruner import check_one_shot
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
 from regrow.structure.depth import check_depth
@@ -55,6 +54,26 @@ def check_settings(recipe: Recipe) -> None:
     check_tracker(recipe.output.tracker)
     list_sources(recipe.data)
     check_tasks(recipe.evaluation.tasks)
+
+
+def check_one_shot(recipe: Recipe) -> None:
+    """Refuse a progressive schedule for what is only done once.
+
+    Raises:
+        InputError: if the recipe asks for it.
+    """
+    pruning, needs = recipe.pruning, find_criterion(recipe.pruning.criterion).needs
+    asked = {
+        "search.evaluations": recipe.search.evaluations > 0,
+        "compensation.carrier=adapter": recipe.compensation.carrier == "adapter"
+        and recipe.compensation.method != "none",
+        "pruning.interactions": pruning.interactions > 1,
+        f"pruning.criterion={pruning.criterion}": bool(needs & {"inputs", "probes"}),
+    }
+    for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
+        raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
+    if pruning.interactions > 1 and "gate" not in needs:
+        raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
 
 
 def check_processes(recipe: Recipe, count: int) -> None:

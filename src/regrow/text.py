@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from regrow.data.corpus import Corpus, list_sources, read_corpus
@@ -18,6 +19,11 @@ class Text:
     corpus: Corpus
     test_documents: list[str]
     test_source: str
+
+    @property
+    def probe(self) -> Tensor:
+        """Tokens on which a checkpoint is compared with the model that was trained: held out, `[2, 128]` at most."""
+        return self.corpus.validation.ids_NT[:2, :128]
 
 
 def training_tokens(recipe: Recipe) -> int:

@@ -27,11 +27,10 @@ from regrow.planning.demand import reach
 from regrow.planning.target import Target, share_of
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.recovery.average import Average
 from regrow.recovery.forecast import cut_losses, measure_scores
 from regrow.recovery.mixing import validation_loss
-from regrow.recovery.outcome import FILES, read_trained
-from regrow.recovery.scoring import Average
-from regrow.recovery.train import Trained
+from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.structure.quantised import release
 
 CURVE_POINTS = 8

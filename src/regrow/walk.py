@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.aim import LATENCY_FILE, Aim
@@ -30,19 +29,14 @@ from regrow.checkpoint.biases import check_biases
 from regrow.checkpoint.files import write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
-from regrow.checkpoint.load import (
-    check_vocabulary,
-    load_config,
-    output_dtype,
-    pick_device,
-)
+from regrow.checkpoint.load import check_vocabulary, load_config, output_dtype, pick_device
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
 from regrow.checkpoint.stock import check_offer, prunable_groups
 from regrow.checkpoint.stream import SCALING
-from regrow.checkpoint.verify import Verification, loss_of, verify_checkpoint
+from regrow.checkpoint.verify import Verification, merge, verify_checkpoint
 from regrow.data.corpus import writes_own_text
 from regrow.data.overlap import overlap
 from regrow.evaluation.compare import compare, local_folder, protocol_windows
@@ -63,20 +57,20 @@ from regrow.preflight import (
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
-from regrow.recovery.outcome import FILES, read_trained
+from regrow.recovery.average import Average
+from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
-from regrow.recovery.scoring import Average
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
 from regrow.recovery.tracking import tracking
-from regrow.recovery.train import Trained, train
+from regrow.recovery.train import train
 from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
 from regrow.resume import Books, where
 from regrow.reuse import keep_adapter, report, save_streamed, texts
-from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
+from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora
 from regrow.structure.groups import Groups
 from regrow.structure.offload import convert
 from regrow.text import Text, read_text, training_tokens
@@ -84,17 +78,12 @@ from regrow.text import Text, read_text, training_tokens
 OWN_TEXT_FILE = "generated.jsonl"
 
 
-def probe_of(text: Text) -> Tensor:
-    """The tokens on which a checkpoint is compared with the model that was trained: held out, `[2, 128]` at most."""
-    return text.corpus.validation.ids_NT[:2, :128]
-
-
 class Walk:
     """One walk. Stages are methods, in the order in which `walk` calls them."""
 
     def __init__(
         self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str],
-        processes: Processes,
+        processes: Processes
     ) -> None:  # fmt: skip
         self.name = model
         self.folder = folder
@@ -157,7 +146,7 @@ class Walk:
                 del model  # before the original takes its place
                 model = self.attach(self.load(tokenizer, "none"), whole)
                 rebuild(model, trained.plan, trained.adapters)
-            computed_in, losses = model.dtype, self.merge(model, text)
+            computed_in, losses = model.dtype, merge(model, text.probe)
             describe(model, whole, trained.groups)
             self.save(model, tokenizer, trained.plan)
             self.books.begin("verify in a fresh process")
@@ -262,12 +251,7 @@ class Walk:
         return prior
 
     def recover(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        whole: Groups,
-        text: Text,
-        prior: Prior | None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, whole: Groups, text: Text, prior: Prior | None
     ) -> tuple[PreTrainedModel, Trained]:
         """Train to the sparsity asked for, or to the one that the target asks for.
 
@@ -345,24 +329,17 @@ class Walk:
             place, size = self.folder / "model", output.shard_size
             save_checkpoint(model, tokenizer, place, dtype=dtype, shard_size=size, extras=extras)
 
-    def merge(self, model: PreTrainedModel, text: Text) -> dict[str, float]:
-        """Put the adapters into the weights; the loss before and after, nats per token."""
-        compared = probe_of(text)
-        losses = {"trained": loss_of(model, compared)}
-        merge_lora(model)
-        return losses | {"merged": loss_of(model, compared)}
-
     def verify(
         self, model: PreTrainedModel, text: Text, losses: dict[str, float], computed_in: torch.dtype
     ) -> Verification:
         """Let a fresh process load what was saved; a checkpoint that was not seen to pass is not left behind.
 
         Args:
-            losses: as `merge` gave them, of a model that was computed in a dtype.
+            losses: as `merge` gave them, of a model that was computed in a dtype then.
         """
         folder = self.folder / "model"
         try:
-            verification = verify_checkpoint(model, folder, probe_of(text)).after(losses, computed_in)
+            verification = verify_checkpoint(model, folder, text.probe).after(losses, computed_in)
             verification.check(folder)
         except BaseException:
             shutil.rmtree(folder)
@@ -388,8 +365,8 @@ class Walk:
             "evaluate",
             lambda: compare(
                 self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
-                self.recipe, device, self.progress,
-            ),
+                self.recipe, device, self.progress
+            )
         )  # fmt: skip
         seen = overlap(
             text.corpus.train, protocol_windows(text.test_documents, tokenizer, text.test_source, self.recipe)[0]
@@ -398,7 +375,7 @@ class Walk:
         results = tell_results(
             self.name, self.recipe, plan, measured={**measured, "overlap": asdict(seen)}, training=trained.summary,
             verification=verification.to_json(), seconds=self.books.clock.so_far(),
-            machine=environment(device, self.books.took_part),
+            machine=environment(device, self.books.took_part)
         )  # fmt: skip
         if self.own_text is not None:
             results["own_text"] = {**self.own_text.to_json(), "file": OWN_TEXT_FILE}

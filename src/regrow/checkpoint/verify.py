@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from regrow.checkpoint.save import needs_remote_code
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import inference, summed_loss
+from regrow.structure.adapters import merge_lora
 from regrow.structure.offload import is_offloaded
 
 PROBE = Path(__file__).with_name("reload_probe.py")
@@ -88,6 +89,13 @@ class Verification:
 def loss_of(model: PreTrainedModel, ids_BT: Tensor) -> float:
     """Mean NLL of tokens 2 to T, as the model is now: nats per token, perhaps not finite."""
     return _mean_loss(_logits(model, ids_BT), ids_BT)
+
+
+def merge(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, float]:
+    """Put the adapters into the weights; the losses before and after, `trained` and `merged`, as `loss_of`."""
+    losses = {"trained": loss_of(model, ids_BT)}
+    merge_lora(model)
+    return losses | {"merged": loss_of(model, ids_BT)}
 
 
 def _logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:

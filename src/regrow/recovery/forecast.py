@@ -14,10 +14,10 @@ from regrow.planning.target import with_share
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.recovery.average import Average
 from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import validation_loss
 from regrow.recovery.pruner import Pruner
-from regrow.recovery.scoring import Average
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 

@@ -23,11 +23,12 @@ from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
+from regrow.recovery.average import Average
 from regrow.recovery.learner import Learner, clip_gradients
 from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.pooling import gather_samples
 from regrow.recovery.preparation import Preparation, Prepared
-from regrow.recovery.scoring import Average, Scorer
+from regrow.recovery.scoring import Scorer
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
@@ -47,26 +48,6 @@ class CutEvent:
     plan: Plan
     scores: dict[str, torch.Tensor]
     """One per original unit, as they were when the plan was made."""
-
-
-def check_one_shot(recipe: Recipe) -> None:
-    """Refuse a progressive schedule for what is only done once.
-
-    Raises:
-        InputError: if the recipe asks for it.
-    """
-    pruning, needs = recipe.pruning, find_criterion(recipe.pruning.criterion).needs
-    asked = {
-        "search.evaluations": recipe.search.evaluations > 0,
-        "compensation.carrier=adapter": recipe.compensation.carrier == "adapter"
-        and recipe.compensation.method != "none",
-        "pruning.interactions": pruning.interactions > 1,
-        f"pruning.criterion={pruning.criterion}": bool(needs & {"inputs", "probes"}),
-    }
-    for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
-        raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
-    if pruning.interactions > 1 and "gate" not in needs:
-        raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
 
 
 class Pruner:
@@ -126,7 +107,7 @@ class Pruner:
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(
             model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth, self.hidden,
-            perturbations=self.pruning.perturbations, processes=self.processes,
+            perturbations=self.pruning.perturbations, processes=self.processes
         )  # fmt: skip
         self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
         """Nothing to measure: score when a choice is due, not in every step."""

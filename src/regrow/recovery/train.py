@@ -1,15 +1,12 @@
 """`[score → plan → cut → adapt]*` and recovery: one loop of LoRA steps, the best adapters kept."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.journal import Forgetful
@@ -19,17 +16,17 @@ from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.evaluation.machine import memory_in_use
 from regrow.interrupt import Stopped, stop_requests
-from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Prior
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
+from regrow.recovery.average import Average
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import DataMix, validation_loss
+from regrow.recovery.outcome import Best, History, Trained
 from regrow.recovery.preparation import Preparation, windows_wanted
 from regrow.recovery.pruner import CutEvent, Pruner
-from regrow.recovery.scoring import Average
 from regrow.recovery.tracking import Track, ignore
 from regrow.structure.adapters import adapter_names
 from regrow.structure.gates import Gates
@@ -38,57 +35,6 @@ from regrow.structure.quantised import held_bytes
 
 RECENT = 20
 """Steps that the speed shown is the mean of."""
-
-
-@dataclass
-class History:
-    """What happened during training, for the report."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    validations: list[dict[str, float]] = field(default_factory=list)
-    cuts: list[dict[str, float]] = field(default_factory=list)
-    mixture: list[dict[str, Any]] = field(default_factory=list)
-    """Per round: step, stage, and by source its weight, loss and degradation; empty with a single source."""
-
-
-@dataclass
-class Best:
-    """The adapters with the lowest validation loss since the last cut."""
-
-    loss: float = math.inf
-    step: int = 0
-    adapters: list[Tensor] = field(default_factory=list)
-    waited: int = 0
-    """Validations since."""
-
-    def offer(self, loss: float, step: int, learner: Learner) -> None:
-        """Take the learner's adapters if their loss is lower."""
-        self.waited += 1
-        if loss < self.loss:
-            self.loss, self.step, self.adapters, self.waited = loss, step, learner.snapshot(), 0
-
-    def state(self) -> State:
-        """All of it."""
-        values = {"loss": self.loss, "step": self.step, "waited": self.waited}
-        return State(values, {str(number): factor for number, factor in enumerate(self.adapters)})
-
-    def go_on(self, state: State) -> None:
-        """Be where `state` was taken."""
-        vars(self).update(state.values)
-        self.adapters = [state.tensors[str(number)] for number in range(len(state.tensors))]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model that has reached its target and been recovered; adapters still attached."""
-
-    plan: Plan
-    groups: Groups
-    """As they are now."""
-    adapters: dict[str, Tensor]
-    """The best ones, by parameter name, and refitted weights; on the CPU. The model holds the same."""
-    history: History
-    summary: dict[str, Any]
 
 
 def train(
