@@ -22,7 +22,7 @@ from regrow.planning.search import Ladder, exchange_search
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
 from regrow.recovery.compensate import Compensator
-from regrow.recovery.losses import sampled_labels
+from regrow.recovery.losses import FullTarget, divergence, sampled_labels
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
 from regrow.structure.gates import GateMoments, Gates
@@ -113,6 +113,8 @@ def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_
         assert fitness(dict.fromkeys((g.name for g in groups), 0)) == pytest.approx(0, abs=1e-6)
         some, more = fitness({"layers.1.ffn": 5}), fitness({"layers.1.ffn": 20})
         assert 0 < some < more
+        told_apart = float(divergence(logits(model), FullTarget(whole, 1.0), 1.0))
+        assert more == pytest.approx(told_apart, rel=1e-4), "all 64 tokens are among the likeliest"
         supernet.close()
         assert torch.equal(logits(model), whole)
         # The first group's prefix is the dense one, so that the ready-made refit is the proper one.

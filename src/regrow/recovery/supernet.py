@@ -21,11 +21,14 @@ from regrow.compensation.moments import InputMoments
 from regrow.planning.depth import emptied_layers
 from regrow.planning.search import Counts
 from regrow.progress import Progress
+from regrow.recovery.cached import top_distribution
 from regrow.recovery.compensate import Compensator, Units
-from regrow.recovery.losses import FullTarget, divergence
+from regrow.recovery.losses import TopTarget, divergence
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk
+
+TOP_K = 64
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,11 @@ class Supernet:
 
 
 class Fitness:
-    """Mean KL of the dense model's predictions to a candidate's, nats per token (Týr-the-Pruner's fitness)."""
+    """Mean KL of the dense model's predictions to a candidate's, nats per token (Týr-the-Pruner's fitness).
+
+    Of the dense model's only the `TOP_K` likeliest tokens are told apart, for all logits of all windows would outweigh
+    a model with a large vocabulary: the others are one outcome, which can only make the divergence smaller.
+    """
 
     def __init__(self, supernet: Supernet, batches: Sequence[Tensor]) -> None:
         self.supernet = supernet
@@ -161,7 +168,10 @@ class Fitness:
         """Of every batch, what this process measures."""
         supernet.close()
         with supernet.gates.opened():  # hidden channels may be behind closed ones
-            self._dense = [self._logits(ids_BT) if len(ids_BT) else None for ids_BT in self.batches]
+            self._dense = [self._likeliest(ids_BT) if len(ids_BT) else None for ids_BT in self.batches]
+
+    def _likeliest(self, ids_BT: Tensor) -> TopTarget:
+        return top_distribution(self._logits(ids_BT), TOP_K, 1.0)
 
     @torch.no_grad()
     def _logits(self, ids_BT: Tensor) -> Tensor:
@@ -173,10 +183,10 @@ class Fitness:
         """Set the candidate and measure it."""
         self.supernet.set(counts)
         told = zip(self._dense, self.batches, self._shares, strict=True)
-        values = self.processes.sum([share * self._divergence(dense_BTV, ids_BT) for dense_BTV, ids_BT, share in told])
+        values = self.processes.sum([share * self._divergence(dense, ids_BT) for dense, ids_BT, share in told])
         return sum(values) / len(values)
 
-    def _divergence(self, dense_BTV: Tensor | None, ids_BT: Tensor) -> float:
-        if dense_BTV is None:  # no row of the batch is this process'
+    def _divergence(self, dense: TopTarget | None, ids_BT: Tensor) -> float:
+        if dense is None:  # no row of the batch is this process'
             return 0.0
-        return float(divergence(self._logits(ids_BT), FullTarget(dense_BTV, 1.0), 1.0))
+        return float(divergence(self._logits(ids_BT), dense, 1.0))
