@@ -432,6 +432,6 @@ def test_the_live_view_shows_stage_and_state_at_any_width() -> None:
 
 def test_memory_in_use_counts_what_is_held() -> None:
     before = memory_in_use(torch.device("cpu"))
-    held = torch.ones(2**23)
-    assert memory_in_use(torch.device("cpu")) - before > 0.9 * 2**25
-    assert held.sum() == 2**23
+    held = torch.ones(2**25)  # so large that it cannot come from what has been given back but is still kept
+    assert memory_in_use(torch.device("cpu")) - before > 0.9 * 2**27
+    assert held[-1] == 1

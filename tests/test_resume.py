@@ -240,7 +240,7 @@ def test_a_full_disk(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pyt
         with pytest.raises(InputError, match=r"no space left to write .*; free some and run again"):
             session("regrow", tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
-    assert names == ["0001-score", "0002-search", "0003-train-000000"]
+    assert names == ["0001-score", "0002-teach", "0003-search", "0004-train-000000"]
     done, _ = session("regrow", tmp_path)
     assert_same(done, whole["regrow"])
 
