@@ -542,7 +542,7 @@ def corrupted_merge(monkeypatch: pytest.MonkeyPatch) -> None:
         merge_lora(model)
         model.model.layers[1].mlp.down_proj.weight.data.mul_(-3)
 
-    monkeypatch.setattr("regrow.walk.merge_lora", merge)
+    monkeypatch.setattr("regrow.checkpoint.verify.merge_lora", merge)
 
 
 def corrupted_save(monkeypatch: pytest.MonkeyPatch) -> None:
