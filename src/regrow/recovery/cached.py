@@ -46,11 +46,8 @@ class CachedTeacher:
         self.folder = folder
         self.is_owner = is_owner
         self.numbers_N = np.load(_file(folder, "windows"))
-
-    @property
-    def bytes(self) -> int:
-        """On disk."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        self.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        """On disk. The owner may be done, and the folder gone, before the others ask."""
 
     def lesson(self, batch: Batch) -> Lesson:
         """See `Teacher`."""
