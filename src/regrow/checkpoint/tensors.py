@@ -117,7 +117,7 @@ def weight_files(folder: Path) -> list[Path]:
             or Path(name).name != name
             or not name.isprintable()
             or "\\" in name
-            or (not name.endswith(".safetensors"))
+            or not name.endswith(".safetensors")
         ):
             raise InputError(f"{index} names {name!r}, which is no safetensors file of its folder; get it anew")
     return [folder / name for name in sorted(names)]

@@ -29,14 +29,12 @@ def holds_tokens(source: str, text_field: str) -> bool:
     path = Path(source)
     if source and path.is_dir():
         return any((path / name).is_file() for name in SAVED) or bool(_shards(path))
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        return False
     if path.suffix.lower() == ".arrow":
-        return path.is_file()
-    return (
-        path.suffix.lower() == ".parquet"
-        and path.is_file()
-        and text_field not in (names := _columns(path))
-        and (COLUMN in names)
-    )
+        return True
+    names = _columns(path)
+    return COLUMN in names and text_field not in names
 
 
 def load_rows(source: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int) -> list[Ids]:
