@@ -3,15 +3,18 @@
 import csv
 import json
 import math
+import signal
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, STORY
+from conftest import QUICK, STORY, CommandLine
+from filelock import FileLock
 from typer.testing import CliRunner
 
 import regrow
+from regrow.checkpoint.files import LOCK_FILE
 from regrow.checkpoint.verify import Verification
 from regrow.cli import app
 from regrow.comparison import grid
@@ -125,6 +128,23 @@ def test_a_cell_runs_in_a_process_of_its_own(
     (reason,) = found.failed.values()
     assert reason.startswith("there is no text file absent.txt")
     assert reason.split(" failed: ")[0] in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_cell_stops_with_whoever_started_it(
+    command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
+    killed = command(
+        "compare", checkpoint, "--recipes", "magnitude", "--sparsity", "0.5", "--seeds", "1", "--steps", "100000",
+        "--data", text, "--out", tmp_path, *settings,
+        when=f"{tmp_path}/cells/*/checkpoint/*-train-000000", signal=signal.SIGKILL,
+    )  # fmt: skip
+    assert killed.code == -signal.SIGKILL
+    run = tmp_path / "cells" / "magnitude-0.5-0"
+    alone = FileLock(run / LOCK_FILE)
+    with alone.acquire(timeout=60):
+        assert "stopped before step" in run.with_name(run.name + ".log").read_text()
+    assert list(run.glob("checkpoint/*-train-*"))
 
 
 def test_contenders_are_read_as_they_are_written() -> None:

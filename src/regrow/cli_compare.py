@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from regrow.console import quiet, shown_progress
+from regrow.console import going_on_later, quiet, shown_progress
 from regrow.errors import InputError
 
 
@@ -41,7 +41,7 @@ def compare(
         raise InputError(f"--sparsity {sparsity!r}: give numbers parted by commas, such as 0.2,0.5") from error
     settings = parse_assignments(assign or [])
     quiet()
-    with shown_progress() as progress:
+    with going_on_later(), shown_progress() as progress:
         from regrow.comparison.run import compare as run
 
         found = run(

@@ -1,11 +1,15 @@
 """One cell of a comparison: `python -m regrow.comparison.cell FOLDER`, a process of its own so that its peak memory
 can be told.
 
-Reads `FOLDER.json`, leaves the run in `FOLDER` and what it cost in `FOLDER.cost.json`.
+Reads `FOLDER.json`, leaves the run in `FOLDER` and what it cost in `FOLDER.cost.json`. Stops, as on SIGTERM, when its
+standard input ends: whoever started it holds the other end, and lets go of it however he ends.
 """
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -34,7 +38,15 @@ def main(folder: Path) -> None:
     write_json(folder.with_name(folder.name + ".cost.json"), cost)
 
 
+def stop_at_end_of(descriptor: int) -> None:
+    """Wait for the end of a pipe, then ask this process to stop."""
+    while os.read(descriptor, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=stop_at_end_of, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
         main(Path(sys.argv[1]))
     except InputError as error:

@@ -136,11 +136,22 @@ def run_cells(cells: Sequence[Cell], model: str, threads: int | None, progress: 
 
 
 def _run(cell: Cell, model: str, threads: int | None) -> str:
-    """Run a cell; why it failed, or nothing."""
+    """Run a cell; why it failed, or nothing. If this is interrupted the cell stops, too, its state noted."""
     write_json(cell.beside(".json"), cell.request(model, threads))
     command = [sys.executable, "-m", "regrow.comparison.cell", str(cell.folder)]
-    with cell.beside(".log").open("w", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with (
+        cell.beside(".log").open("w", encoding="utf-8") as log,
+        # In a session of its own, where Ctrl-C does not reach it: asked twice to stop it would not wait for its step.
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        assert process.stdin is not None
+        try:
+            code = process.wait()
+        finally:
+            process.stdin.close()
+            process.wait()
     if not code:
         return ""
     lines = cell.beside(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
