@@ -150,7 +150,8 @@ def scorer_for(name: str, decay: float | None = 0.9):
     model = build("llama-gqa")
     groups = with_lora(model)
     gates = Gates(model, groups.groups, groups.layers)
-    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), decay, seed=0, depth=True)
+    mask = lambda group: torch.linspace(0.1, 0.9, group.units)  # noqa: E731
+    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), decay, seed=0, depth=True, mask=mask)
     scorer.watch(groups)
     return model, groups, gates, scorer
 

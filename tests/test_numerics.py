@@ -110,7 +110,8 @@ def scores_of(
     with torch.no_grad():
         change(model)
     gates = Gates(model, groups.groups, groups.layers)
-    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), None, seed=0, depth=True)
+    mask = lambda group: torch.full((group.units,), 0.5)  # noqa: E731
+    scorer = Scorer(model, Plan.whole(groups), gates, find_criterion(name), None, seed=0, depth=True, mask=mask)
     scorer.watch(groups)
     model.train()
     with gates:
@@ -121,7 +122,7 @@ def scores_of(
     return groups, scorer.average.scores
 
 
-WITHOUT_A_FLOOR = {"random", "block-influence", "gate-second-order", "lhspg", "lhspg-cosine"}
+WITHOUT_A_FLOOR = {"random", "block-influence", "gate-second-order", "learned-mask", "lhspg", "lhspg-cosine"}
 """What is dead is not what these rank lowest."""
 
 

@@ -61,6 +61,7 @@ RECIPES = {
     },
     "magnitude": {"distillation.weight": 0.5, "distillation.teacher": "self", "training.checkpoint_interval": 2},
     "flap": {"compensation.windows": 2},
+    "sheared-llama": {"pruning.cool_down": 0.3},
 }  # fmt: skip
 """Recipe -> settings that, together, let everything that has a state have one."""
 FAMILY = dict.fromkeys(RECIPES, "qwen2") | {"flap": "llama-mha-tied", "llm-pruner": "Mixtral"}

@@ -49,6 +49,7 @@ def check_settings(recipe: Recipe) -> None:
         raise InputError("search.evaluations exchanges widths only: with expert in pruning.kinds use shape=uniform")
     check_hidden(recipe)
     check_one_shot(recipe)
+    check_masks(recipe)
     check_prefix(recipe)
     check_distillation(recipe)
     check_tracker(recipe.output.tracker)
@@ -74,6 +75,33 @@ def check_one_shot(recipe: Recipe) -> None:
         raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
     if pruning.interactions > 1 and "gate" not in needs:
         raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
+
+
+def check_masks(recipe: Recipe) -> None:
+    """Refuse learned masks that nothing learns or reads, or that what they would be put on does not have.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    pruning, needs = recipe.pruning, find_criterion(recipe.pruning.criterion).needs
+    learned = pruning.schedule == "learned-mask"
+    if learned != ("mask" in needs) or (learned and needs != {"mask"}):
+        raise InputError(
+            f"pruning.schedule={pruning.schedule} does not go with pruning.criterion={pruning.criterion}: masks that "
+            "are learned are what is read, so set both to learned-mask, or neither"
+        )
+    if not learned:
+        return
+    for kind in sorted({"expert", "hidden"} & set(pruning.kinds)):
+        raise InputError(
+            f"pruning.schedule=learned-mask does not go with {kind} in pruning.kinds, which is there whole or not at "
+            f"all: take {kind} out"
+        )
+    if pruning.basis == "units" and "layer" in pruning.kinds and len(set(pruning.kinds)) > 1:
+        raise InputError(
+            "pruning.schedule=learned-mask weighs layers against widths by their parameters: set pruning.basis=block "
+            "or total, or take layer out of pruning.kinds"
+        )
 
 
 def check_processes(recipe: Recipe, count: int) -> None:

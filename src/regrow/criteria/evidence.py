@@ -106,6 +106,8 @@ class Evidence:
     """Mean over tokens of the cosine between what enters the layer and what leaves it, if the criterion needs it."""
     inputs: InputMoments | None = None
     """Of the consumer's input, if the criterion needs them and there is one consumer."""
+    mask: Float[Tensor, " units"] | None = None
+    """How likely the learned mask of each unit is open, and its layer's with it, if the criterion needs it."""
 
     @cached_property
     def consumers(self) -> tuple[Linear, ...]:

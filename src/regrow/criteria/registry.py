@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria import activation, depth, gate, lhspg, lora, repair, simple, taylor
+from regrow.criteria import activation, depth, gate, lhspg, lora, mask, repair, simple, taylor
 from regrow.criteria.evidence import Evidence
 from regrow.errors import InputError
 from regrow.structure.groups import Groups
 
-Need = Literal["lora", "gate", "weight", "squares", "probes", "similarity", "channels", "inputs"]
+Need = Literal["lora", "gate", "weight", "squares", "probes", "similarity", "channels", "inputs", "mask"]
 """What must be measured for a criterion: gradients of the LoRA factors (there in any training step), moments
 of the gate derivatives, gradients of the frozen weights (as large as the weights), their squares sequence by sequence
 (as large again), estimates of them by forward passes (one-shot schedules only), how alike a layer's input and
-output are, mean and mean square of every linear's input channels, or second moments of the consumers' inputs (as large
-as their squared width; one-shot schedules only)."""
+output are, mean and mean square of every linear's input channels, second moments of the consumers' inputs (as large
+as their squared width; one-shot schedules only), or the masks that the learned-mask schedule learns."""
 
 Scored = Literal["width", "depth"]
 """What a criterion scores: units of the groups, whole layers, or both (then in the same measure)."""
@@ -98,6 +98,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("lhspg-cosine", lhspg.cosine, frozenset()),
         Criterion("lhspg-first-order", lhspg.first_order, frozenset()),
         Criterion("lhspg-second-order", lhspg.second_order, frozenset()),
+        Criterion("learned-mask", mask.learned_mask, frozenset({"mask"})),
         Criterion("magnitude", simple.magnitude, frozenset()),
         Criterion("random", simple.random, frozenset()),
     )

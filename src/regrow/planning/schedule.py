@@ -34,6 +34,8 @@ def cut_events(pruning: Pruning, steps: int) -> dict[int, float]:
         *starts, _ = period_bounds(pruning, steps)
         return {start: (number + 1) / len(starts) for number, start in enumerate(starts)}
     first, last = pruning.warm_up * steps, math.floor((1 - pruning.cool_down) * steps)
+    if pruning.schedule == "learned-mask":
+        return {last: 1.0}
     events = {
         step: cubic_sparsity(step, steps, pruning.warm_up, pruning.cool_down, 1.0)
         for step in range(pruning.interval, last, pruning.interval)
@@ -45,12 +47,13 @@ def cut_events(pruning: Pruning, steps: int) -> dict[int, float]:
 def fade_ends(pruning: Pruning, steps: int) -> dict[int, int]:
     """For each event of `cut_events`: the step before which the gates of the units chosen then are at 0.
 
-    With the lhspg schedule a fade takes a period: it ends where the next period begins.
+    With the lhspg schedule a fade takes a period: it ends where the next period begins. Learned masks have faded.
     """
     starts = list(cut_events(pruning, steps))
     if pruning.schedule == "lhspg":
         return dict(zip(starts, [*starts[1:], period_bounds(pruning, steps)[-1]], strict=True))
-    return {start: start + pruning.decay_steps for start in starts}
+    decay = 0 if pruning.schedule == "learned-mask" else pruning.decay_steps
+    return {start: start + decay for start in starts}
 
 
 def period_bounds(pruning: Pruning, steps: int) -> list[int]:

@@ -38,7 +38,7 @@ def check_distillation(recipe: Recipe) -> None:
         check_bitsandbytes("distillation.teacher_dtype", settings.teacher_dtype)
     pruning = recipe.pruning
     unscored = pruning.schedule != "one-shot" and pruning.calibration_batches == 0
-    if settings.weight == 1 and unscored and find_criterion(pruning.criterion).needs:
+    if settings.weight == 1 and unscored and find_criterion(pruning.criterion).needs - {"mask"}:
         raise InputError(
             "distillation.weight=1: a whole model does not differ from its teacher, so no step before the first cut "
             "would score anything; set pruning.calibration_batches, or a lower weight"

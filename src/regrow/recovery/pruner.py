@@ -1,6 +1,7 @@
 """The progressive loop's other half: choose units by their scores, let them fade, cut them.
 
-With the lhspg schedule a fade takes a period, and a unit may be gone before its end; see `lhspg.py`.
+With the lhspg schedule a fade takes a period, and a unit may be gone before its end; see `lhspg.py`. With the
+learned-mask schedule masks say what goes, which are learned until then; see `masks.py`.
 """
 
 import copy
@@ -26,6 +27,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.average import Average
 from regrow.recovery.learner import Learner, clip_gradients
 from regrow.recovery.lhspg import HalfSpace, forget_moments
+from regrow.recovery.masks import learned_masks
 from regrow.recovery.pooling import gather_samples
 from regrow.recovery.preparation import Preparation, Prepared
 from regrow.recovery.scoring import Scorer
@@ -104,12 +106,14 @@ class Pruner:
         self.events = cut_events(self.pruning, recipe.training.steps)
         self.fade_ends = fade_ends(self.pruning, recipe.training.steps)
         self.last_event = max(self.events)
+        self.masks = learned_masks(self.gates, groups, recipe, prior, self.processes)
         criterion = find_criterion(self.pruning.criterion)
         self.scorer = Scorer(
             model, self.plan, self.gates, criterion, self.pruning.ema, recipe.seed, self.depth, self.hidden,
-            perturbations=self.pruning.perturbations, processes=self.processes
+            perturbations=self.pruning.perturbations, processes=self.processes,
+            mask=self.masks.present if self.masks else None,
         )  # fmt: skip
-        self._late_scores = self.pruning.schedule == "lhspg" and not criterion.needs
+        self._late_scores = self.masks is not None or (self.pruning.schedule == "lhspg" and not criterion.needs)
         """Nothing to measure: score when a choice is due, not in every step."""
         self.preparation = prepare(self.gates) if prepare else None
         self._known = scores is not None
@@ -186,6 +190,8 @@ class Pruner:
         """Whatever the schedule asks for before optimizer step `step` (0-based)."""
         if self.finished:
             return
+        if self.masks and not self._reached:
+            self.masks.show()
         if step in self.events:
             with self.timing("plan"):
                 self._choose(step, self.events[step])
@@ -202,6 +208,8 @@ class Pruner:
         """One optimizer step, scored as long as there is something to choose. Returns the loss."""
         if self._half_space:
             self._half_space.remember()
+        if self.masks and not self._reached:
+            return self.masks.train_step(self.learner).loss
         if self._reached or self._late_scores:
             return self.learner.step().loss
         step = self.learner.step(self.scorer.recording, self._score)
@@ -251,7 +259,8 @@ class Pruner:
             values |= {"done": asdict(self.preparation.done), "refitted": sorted(self.preparation.refitted)}
         gates = {name: self.gates.value(name) for name in self._gated()}
         tensors = named("gates", gates) | named("fading", self._fading) | named("refitted", self.refitted())
-        return State.of(own=State(values, tensors), scorer=self.scorer.state())
+        masks = {"masks": self.masks.state()} if self.masks else {}
+        return State.of(own=State(values, tensors), scorer=self.scorer.state(), **masks)
 
     def go_on(self, state: State) -> None:
         """Be where `state` was taken; the model is whole and untouched."""
@@ -275,6 +284,8 @@ class Pruner:
         if own.values["in_period"]:
             self._half_space = HalfSpace(self.model, self.groups, self.pruning.epsilon)
         self.scorer.go_on(state.part("scorer"))
+        if self.masks:
+            self.masks.go_on(state.part("masks"))
         if self._reached:
             self.scorer.close()
 
@@ -286,6 +297,8 @@ class Pruner:
         if self._late_scores and not self._score():  # before the cut: displacements count from uncut factors
             raise InputError(f"criterion {self.pruning.criterion}: scores at step {step} are not finite")
         self._check_scored(f"no step before {step} gave")
+        if self.masks:
+            self.gates.open()  # what stays is there whole
         self.settle()
         scores = self.scorer.average.scores
         before, self.plan = self.plan, self._next_plan(scores, fraction)

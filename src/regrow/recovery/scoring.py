@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -56,9 +56,12 @@ class Scorer:
         hidden: bool = False,
         perturbations: int = 1,
         processes: Processes = ALONE,
+        mask: Callable[[Group], Tensor] | None = None,
     ) -> None:
         self.processes = processes
         self.model = model
+        self.mask = mask
+        """Of a group, how likely each unit's learned mask is open; if masks are learned."""
         self.gates = gates
         self.criterion = criterion
         self.depth = depth and "depth" in criterion.scores
@@ -230,11 +233,13 @@ class Scorer:
             moments = self._moments.get(group.name)
             if not plan.parts[group.name].keep:
                 continue
+            mask = self.mask(group) if self.mask and "mask" in self.criterion.needs else None
             if (units := stays.get(group.name)) is not None:
                 group = group.only(units)
                 moments = moments and moments.only(torch.from_numpy(units))
+                mask = mask if mask is None else mask[torch.from_numpy(units)]
             evidence = gather_evidence(self.model, group, moments, self.generator, self._start, self.measured)
-            yield replace(evidence, inputs=self._inputs.get(group.name))
+            yield replace(evidence, inputs=self._inputs.get(group.name), mask=mask)
 
     def _of_layers(self, groups: Groups, plan: Plan) -> Iterator[Evidence]:
         """What is known of the layers that stay."""

@@ -84,13 +84,16 @@ class Pruning(Section):
         ge=0,
         description="Number of last layers that are left alone (uniform: are not removed whole).",
     )
-    schedule: Literal["one-shot", "cubic", "lhspg"] = Field(
+    schedule: Literal["one-shot", "cubic", "lhspg", "learned-mask"] = Field(
         default="one-shot",
         description="one-shot: everything before training. cubic: step by step during training. lhspg: in periods, "
-        "the units chosen at the start of one fading to nothing until its end (LoRAShear).",
+        "the units chosen at the start of one fading to nothing until its end (LoRAShear). learned-mask: at once, "
+        "after masks have been learned beside the adapters (Sheared-LLaMA).",
     )
     warm_up: Share = Field(default=0.1, description="cubic, lhspg: share of the steps before the first choice.")
-    cool_down: Share = Field(default=0.1, description="cubic, lhspg: share of the steps after the last cut.")
+    cool_down: Share = Field(
+        default=0.1, description="cubic, lhspg, learned-mask: share of the steps after the last cut."
+    )
     interval: Count = Field(default=10, description="cubic: optimizer steps between cuts.")
     periods: Count = Field(
         default=5, description="lhspg: periods between warm-up and cool-down; each takes the same share of the units."
@@ -99,6 +102,13 @@ class Pruning(Section):
         default=0.0,
         description="lhspg: a fading unit is zero at once when less than this share of it is left along its own "
         "direction after one step (half-space projection).",
+    )
+    ramp: Share = Field(
+        default=0.2,
+        description="learned-mask: share of the masks' steps over which what they shall remove rises to the target.",
+    )
+    mask_learning_rate: float = Field(
+        default=1.0, gt=0, description="learned-mask: learning rate of log-alphas and multipliers (Adam)."
     )
     decay_steps: int = Field(
         default=0,
