@@ -119,6 +119,7 @@ def test_inspect_adds_up(command: CommandLine, checkpoint: Path) -> None:
         (n, "ffn"): (48, 3 * 32) for n in layers
     }
     assert len(found["layers"]) == len(layers)
+    assert (found["residual"]["kind"], found["residual"]["units"]) == ("hidden", 32)
     assert sum(group["share_of_total"] for group in found["groups"]) == pytest.approx(
         found["block_parameters"] / found["total_parameters"]
     )

@@ -65,6 +65,13 @@ def test_an_exchange_keeps_the_target_and_gives_something_back() -> None:
     assert any(made)
 
 
+def test_an_exchange_may_reach_over_rungs() -> None:
+    ladder = Ladder({name: tuple(range(9)) for name in "ab"}, dict.fromkeys("ab", 1))
+    chance = torch.Generator().manual_seed(0)
+    made = [ladder.exchange({"a": 4, "b": 4}, 8, 3, chance) for _ in range(50)]
+    assert {max(one.values()) for one in made if one is not None} == {5, 6, 7}
+
+
 def test_the_search_finds_the_best_of_a_small_space() -> None:
     ladder = Ladder({name: tuple(range(9)) for name in "abc"}, dict.fromkeys("abc", 1))
     wanted = {"a": 6, "b": 1, "c": 5}

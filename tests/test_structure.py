@@ -1,5 +1,7 @@
 """Tracing, gates and the cut: masked ≡ cut, and a gate's gradient is what it should be."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,32 @@ def test_gate_gradient_is_the_weights_own(family: str) -> None:
             columns = (weight * weight.grad).sum(0)
             expected = columns[torch.from_numpy(group.consumers[0].index)].sum(1)
             torch.testing.assert_close(got[group.name][sample].double(), expected.detach(), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_what_lies_before_a_gate_learns_through_it(recording: bool) -> None:
+    """As through the consumer's columns times the gate."""
+    model = build("llama-gqa")
+    groups = find_groups(model)
+    chance = torch.Generator().manual_seed(3)
+    values = {group.name: torch.rand(group.units, generator=chance) for group in groups}
+    embedding = model.get_input_embeddings().weight
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        summed_losses(model, IDS).sum().backward()
+        return embedding.grad.clone()
+
+    with Gates(model, groups.groups) as gates:
+        for name, value in values.items():
+            gates.set(name, value)
+        with gates.recording(1.0, lambda name, c: None) if recording else nullcontext():
+            found = gradient()
+    for group in groups:
+        weight, index = model.get_submodule(group.consumers[0].module).weight, group.consumers[0].index
+        with torch.no_grad():
+            weight[:, index.reshape(-1)] *= values[group.name].repeat_interleave(index.shape[1])
+    torch.testing.assert_close(found, gradient(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gate_before_every_adapter_has_a_gradient_too() -> None:
