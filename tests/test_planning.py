@@ -125,6 +125,8 @@ def test_protected_layers_are_left_alone_in_the_free_shape_only() -> None:
     plan = choose(groups, Plan.whole(groups), scores_of(groups, 0), pruning)
     assert all(len(g.keep) == g.units for name, g in plan.groups.items() if name.startswith("layers.1."))
     assert plan.sparsity.block >= 0.2
+    assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.5)) == {0}
+    assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.4)) == set()
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="uniform", protect_last=1)) == set()
 
 
