@@ -2,7 +2,8 @@
 can be told.
 
 Reads `FOLDER.json`, leaves the run in `FOLDER` and what it cost in `FOLDER.cost.json`. Stops, as on SIGTERM, when its
-standard input ends: whoever started it holds the other end, and lets go of it however he ends.
+standard input ends: the process that started it holds the other end, and lets go of it
+however it ends.
 """
 
 import json
