@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import together
 import torch
-from conftest import QUICK
 
 import regrow
 from regrow import cli
@@ -27,8 +26,6 @@ from regrow.recipe import load_recipe
 
 FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("src", "scripts", "tests")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-CHANGES = {**QUICK, "training.batch_size": 3, "training.eval_interval": 2, "evaluation.completions": 0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Launched:
 def launched(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """All that is done by two processes, in one launch: starting is most of the time."""
     folder = tmp_path_factory.mktemp("together")
-    settings = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={value}")]
+    settings = [word for key, value in together.CHANGES.items() for word in ("--set", f"{key}={value}")]
     prune = ["prune", checkpoint, "--recipe", "loraprune", "--data", text, "--steps", 4, "--processes", 2, *settings]
     words = [together.__file__, folder, *prune, "--out", folder / "out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -88,7 +85,7 @@ def test_two_processes_analyse_as_one(launched: Launched) -> None:
 def test_two_processes_prune_as_one(launched: Launched, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """The same plan, losses and files as one process leaves; one of the two speaks."""
     two, one = launched.folder / "out", tmp_path / "one"
-    alone = regrow.prune(str(checkpoint), one, "loraprune", data=str(text), steps=4, overrides=CHANGES)
+    alone = regrow.prune(str(checkpoint), one, "loraprune", data=str(text), steps=4, overrides=together.CHANGES)
     assert (two / "plan.json").read_bytes() == (one / "plan.json").read_bytes()
     losses = [
         [step["loss"] for part in ("steps", "validations") for step in json.loads(file.read_text())[part]]
@@ -102,7 +99,7 @@ def test_two_processes_prune_as_one(launched: Launched, checkpoint: Path, text: 
     perplexities = [each["perplexity"]["pruned"]["window-32"]["value"] for each in results]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
     assert alone.results == results[1]
-    again = regrow.prune(str(checkpoint), two, "loraprune", data=str(text), steps=4, overrides=CHANGES)
+    again = regrow.prune(str(checkpoint), two, "loraprune", data=str(text), steps=4, overrides=together.CHANGES)
     assert again.results == results[0], "one process takes what two have finished"
     assert launched.stderr.count("attach LoRA …") == 1
     assert launched.stdout.count("perplexity, window-32") == 1
@@ -198,6 +195,32 @@ def test_what_cannot_be_shared(settings: dict[str, Any], complaint: str) -> None
     check_processes(recipe, 1)
     with pytest.raises(InputError, match=complaint):
         check_processes(recipe, 3)
+
+
+def test_parts_are_of_several_processes(text: Path) -> None:
+    recipe = load_recipe("regrow", {"training.offload": "shards"})
+    check_processes(recipe, 2)
+    with pytest.raises(InputError, match=r"shards parts .* there is one: start with torchrun .*--offload disk"):
+        check_processes(recipe, 1)
+    with pytest.raises(InputError, match="analyze works in one process"):
+        regrow.analyze("anything", str(text), overrides={"training.offload": "shards"})
+
+
+@pytest.mark.usefixtures("lean")
+def test_weights_in_parts_are_pruned_as_whole_ones(
+    launched: Launched, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """To the end, where the main process is alone with weights of which it had half."""
+    one = regrow.prune(
+        str(checkpoint), tmp_path / "one", "loraprune", data=str(text), steps=4, offload="disk",
+        overrides=together.CHANGES,
+    )  # fmt: skip
+    two = regrow.Result.read(launched.folder / "parts")
+    assert two.plan == one.plan
+    assert two.results["verification"]["passed"]
+    assert two.results["machine"]["processes"] == 2
+    values = [each.results["perplexity"]["pruned"]["window-32"]["value"] for each in (one, two)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_one_process_goes_on_with_what_two_began(launched: Launched, tmp_path: Path) -> None:

@@ -375,6 +375,12 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     others = 4 * (sizes.parameters - linears)
     assert train(training__quantization="int8") == others + linears // 2 + step
     assert train(training__quantization="nf4") == others + linears * 9 // 16 + step, "an nf4 base is cut at the end"
+    parted = recipe.override({"training.offload": "shards", "training.gradient_checkpointing": True})
+    assert sizes.matrices == linears
+    each = [
+        estimate_memory(sizes, parted, frozenset(), torch.float32, torch.float32, count)["train"] for count in (2, 4)
+    ]
+    assert each[0] - each[1] == 4 * (linears - linears // 2) // 4, "half of them is left"
     saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
     assert train(training__gradient_checkpointing=True) == train() - saved
     found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import QUICK
 from test_resume import Calling, Fault, corpus, dense, fail_at, known_groups, windows
 
+import regrow
 from regrow.analysis.sensitivity import measure_sensitivity
 from regrow.checkpoint.journal import Forgetful, Journal
+from regrow.checkpoint.offloaded import load_offloaded
 from regrow.checkpoint.shared import shared
 from regrow.planning.sensitivity import Conditions
 from regrow.processes import ALONE, Processes, join
@@ -60,6 +63,16 @@ WORK: dict[str, tuple[str, str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 """Name -> recipe, family, settings: between them, everything that is measured on batches."""
+SHARDED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "loraprune": WORK["loraprune"],
+    "regrow": ("regrow", "llama-gqa", {"search.evaluations": 3, "compensation.carrier": "adapter"}),
+    "lorashear": WORK["lorashear"],
+    "taught": ("random", "llama-gqa", {"distillation.weight": 0.5, "distillation.hidden_weight": 0.5}),
+    "experts": ("random", "Mixtral", {"pruning.kinds": ["attention"], "pruning.sparsity": 0.1}),
+    "prefix": WORK["prefix"],
+}  # fmt: skip
+"""The same, with the weights in parts: everything that reads weights, or runs the model for a part of the processes."""
+CHANGES = {**QUICK, "training.batch_size": 3, "training.eval_interval": 2, "evaluation.completions": 0}
 DROPPED_OUT = "loraprune", "llama-gqa", {"pruning.interval": 2, "lora.dropout": 0.2, "training.checkpoint_interval": 2}
 
 
@@ -68,12 +81,24 @@ def session(
     folder: Path,
     processes: Processes = ALONE,
     on_step: Callable[[int], None] = lambda step: None,
+    offload: str = "none",
 ) -> Trained:
-    """Train from what the folder's journal knows."""
+    """Train from what the folder's journal knows.
+
+    Args:
+        offload: disk, shards: where the weights lie, with `training.offload`.
+    """
     name, family, settings = work
     recipe: Recipe = load_recipe(name, {**COMMON, **settings})
     groups = known_groups(family)  # first, for it uses chance up
     model = dense(family)
+    if offload != "none":
+        with processes.main_first():
+            if processes.is_main:
+                model.save_pretrained(folder / "dense")
+        model = load_offloaded(str(folder / "dense"), torch.device("cpu"), offload, processes=processes)
+        recipe = recipe.override({"training.gradient_checkpointing": True, "training.offload": offload})
+        torch.manual_seed(0)
     attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
     processes.begin_alike(adapter_parameters(model), recipe.seed)
     progress = Calling(on_step)
@@ -145,11 +170,29 @@ def check_resuming(us: Processes, folder: Path) -> None:
     assert len({float(chance) for chance in us.sum([torch.rand(()) * (us.rank == n) for n in (0, 1)])}) == 2
 
 
+def check_sharding(us: Processes, folder: Path) -> None:
+    """Weights in parts: each process holds half of them, and all comes out as with the weights in their files."""
+    held = us.hold(torch.arange(10.0).view(5, 2))
+    assert held.nbytes == (24, 16)[us.rank]
+    with us.uneven():
+        for _ in range(2 * us.rank):
+            assert held.read().equal(torch.arange(10.0).view(5, 2))
+    found = us.by_main(lambda: float(held.read().sum()))
+    assert found == 45
+    for name, work in SHARDED.items():
+        each = [session(work, folder / "offload" / place / name, us, offload=place) for place in ("disk", "shards")]
+        assert outcome(each[0]) == outcome(each[1]), name
+        assert all(torch.equal(each[0].adapters[key], value) for key, value in each[1].adapters.items())
+
+
 def main(folder: Path) -> None:
-    """Do all of it."""
+    """Do all of it; model and text are those of the command that follows."""
     torch.set_num_threads(1)
     us = join("cpu", wanted=2)
     check_adding(us)
+    check_sharding(us, folder)
+    model, text = sys.argv[2], sys.argv[sys.argv.index("--data") + 1]
+    regrow.prune(model, folder / "parts", "loraprune", data=text, steps=4, offload="shards", overrides=CHANGES)
     check_resuming(us, folder)
     found = {name: outcome(session(work, folder / name, us)) for name, work in WORK.items()}
     found["sensitivity"] = sensitivity(us)

@@ -92,7 +92,10 @@ def prune(
     ] = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="Keep the frozen weights in memory (cpu) or in their files (disk), for a model too large."),
+        typer.Option(
+            help="For a model too large: keep the frozen weights in the host's memory (cpu), in their files (disk), "
+            "or in parts, one with each process (shards; with torchrun)."
+        ),
     ] = None,
     assign: Annotated[
         list[str] | None,

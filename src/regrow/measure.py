@@ -147,6 +147,10 @@ def analyze(
     recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
     check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.quantization)
     if recipe.training.offloaded:
+        if recipe.training.offload == "shards":
+            raise InputError(
+                "analyze works in one process, among which training.offload=shards cannot part the weights: use disk"
+            )
         check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.offload, "offload")
         recipe = recipe.override({"training.gradient_checkpointing": True})
     folder, progress = Path(out) if out is not None else None, progress or Silent()

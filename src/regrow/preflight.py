@@ -21,6 +21,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
 from regrow.evaluation.tasks import check_tasks
+from regrow.launcher import HOW
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.planning.target import parse_target
 from regrow.processes import ALONE, Processes
@@ -121,6 +122,12 @@ def check_processes(recipe: Recipe, count: int) -> None:
             raise InputError(
                 f"{setting}={windows} is less than one for each of {count} processes; raise it, or start fewer"
             )
+    if recipe.training.offload == "shards" and count == 1:
+        raise InputError(
+            "training.offload=shards parts the weights among several processes, and there is one: start with "
+            + HOW.format(count=2)
+            + ", or give --offload disk"
+        )
     target = recipe.pruning.target
     if count > 1 and target is not None and parse_target(target).kind == "perplexity":
         raise InputError("--target perplexity makes trials in a single process; start one, or give --sparsity")
@@ -217,7 +224,8 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
         recipe = recipe.override({"training.offload": "none"})
-    found = estimate_memory(sizes, recipe, frozenset(needs), weights, torch.bfloat16 if lower else weights)
+    activations = torch.bfloat16 if lower else weights
+    found = estimate_memory(sizes, recipe, frozenset(needs), weights, activations, processes.count)
     free = free_memory(device)
     if free is not None and device.type == "cpu":
         free //= processes.local
@@ -227,7 +235,7 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     if free is not None and found[stage] > free and recipe.training.check_memory:
         raise InputError(
             f"{stage} will need about {_amount(found[stage])} of memory, {device} has {_amount(free)} free: "
-            f"{_advice(recipe, stage, device)}; or training.check_memory=false to try all the same"
+            f"{_advice(recipe, stage, device, processes.count)}; or training.check_memory=false to try all the same"
         )
     told = ", ".join(f"{stage} {_amount(size)}" for stage, size in found.items())
     return f"memory, estimated: {told}" + (f"; {_amount(free)} free on {device}" if free is not None else "")
@@ -287,11 +295,13 @@ def _check_host(size: int, recipe: Recipe) -> None:
         )
 
 
-def _advice(recipe: Recipe, stage: str, device: torch.device) -> str:
+def _advice(recipe: Recipe, stage: str, device: torch.device, processes: int) -> str:
     """What would need less, the most helpful first."""
     training, distillation = recipe.training, recipe.distillation
     advice = []
     if not training.offloaded and not training.quantized:
+        if processes > 1:
+            advice.append("--offload shards")
         advice.append("--offload disk" if device.type == "cpu" else "--offload cpu (or disk)")
     if stage == "train" and distillation.on and distillation.teacher in ("auto", "model"):
         advice.append("distillation.teacher=cached or self, which need no second model")

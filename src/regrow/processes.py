@@ -4,12 +4,14 @@ What is measured is added up over the processes before anything is decided by it
 process would. Files are the main process' alone. `Processes` is a process by itself, for which there is nothing to do;
 `Together` is one of several, as accelerate and torch.distributed join them.
 
+Frozen weights may lie in parts, one with each process (`sharding`); the model that each holds then lacks them.
+
 What processes tell one another are numbers, JSON and safetensors, never pickles.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from regrow.errors import InputError, LostOther
 from regrow.launcher import HOW, Launch, read_launch
+from regrow.sharding import Held, Sharding
 
 LOST_AFTER = timedelta(minutes=30)
 """So long may a process be behind the others in the middle of a step."""
@@ -97,6 +100,18 @@ class Processes:
         own = (batch[self.rows(len(batch))] for batch in batches)
         return [part for part in own if len(part)]
 
+    def hold(self, whole: Tensor) -> Held:
+        """Keep this process' part of a tensor that is the same in all of them, on the same kind of device."""
+        return Held(whole)
+
+    @contextmanager
+    def uneven(self) -> Iterator[None]:
+        """A stretch of computing in which some processes may run the model less often than others, or not at all.
+
+        Nothing else is told or asked in it. See `sharding`.
+        """
+        yield
+
 
 ALONE = Processes()
 
@@ -110,6 +125,7 @@ class Together(Processes):
         with self._reaching():
             self.host = dist.new_group(backend="gloo", timeout=WORK_OF_ONE)
             """For what lies in main memory, and for waiting: a waiting GPU would be busy."""
+        self._sharding: Sharding | None = None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """See `Processes`."""
@@ -193,9 +209,24 @@ class Together(Processes):
 
     def by_main(self, work: Callable[[], T]) -> T:
         """See `Processes`."""
-        found: Any = work() if self.is_main else None
+        found: Any = None
+        with self.uneven():
+            if self.is_main:
+                found = work()
         told: T = self.same(found)
         return told
+
+    def hold(self, whole: Tensor) -> Held:
+        """See `Processes`."""
+        if self._sharding is None:
+            self._sharding = Sharding(whole.device, self.host, self._reaching)
+        return self._sharding.hold(whole)
+
+    @contextmanager
+    def uneven(self) -> Iterator[None]:
+        """See `Processes`."""
+        with self._sharding.uneven() if self._sharding else nullcontext():
+            yield
 
     def _all_reduce(self, tensor: Tensor) -> None:
         with self._reaching():

@@ -48,7 +48,8 @@ def prune(
         eval_data: text to evaluate on; by default documents held out of `data`.
         target: instead of `sparsity`, what the result shall be: see `regrow.planning.target.parse_target`.
         quantize: int8 or nf4: how the frozen weights are kept while scoring and training.
-        offload: cpu or disk: where the frozen weights lie when they are not computed with.
+        offload: cpu, disk or shards (each of several processes has a part): where the frozen weights lie when they are
+            not computed with.
         overrides: `key.path` -> value, applied to the recipe last.
         fresh: do it from the start, whatever run `out` holds.
         processes: how many have to take part; by default as many as a launcher (torchrun) has started. All of them call

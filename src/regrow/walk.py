@@ -72,7 +72,7 @@ from regrow.resume import Books, where
 from regrow.reuse import keep_adapter, report, save_streamed, texts
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora
 from regrow.structure.groups import Groups
-from regrow.structure.offload import convert
+from regrow.structure.offload import convert, let_go
 from regrow.text import Text, read_text, training_tokens
 
 OWN_TEXT_FILE = "generated.jsonl"
@@ -139,6 +139,7 @@ class Walk:
         model, trained = self.recover(model, tokenizer, whole, text, prior)
         if not self.part():
             return None
+        let_go(model)
         verification = self.saved()
         if verification is None:
             self.books.begin("merge and save")
@@ -202,7 +203,8 @@ class Walk:
         torch.manual_seed(self.recipe.seed)
         training, device = self.recipe.training, pick_device(self.recipe.device)
         kept = quantization or training.quantization
-        model = load(self.name, device, offload=training.offload, quantization=kept)
+        offload = training.offload_alone if self.processes is ALONE else training.offload
+        model = load(self.name, device, offload=offload, quantization=kept, processes=self.processes)
         check_vocabulary(model, tokenizer, self.name)
         return model
 

@@ -63,7 +63,7 @@ def measure_sensitivity(
     }
     progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()))
     losses: dict[str, dict[int, float]] = {name: {} for name in trials}
-    walk = LayerWalk(model, processes.parts(torch.split(windows.ids_NT, conditions.batch_size)))
+    walk = LayerWalk(model, torch.split(windows.ids_NT, conditions.batch_size), processes)
     with evaluation_mode(model), Gates(model, groups.groups) as gates:
         for layer in range(len(groups.layers)):
             for name, members in alike.items():
@@ -71,12 +71,12 @@ def measure_sensitivity(
                     continue
                 ranked = [torch.argsort(scores[group.name], stable=True).cpu() for group in members]
                 for count in dict.fromkeys(trials[name]):
-                    loss = _trial(walk, gates, members, [order[count:] for order in ranked], processes)
+                    loss = _trial(walk, gates, members, [order[count:] for order in ranked])
                     losses[name][count] = loss
                     progress.advance(1, f"{name} without {count} of {members[0].units}: loss {loss:.3f}")
             if layer < len(groups.layers) - 1:
                 walk.advance()
-        dense = mean_loss(walk, processes)
+        dense = mean_loss(walk)
     _demand_finite("the model as it is", dense)
     for name, measured in losses.items():
         for count, loss in measured.items():
@@ -96,22 +96,20 @@ def measure_sensitivity(
     )
 
 
-def mean_loss(walk: LayerWalk, processes: Processes = ALONE) -> float:
+def mean_loss(walk: LayerWalk) -> float:
     """NLL per token of the windows in all processes' walks, nats, from where they stand on; perhaps not finite."""
     losses = [
         summed_loss(logits_BTV[:, :-1], ids_BT[:, 1:].to(logits_BTV.device)).sum()
         for logits_BTV, ids_BT in zip(walk.finish(), walk.batches, strict=True)
     ]
-    loss, tokens = processes.sum([float(sum(losses)), sum(ids_BT[:, 1:].numel() for ids_BT in walk.batches)])
+    loss, tokens = walk.processes.sum([float(sum(losses)), sum(ids_BT[:, 1:].numel() for ids_BT in walk.batches)])
     return loss / tokens
 
 
-def _trial(
-    walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor], processes: Processes
-) -> float:
+def _trial(walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor]) -> float:
     for group, units in zip(members, stay, strict=True):
         gates.keep(group.name, units.tolist())
-    loss = mean_loss(walk, processes)
+    loss = mean_loss(walk)
     for group in members:
         gates.set(group.name, torch.ones(group.units))
     return loss

@@ -1,20 +1,23 @@
-"""Models whose frozen weights stay in the host's memory or in their files; see `structure.offload`.
+"""Models whose frozen weights stay in the host's memory, in their files or in parts; see `structure.offload`.
 
 The dtype is converted as a weight is brought, not in a copy of the file: a bfloat16 file is half as long to read as a
 float32 one would be.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from regrow.checkpoint.load import compute_dtype, load_config, load_model, weights_folder
 from regrow.checkpoint.source import Source, first_names
-from regrow.structure.offload import InFile, InMemory, Offloaded, come_and_go
+from regrow.processes import ALONE, Processes
+from regrow.structure.offload import InFile, InMemory, InParts, Offloaded, Store, come_and_go
 from regrow.structure.quantised import Quantization
 from regrow.structure.trace import decoder_layers
 
@@ -26,6 +29,7 @@ def load(
     offload: str = "none",
     quantization: Quantization | Literal["none"] = "none",
     trust_remote_code: bool = False,
+    processes: Processes = ALONE,
 ) -> PreTrainedModel:
     """A model, its frozen weights kept as `training.offload` and `training.quantization` say.
 
@@ -35,14 +39,17 @@ def load(
     if offload == "none":
         return load_model(name, device, trust_remote_code=trust_remote_code, quantization=quantization)
     assert quantization == "none"
-    return load_offloaded(name, device, offload, trust_remote_code)
+    return load_offloaded(name, device, offload, trust_remote_code, processes)
 
 
-def load_offloaded(name: str, device: torch.device, place: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_offloaded(
+    name: str, device: torch.device, place: str, trust_remote_code: bool = False, processes: Processes = ALONE
+) -> PreTrainedModel:
     """A model with the matrices of its decoder layers elsewhere; all else is on the device, as `load_model` has it.
 
     Args:
-        place: cpu, the host's memory; or disk, the checkpoint's own files, which must not change meanwhile.
+        place: cpu, the host's memory; disk, the checkpoint's own files, which must not change meanwhile; or shards,
+            the devices of all processes, each of which loads the model at the same time.
 
     Raises:
         InputError: as `Source`, which says what files are not read tensor by tensor.
@@ -58,7 +65,7 @@ def load_offloaded(name: str, device: torch.device, place: str, trust_remote_cod
     for first in dict.fromkeys(firsts.get(name, name) for name in model.state_dict()):
         read = partial(source.read, first)
         if first.startswith(inside) and first in outlines:
-            store = InFile(read) if place == "disk" else InMemory(read().clone())
+            store = _store(place, read, device, processes)
             owner, _, last = first.rpartition(".")
             parameter = Offloaded.of(store, outlines[first].shape, dtype, device)
             setattr(model.get_submodule(owner), last, parameter)
@@ -69,3 +76,13 @@ def load_offloaded(name: str, device: torch.device, place: str, trust_remote_cod
     model.generation_config = source.generation_config()
     come_and_go(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _store(place: str, read: Callable[[], Tensor], device: torch.device, processes: Processes) -> Store:
+    match place:
+        case "disk":
+            return InFile(read)
+        case "cpu":
+            return InMemory(read().clone())
+        case _:
+            return InParts(processes.hold(read().to(device)), processes.hold, InFile(read))

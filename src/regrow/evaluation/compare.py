@@ -39,8 +39,9 @@ def held_out_nll(model: PreTrainedModel, windows: Windows, batch_size: int, proc
     rows = processes.rows(len(windows))
     scored_NT = None if windows.scored_NT is None else windows.scored_NT[rows]
     losses, own_NT = 0.0, windows.ids_NT[rows]
-    if len(own_NT):
-        losses = float(window_losses(model, own_NT, batch_size, None, scored_NT).sum())
+    with processes.uneven():
+        if len(own_NT):
+            losses = float(window_losses(model, own_NT, batch_size, None, scored_NT).sum())
     return processes.sum([losses])[0] / windows.tokens
 
 
@@ -105,7 +106,7 @@ def compare(
     wanted = recipe.evaluation
     protocols = protocol_windows(documents, tokenizer, source, recipe)
     own_code = needs_remote_code(Path(pruned_name))
-    offload = recipe.training.offload
+    offload = recipe.training.offload_alone
     dense = load(dense_name, device, offload=offload)
     pruned = load(pruned_name, device, offload=offload, trust_remote_code=own_code)
     prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]

@@ -3,7 +3,7 @@
 The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
 size, F FFN width, V vocabulary, b_a bytes of an activation):
 
-    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: those of one layer)
+    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: those of one layer, and this part)
     adapters     16 R: weight, gradient and AdamW's two moments in float32
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
@@ -75,7 +75,12 @@ class Sizes:
 
 
 def estimate_memory(
-    sizes: Sizes, recipe: Recipe, needs: frozenset[str], weights: torch.dtype, activations: torch.dtype
+    sizes: Sizes,
+    recipe: Recipe,
+    needs: frozenset[str],
+    weights: torch.dtype,
+    activations: torch.dtype,
+    processes: int = 1,
 ) -> dict[str, int]:
     """Peak bytes by stage, above what the process holds before the model is loaded.
 
@@ -83,6 +88,7 @@ def estimate_memory(
         needs: of the criterion.
         weights: what the base is loaded in.
         activations: what is computed in, autocast considered.
+        processes: those that may hold a part of the weights each; the figures are of one of them.
 
     Returns:
         `score`, `train` and `save`, of the stages that the recipe has.
@@ -90,7 +96,7 @@ def estimate_memory(
     b_w, b_a = weights.itemsize, activations.itemsize
     tokens = recipe.training.batch_size * recipe.data.sequence_length
     removed = _removed(sizes, recipe.pruning)
-    whole, left = _base(sizes, recipe, b_w, 0), _base(sizes, recipe, b_w, removed)
+    whole, left = _base(sizes, recipe, b_w, 0, processes), _base(sizes, recipe, b_w, removed, processes)
     step = _activations(sizes, recipe, tokens, b_a) + 2 * tokens * sizes.vocabulary * b_a
     found = {}
     if recipe.pruning.calibration_batches and needs:
@@ -110,15 +116,17 @@ def estimate_memory(
     merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
     found["save"] = max(merged, b_w * kept + stored * kept)
     if recipe.training.offloaded:  # the other process sees to itself
-        found["save"] = 2 * left
+        alone = recipe.override({"training.offload": recipe.training.offload_alone})
+        found["save"] = 2 * _base(sizes, alone, b_w, removed, 1)
     return {stage: size + OVERHEAD for stage, size in found.items()}
 
 
-def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int) -> int:
+def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int, processes: int) -> int:
     """Bytes of the frozen weights after so many parameters have been removed."""
     if recipe.training.offloaded:
-        brought = (sizes.matrices - removed) / sizes.layers
-        return round(b_w * (sizes.parameters - sizes.matrices + brought))
+        matrices = sizes.matrices - removed
+        own = matrices / processes if recipe.training.offload == "shards" else 0
+        return round(b_w * (sizes.parameters - sizes.matrices + matrices / sizes.layers + own))
     of_linear = QUANTISED_BYTES.get(recipe.training.quantization, b_w)
     return round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * (sizes.block_parameters - removed))
 

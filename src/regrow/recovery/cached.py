@@ -132,9 +132,10 @@ def _answers(
     """Batch by batch, in the order of `DTYPES`; in all but the main process empty lists."""
     for ids_BT in torch.split(ids_NT, batch_size):
         own: dict[str, Tensor] = {}
-        if len(part_BT := ids_BT[processes.rows(len(ids_BT))]):
-            target = top_distribution(logits(part_BT), top_k, temperature)
-            own = dict(zip(DTYPES, (target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT), strict=True))
+        with processes.uneven():
+            if len(part_BT := ids_BT[processes.rows(len(ids_BT))]):
+                target = top_distribution(logits(part_BT), top_k, temperature)
+                own = dict(zip(DTYPES, (target.tokens_BTK, target.log_probs_BTK, target.log_tail_BT), strict=True))
         found = [answer for answer in processes.gather(own) if answer]
         yield [torch.cat([answer[name] for answer in found]) for name in DTYPES if found]
 

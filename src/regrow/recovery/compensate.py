@@ -100,7 +100,7 @@ class Compensator:
             What was chosen and done. The model's base weights (or adapters) have changed.
         """
         done = Compensated()
-        walk = LayerWalk(self.model, self.processes.parts(batches))
+        walk = LayerWalk(self.model, batches, self.processes)
         last = max((groups.by_name(name).layer for name in keep), default=-1)
         numbers = [layer.number for layer in groups.layers if layer.number <= last]
         progress.stage("compensate", len(numbers))

@@ -176,7 +176,9 @@ class Scorer:
         add_up_at_main(self.processes, self._evidence)
         if "weight" in self.criterion.needs:
             add_gradients(self.processes, self._weights(groups))
-        scores = self.processes.same_tensors(self._scored(groups, cut_plan, plan) if self.processes.is_main else {})
+        with self.processes.uneven():
+            own = self._scored(groups, cut_plan, plan) if self.processes.is_main else {}
+        scores = self.processes.same_tensors(own)
         self.forget(groups)
         self._inputs = {}
         if not all(bool(torch.isfinite(score).all()) for score in scores.values()):

@@ -82,7 +82,7 @@ class Supernet:
             scores: group name -> one per unit, for the groups whose order is the criterion's.
             batches: calibration token ids, each `[B, T]`.
         """
-        walk = LayerWalk(self.model, self.compensator.processes.parts(batches))
+        walk = LayerWalk(self.model, batches, self.compensator.processes)
         progress.stage("prepare search", len(self.groups.layers))
         for layer in self.groups.layers:
             for group in (group for group in self.groups if group.layer == layer.number):
@@ -167,7 +167,7 @@ class Fitness:
         self._shares = [len(part) / len(ids_BT) for part, ids_BT in zip(parts, batches, strict=True)]
         """Of every batch, what this process measures."""
         supernet.close()
-        with supernet.gates.opened():  # hidden channels may be behind closed ones
+        with supernet.gates.opened(), self.processes.uneven():  # hidden channels may be behind closed ones
             self._dense = [self._likeliest(ids_BT) if len(ids_BT) else None for ids_BT in self.batches]
 
     def _likeliest(self, ids_BT: Tensor) -> TopTarget:
@@ -183,7 +183,9 @@ class Fitness:
         """Set the candidate and measure it."""
         self.supernet.set(counts)
         told = zip(self._dense, self.batches, self._shares, strict=True)
-        values = self.processes.sum([share * self._divergence(dense, ids_BT) for dense, ids_BT, share in told])
+        with self.processes.uneven():
+            own = [share * self._divergence(dense, ids_BT) for dense, ids_BT, share in told]
+        values = self.processes.sum(own)
         return sum(values) / len(values)
 
     def _divergence(self, dense: TopTarget | None, ids_BT: Tensor) -> float:

@@ -38,11 +38,12 @@ class Training(Section):
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
         "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
     )
-    offload: Literal["none", "cpu", "disk"] = Field(
+    offload: Literal["none", "cpu", "disk", "shards"] = Field(
         default="none",
         description="Where the frozen matrices of the decoder layers lie when they are not computed with: on the "
-        "device, in the host's memory (cpu), or in the checkpoint's files (disk). They are brought layer by layer, "
-        "which takes time; gradient_checkpointing is then on, and refits go into the adapters.",
+        "device, in the host's memory (cpu), in the checkpoint's files (disk), or in equal parts on the devices of "
+        "several processes (shards). They are brought layer by layer, which takes time; gradient_checkpointing is "
+        "then on, and refits go into the adapters.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
@@ -77,6 +78,11 @@ class Training(Section):
     def offloaded(self) -> bool:
         """Whether the base lies elsewhere, and so cannot be written to."""
         return self.offload != "none"
+
+    @property
+    def offload_alone(self) -> str:
+        """Where the base lies once the other processes have gone."""
+        return "disk" if self.offload == "shards" else self.offload
 
 
 class Distillation(Section):

@@ -1,4 +1,6 @@
-"""Frozen weights that lie elsewhere (in the host's memory, in a file) and come to the device for one product at a time.
+"""Frozen weights that lie elsewhere and come to the device for one product at a time.
+
+Elsewhere is the host's memory, a file, or the devices of several processes, of which each holds a part.
 
 Where such a weight belongs there is an `Offloaded` parameter: shape, dtype and device are the weight's, the memory is
 one number's, and whoever computes with it gets NaN. Hooks on the module that owns it put the weight there before its
@@ -18,14 +20,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Place = Literal["cpu", "disk"]
+from regrow.sharding import Held
+
+Place = Literal["cpu", "disk", "shards"]
 
 
 class Store(Protocol):
     """Where one weight lies."""
 
     def read(self) -> Tensor:
-        """The weight as it is now, on the CPU."""
+        """The weight as it is now, on any device."""
 
     def cut(self, axis: int, positions: Tensor) -> "Store":
         """The same with some positions of an axis only."""
@@ -66,6 +70,27 @@ class InFile:
         """See `Store`."""
         before = self.kept.get(axis)
         return InFile(self.whole, {**self.kept, axis: positions if before is None else before[positions]})
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A weight of which every process holds some rows; all read it at once, and cut it at once."""
+
+    held: Held
+    hold: Callable[[Tensor], Held]
+    """Parts a tensor."""
+    origin: InFile
+    """Where it comes from, cut alike."""
+
+    def read(self) -> Tensor:
+        """See `Store`."""
+        return self.held.read()
+
+    def cut(self, axis: int, positions: Tensor) -> "InParts":
+        """See `Store`."""
+        whole = self.read()
+        left = whole.index_select(axis, positions.to(whole.device))
+        return InParts(self.hold(left), self.hold, self.origin.cut(axis, positions))
 
 
 class Offloaded(nn.Parameter):
@@ -140,6 +165,13 @@ def come_and_go(model: nn.Module) -> None:
             module.register_forward_pre_hook(_bring)
             # Also when the pass is cut short: a recomputation stops as soon as it has what it wants.
             module.register_forward_hook(_take_away, always_call=True)
+
+
+def let_go(model: nn.Module) -> None:
+    """Give back the parts of weights that processes hold together: from here on they are read from their files."""
+    for parameter in model.parameters():
+        if isinstance(parameter, Offloaded) and isinstance(parameter.store, InParts):
+            parameter.store = parameter.store.origin
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from regrow.processes import ALONE, Processes
 from regrow.structure.trace import decoder_layers
 
 
@@ -24,16 +25,18 @@ class _Reached(Exception):
 class LayerWalk:
     """Stands before one decoder layer, holding its inputs for every batch."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], processes: Processes = ALONE) -> None:
         """Stand before the first layer.
 
         Args:
             batches: token ids, each `[B, T]`, on any device.
+            processes: those that share the batches: each walks with its rows of them, at the same time.
         """
         self.model = model
-        self.batches = batches
+        self.processes = processes
+        self.batches = processes.parts(batches)
         self.position = 0
-        self._outputs: list[Any] = [None] * len(batches)
+        self._outputs: list[Any] = [None] * len(self.batches)
         """What the layer before gave, batch by batch, in the form in which it gave it."""
 
     @property
@@ -43,7 +46,8 @@ class LayerWalk:
 
     def run(self) -> list[Any]:
         """Run the layer stood before on all batches (hooks on its modules fire); its outputs."""
-        return [self._run(number) for number in range(len(self.batches))]
+        with self.processes.uneven():
+            return [self._run(number) for number in range(len(self.batches))]
 
     def advance(self) -> None:
         """Run the layer and stand before the next one."""
@@ -52,9 +56,10 @@ class LayerWalk:
 
     def finish(self) -> Iterator[Tensor]:
         """From the layer stood before on, all the way: logits `[B, T, V]`, batch by batch."""
-        for number, ids_BT in enumerate(self.batches):
-            with torch.no_grad(), self._replayed(number):
-                yield self.model(input_ids=ids_BT.to(self.model.device), use_cache=False).logits
+        with self.processes.uneven():
+            for number, ids_BT in enumerate(self.batches):
+                with torch.no_grad(), self._replayed(number):
+                    yield self.model(input_ids=ids_BT.to(self.model.device), use_cache=False).logits
 
     @torch.no_grad()
     def _run(self, number: int) -> Any:
