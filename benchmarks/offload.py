@@ -30,7 +30,7 @@ SETTINGS = {
     **COMMON, "training.gradient_checkpointing": True, "training.steps": 2, "pruning.sparsity": 0.5,
     "data.sequence_length": 64, "evaluation.windows": [64], "evaluation.completions": 0,
 }  # fmt: skip
-RECIPES = {"loraprune": "no teacher", "regrow": "a copy of the model as teacher"}
+RECIPES = {"loraprune": "no teacher", "regrow": "a teacher's answers on disk"}
 RUNS = ((1, "none"), (1, "disk"), (2, "none"), (2, "shards"))
 """How many processes, and where the weights lie."""
 FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
