@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from conftest import QUICK, STAGE, CommandLine
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import regrow
-from regrow.cli import app
+from regrow.cli import app, main
+from regrow.console import SPIN_COUNT, share_cores
 from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
 from regrow.terminal import terminal_progress
 
@@ -33,6 +35,25 @@ def leaves(tree: dict[str, object], prefix: str = "") -> set[str]:
 
 
 # --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, {"GOMP_SPINCOUNT": "10000"}), ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+     ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"})],
+)  # fmt: skip
+def test_idle_threads_wait_as_the_user_says(given: dict[str, str], found: dict[str, str]) -> None:
+    environment = dict(given)
+    share_cores(environment)
+    assert environment == found
+
+
+def test_idle_threads_are_told_before_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["regrow", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,11 +19,22 @@ from regrow.launcher import rank, read_launch
 if TYPE_CHECKING:
     from regrow.progress import Progress
 
+SPIN_COUNT = "10000"
 SECONDS_TO_END = 5.0
 """A launcher has by then ended the other processes of one that has failed."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model.")]
+
+
+def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let an idle OpenMP thread soon give its core away, unless the user has said how long it is to wait.
+
+    To be called before torch is loaded. libgomp's threads look out for work some 300,000 times before they sleep, and
+    if the machine is busy they do so on the core of one that has work (`benchmarks/threads.py`).
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def quiet() -> None:
