@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.demand import protected_layers
+from regrow.planning.demand import most_removed, protected_layers
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning
@@ -128,6 +128,15 @@ def test_protected_layers_are_left_alone_in_the_free_shape_only() -> None:
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.5)) == {0}
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.4)) == set()
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="uniform", protect_last=1)) == set()
+
+
+def test_the_most_that_may_go_by_hand() -> None:
+    """Of 3 heads and 40 channels in a layer; nothing of what the recipe protects or does not name."""
+    groups = groups_of("llama-gqa")
+    half = most_removed(groups, Pruning(shape="free", protect_last=1, cap=0.5, multiple=8))
+    assert half == {"layers.0.attention": 1, "layers.0.ffn": 16, "layers.1.attention": 0, "layers.1.ffn": 0}
+    floor = most_removed(groups, Pruning(kinds=("ffn",), floor=0.3))
+    assert floor == {"layers.0.attention": 0, "layers.0.ffn": 28, "layers.1.attention": 0, "layers.1.ffn": 28}
 
 
 def test_out_of_reach_says_what_is_within() -> None:
