@@ -105,12 +105,12 @@ def sweep(folder: Path) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """See that a folder can be written anew, before any work is done for it.
+    """See that a folder can be written anew, before any work is done for it. A lock in it does not count.
 
     Raises:
         InputError: if something is there already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_FILE for file in folder.iterdir())):
         raise InputError(f"{folder} is there already and not empty; give a new folder")
 
 
