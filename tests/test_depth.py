@@ -44,6 +44,7 @@ from regrow.structure.cut import cut
 from regrow.structure.depth import check_depth
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups
+from regrow.structure.similarity import Cosines
 
 CLOSE = 1e-4
 LAYERS = 4
@@ -435,6 +436,17 @@ def test_a_plan_that_contradicts_itself_is_refused(groups: Groups, change: dict[
 
 
 # --- scores -----------------------------------------------------------------------------------
+
+
+def test_a_mean_of_cosines_by_hand() -> None:
+    """Of tokens, not of batches; a batch that is not finite counts for nothing."""
+    cosines = Cosines()
+    assert cosines.mean == 0
+    cosines.add(torch.tensor([[0.5]]))
+    assert cosines.mean == 0.5
+    cosines.add(torch.tensor([[0.5, float("nan")]]))
+    cosines.add(torch.tensor([[1.0, -1.0], [0.25, 0.0]]))
+    assert (cosines.mean, cosines.tokens) == (0.15, 5)
 
 
 # cos((3, 4), (4, 3)) = 24/25; cos((1, 0), (0, 2)) = 0  ->  BI = 1 - 12/25

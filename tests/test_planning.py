@@ -1,6 +1,7 @@
 """Schedules and plans: targets are reached to one step, and nothing comes back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.demand import most_removed, protected_layers
+from regrow.planning.demand import demands, most_removed, protected_layers, settle_counts
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning
@@ -99,6 +100,26 @@ def test_global_takes_the_cheapest_damage_wherever_it_is() -> None:
     assert len(plan.groups["layers.1.ffn"].keep) == 30
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_by_kind_takes_as_many_of_a_kind_as_local_but_the_worst_of_all_layers(seed: int) -> None:
+    groups = groups_of("llama-mha-tied")
+    scores = scores_of(groups, seed)
+    taken = {}
+    for way in ("local", "by-kind"):
+        plan = choose(groups, Plan.whole(groups), scores, Pruning(sparsity=0.35, shape="free", allocation=way))
+        for kind in ("attention", "ffn"):
+            gone = torch.cat([scores[g.name][sorted(set(range(g.units)) - set(plan.groups[g.name].keep))]
+                              for g in groups if g.kind == kind])  # fmt: skip
+            taken[way, kind] = sorted(gone.tolist())
+    for kind in ("attention", "ffn"):
+        found, every = (
+            taken["by-kind", kind],
+            sorted(s for g in groups if g.kind == kind for s in scores[g.name].tolist()),
+        )
+        assert len(found) == len(taken["local", kind]) > 1
+        assert found == every[: len(found)]
+
+
 def test_global_in_the_uniform_shape_trades_heads_for_channels() -> None:
     groups = groups_of("llama-mha-tied")
     # A quarter of a layer's 14,976 parameters is 2 heads of 1,536 and 5 channels of 144, or 26 channels.
@@ -128,6 +149,22 @@ def test_protected_layers_are_left_alone_in_the_free_shape_only() -> None:
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.5)) == {0}
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.4)) == set()
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="uniform", protect_last=1)) == set()
+
+
+@pytest.mark.parametrize("start", ["nothing", "all"])
+@pytest.mark.parametrize("share", [0.1, 0.47, 0.5])
+def test_counts_settle_within_their_limits(start: str, share: float) -> None:
+    """Whether units have to be added or given back, also where nearly everything that may go has to."""
+    groups = groups_of("llama-gqa")
+    pruning = Pruning(shape="free", cap=0.5)
+    (asked,) = demands(groups, {group.name: 0 for group in groups}, pruning, frozenset())
+    asked = replace(asked, amount=int(2 * share * asked.within()))
+    counts = {group.name: 0 if start == "nothing" else asked.limit[group.name] for group in groups}
+    order = sorted(asked.limit, key=lambda name: asked.price[name])
+    found = settle_counts(asked, counts, order)
+    assert asked.limit == {"layers.0.attention": 1, "layers.0.ffn": 20, "layers.1.attention": 1, "layers.1.ffn": 20}
+    assert all(0 <= found[name] <= most for name, most in asked.limit.items())
+    assert 0 <= asked.surplus(found) < min(asked.price.values())
 
 
 def test_the_most_that_may_go_by_hand() -> None:

@@ -375,6 +375,19 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     others = 4 * (sizes.parameters - linears)
     assert train(training__quantization="int8") == others + linears // 2 + step
     assert train(training__quantization="nf4") == others + linears * 9 // 16 + step, "an nf4 base is cut at the end"
+    # Dropout keeps the linears' inputs a second time, with a mask of bytes: five are hidden wide, one heads, one F.
+    wet = recipe.override({"lora.dropout": 0.1})
+    more = Sizes.of(model, find_groups(model), wet)
+    assert more.dropped == 3 * (5 * 32 + 48 + 48)
+    assert estimate_memory(more, wet, frozenset(), torch.float32, torch.float32)["train"] == (
+        train() + OVERHEAD + 16 * more.dropped * 5
+    )
+    some = wet.override({"lora.targets": ["down_proj"]})
+    assert Sizes.of(model, find_groups(model), some).dropped == 3 * 48
+    assert Sizes.of(model, find_groups(model), some).adapters == 3 * 2 * (32 + 48)
+    # Nothing is counted as gone where the recipe does not say in advance how much will be.
+    for unknown in ({"pruning__target": "params=40K"}, {"pruning__basis": "total"}):
+        assert train(**unknown) == train() + 4 * (linears // 2)
     saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
     assert train(training__gradient_checkpointing=True) == train() - saved
     found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)

@@ -65,6 +65,17 @@ def test_merged_is_adapted(family: str) -> None:
     assert (adapted - logits(model)).abs().max() < CLOSE
 
 
+def test_a_merged_model_is_saved_whole(tmp_path) -> None:
+    """And not as an adapter, as transformers would do with a model that has one."""
+    model = build("llama-gqa")
+    with_lora(model)
+    merge_lora(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_groups_count_every_prunable_parameter(family: str) -> None:
     model = build(family)
     groups = find_groups(model)
@@ -232,17 +243,36 @@ def classes_of(found: Trace) -> dict[tuple[str, int], tuple[bool, list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("fused", "parts"),
+    ("fused", "parts", "heads"),
     [
-        (grouped, spelled),
-        (alike, lambda q, k, v: spelled(q, torch.cat([k, k], 1), torch.cat([v, v], 1))),
+        (grouped, spelled, [0, 0, 1, 1]),
+        (alike, lambda q, k, v: spelled(q, torch.cat([k, k], 1), torch.cat([v, v], 1)), [0, 1, 0, 1]),
     ],
 )
-def test_fused_attention_is_its_products(fused, parts) -> None:
+def test_fused_attention_is_its_products(fused, parts, heads: list[int]) -> None:
+    """Query head by query head, which KV head it goes with."""
     one, other = traced(of_heads(fused)), traced(of_heads(parts))
     assert classes_of(one) == classes_of(other)
     assert one.attention == other.attention
-    assert {len(set(classes)) for (name, axis), (_, classes) in classes_of(one).items() if name == "o.weight" and axis}
+    is_input, columns = classes_of(one)["o.weight", 1]
+    assert is_input
+    first, second = sorted(one.attention)
+    assert columns == np.repeat([(first, second)[number] for number in heads], 3).tolist()
+
+
+@pytest.mark.parametrize("before", [(), (2,), (2, 3)])
+def test_a_product_by_hand(before: tuple[int, ...]) -> None:
+    """Rows keep their names, columns too; what is summed over goes together one by one."""
+    walk, rank = Walk(), len(before) + 2
+    rows, left = walk.channels.new(5).reshape([1] * len(before) + [5, 1]), walk.channels.new(4)
+    right, columns = walk.channels.new(4), walk.channels.new(3)
+    one = Value((*before, 5, 4), (rows, left.reshape([1] * (rank - 1) + [4])))
+    other = Value((4, 3), (right.reshape(4, 1), columns.reshape(1, 3)), is_weight=True)
+    found = RULES["aten.matmul"](walk, (one, other), {}, (*before, 5, 3))
+    assert [facet.shape for facet in found.facets] == [(*[1] * len(before), 5, 1), (*[1] * (rank - 1), 3)]
+    assert [facet.reshape(-1).tolist() for facet in found.facets] == [[0, 1, 2, 3, 4], [13, 14, 15]]
+    assert walk.channels.classes().tolist() == [*range(9), *range(5, 9), 13, 14, 15]
+    assert (walk.contracted, walk.attended) == ({9, 10, 11, 12}, [])
 
 
 aten = torch.ops.aten
