@@ -1,6 +1,7 @@
 """Whole layers as units: closed ≡ removed, plans that mix depth and width, and ShortGPT's score."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import choose, final_counts, lose, uniform_candidates
+from regrow.planning.depth import layer_choices
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
 from regrow.recipe import load_recipe
@@ -433,6 +435,22 @@ def test_plans_from_before_layers_could_go_are_read(groups: Groups) -> None:
 def test_a_plan_that_contradicts_itself_is_refused(groups: Groups, change: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Plan.parse(json.dumps(Plan.whole(groups).to_json() | change))
+
+
+@pytest.mark.parametrize("basis", ["block", "total"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.4])
+def test_layers_are_offered_until_they_reach_the_target_by_themselves(
+    groups: Groups, basis: str, sparsity: float
+) -> None:
+    """Least damaging first, each set one larger than the last."""
+    damage = {f"layers.{number}": torch.tensor([value]) for number, value in enumerate((3.0, 1.0, 4.0, 2.0))}
+    pruning = Pruning(kinds=("layer", "ffn"), basis=basis, sparsity=sparsity, protect_first=0.0, protect_last=0)
+    found = list(layer_choices(groups, {group.name: 0 for group in groups}, damage, pruning))
+    one, whole = groups.layers[0].block_parameters, groups.block_parameters
+    if basis == "total":
+        one, whole = groups.layers[0].parameters, groups.total_parameters
+    wanted = math.ceil(sparsity * whole / one)
+    assert found == [frozenset([1, 3, 0][:count]) for count in range(wanted + 1)]
 
 
 # --- scores -----------------------------------------------------------------------------------

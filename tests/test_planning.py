@@ -164,7 +164,7 @@ def test_counts_settle_within_their_limits(start: str, share: float) -> None:
     found = settle_counts(asked, counts, order)
     assert asked.limit == {"layers.0.attention": 1, "layers.0.ffn": 20, "layers.1.attention": 1, "layers.1.ffn": 20}
     assert all(0 <= found[name] <= most for name, most in asked.limit.items())
-    assert 0 <= asked.surplus(found) < min(asked.price.values())
+    assert 0 <= asked.surplus(found) < min(asked.price[name] for name, count in found.items() if count)
 
 
 def test_the_most_that_may_go_by_hand() -> None:
@@ -243,6 +243,13 @@ def test_a_plan_survives_json() -> None:
     groups = groups_of("llama-gqa")
     plan = plan_of(groups, random_keep(groups, 1))
     assert Plan.parse(json.dumps(plan.to_json())) == plan
+    document = plan.to_json()
+    del document["residual"]
+    before = Plan.parse(json.dumps(document))
+    assert (before.residual, before.groups) == (None, plan.groups)
+    assert (before.parts, before.narrows) == (before.groups, False)
+    whole = Plan.whole(groups)
+    assert whole.parts == {**whole.groups, "residual": whole.residual}
 
 
 @pytest.mark.parametrize(
@@ -261,6 +268,13 @@ def test_a_broken_plan_is_refused_by_name(change: dict[str, object]) -> None:
     document = Plan.whole(groups_of("llama-gqa")).to_json()
     document["groups"]["layers.0.ffn"] = {**document["groups"]["layers.0.ffn"], **change}
     with pytest.raises(InputError, match=r"layers\.0\.ffn"):
+        Plan.parse(json.dumps(document))
+
+
+def test_a_plan_without_hidden_channels_is_refused() -> None:
+    document = Plan.whole(groups_of("llama-gqa")).to_json()
+    document["residual"]["keep"] = []
+    with pytest.raises(InputError, match="residual: keep must name at least one hidden channel"):
         Plan.parse(json.dumps(document))
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from regrow.errors import InputError
 from regrow.recovery.losses import language_loss
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
+from regrow.structure.biases import add_missing_biases, bias_names
 from regrow.structure.channels import Value, narrower, overlap, reshape
 from regrow.structure.cut import cut
 from regrow.structure.gates import GateMoments, Gates
@@ -87,6 +88,9 @@ def test_groups_count_every_prunable_parameter(family: str) -> None:
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     assert groups.block_parameters == sum(p.numel() for m in linears for p in m.parameters())
     assert groups.total_parameters == sum(p.numel() for p in model.parameters())
+    told = groups.to_json()
+    assert [each["units"] for each in told["groups"]] == [group.units for group in groups]
+    assert (told["residual"]["kind"], told["residual"]["units"]) == ("hidden", model.config.hidden_size)
     assert len(groups.linears) == len(linears)
 
 
@@ -380,6 +384,15 @@ def test_the_highest_along_an_axis_or_of_all() -> None:
     highest, where = RULES["aten.max"](walk, (value, 1), {}, [(5,), (5,)])
     assert ([facet.tolist() for facet in highest.facets], where.facets) == ([[4, 5, 6, 7, 8]], ())
     assert RULES["aten.max"](walk, (value,), {}, ()).facets == ()
+
+
+def test_only_a_bias_may_be_missing() -> None:
+    model = build("llama-gqa")
+    add_missing_biases(model, bias_names(model) | {"model.layers.0.mlp.up_proj.bias"})
+    assert model.model.layers[0].mlp.up_proj.bias.tolist() == [0.0] * 40
+    for name in ("model.layers.0.mlp.other_proj.weight", "model.layers.0.mlp.up_proj.aux"):
+        with pytest.raises(AssertionError, match=f"the class has {name}, the model has not"):
+            add_missing_biases(model, frozenset({name}))
 
 
 # --- gate gradients ---------------------------------------------------------------------------
