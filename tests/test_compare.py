@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from regrow.checkpoint.verify import Verification
 from regrow.cli import app
 from regrow.comparison import grid
 from regrow.comparison.grid import Cell, Contender, lay_out
-from regrow.comparison.table import Spread, doubts
+from regrow.comparison.run import Comparison
+from regrow.comparison.table import Spread, doubts, short_table
 from regrow.data.overlap import overlap
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -176,6 +178,36 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert isinstance(result.exception, InputError)
     assert said in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_shows_the_table_and_what_failed(compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    found = compared()
+
+    def compare(model: str, out: Path, contenders: list[str], **given: object) -> Comparison:
+        asked.update(given, model=model, out=out, contenders=contenders)
+        return found
+
+    monkeypatch.setattr("regrow.comparison.run.compare", compare)
+    options = ["--recipes", "magnitude,random,", "--sparsity", "0.25,0.5", "--tasks", "a,b", "--set", "lora.rank=2"]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compare", "m", "--out", str(tmp_path), *options])
+    assert (done.exit_code, done.exception) == (0, None)
+    head, lines = short_table(found.rows)
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
+    assert [line for line in shown if line] == lines
+    assert [*map(str.strip, done.stdout.splitlines()[2].split("┃")[1:-1])] == head
+    assert "perplexity, window-32" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"{found.folder / 'comparison.html'}; also .md, .csv and .json"
+    assert (asked["model"], asked["out"], asked["contenders"]) == ("m", tmp_path, ["magnitude", "random"])
+    assert (asked["sparsities"], asked["seeds"], asked["steps"]) == ([0.25, 0.5], 3, None)
+    assert (asked["tasks"], asked["threads"], asked["overrides"]) == (["a", "b"], None, {"lora.rank": 2})
+
+    found = replace(found, failed={"random-0.5-0": "no text", "random-0.5-1": "no text"})
+    done = CliRunner().invoke(app, ["compare", "m", "--out", str(tmp_path)])
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception) == "2 runs failed, the first of them random-0.5-0: no text"
+    assert "comparison.html" in done.stdout
+    assert asked["tasks"] == ()
 
 
 def test_spread() -> None:

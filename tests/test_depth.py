@@ -1,6 +1,7 @@
 """Whole layers as units: closed ≡ removed, plans that mix depth and width, and ShortGPT's score."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import choose, final_counts, lose, uniform_candidates
+from regrow.planning.depth import layer_choices
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events
 from regrow.recipe import load_recipe
@@ -44,6 +46,7 @@ from regrow.structure.cut import cut
 from regrow.structure.depth import check_depth
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups
+from regrow.structure.similarity import Cosines
 
 CLOSE = 1e-4
 LAYERS = 4
@@ -434,7 +437,34 @@ def test_a_plan_that_contradicts_itself_is_refused(groups: Groups, change: dict[
         Plan.parse(json.dumps(Plan.whole(groups).to_json() | change))
 
 
+@pytest.mark.parametrize("basis", ["block", "total"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.4])
+def test_layers_are_offered_until_they_reach_the_target_by_themselves(
+    groups: Groups, basis: str, sparsity: float
+) -> None:
+    """Least damaging first, each set one larger than the last."""
+    damage = {f"layers.{number}": torch.tensor([value]) for number, value in enumerate((3.0, 1.0, 4.0, 2.0))}
+    pruning = Pruning(kinds=("layer", "ffn"), basis=basis, sparsity=sparsity, protect_first=0.0, protect_last=0)
+    found = list(layer_choices(groups, {group.name: 0 for group in groups}, damage, pruning))
+    one, whole = groups.layers[0].block_parameters, groups.block_parameters
+    if basis == "total":
+        one, whole = groups.layers[0].parameters, groups.total_parameters
+    wanted = math.ceil(sparsity * whole / one)
+    assert found == [frozenset([1, 3, 0][:count]) for count in range(wanted + 1)]
+
+
 # --- scores -----------------------------------------------------------------------------------
+
+
+def test_a_mean_of_cosines_by_hand() -> None:
+    """Of tokens, not of batches; a batch that is not finite counts for nothing."""
+    cosines = Cosines()
+    assert cosines.mean == 0
+    cosines.add(torch.tensor([[0.5]]))
+    assert cosines.mean == 0.5
+    cosines.add(torch.tensor([[0.5, float("nan")]]))
+    cosines.add(torch.tensor([[1.0, -1.0], [0.25, 0.0]]))
+    assert (cosines.mean, cosines.tokens) == (0.15, 5)
 
 
 # cos((3, 4), (4, 3)) = 24/25; cos((1, 0), (0, 2)) = 0  ->  BI = 1 - 12/25

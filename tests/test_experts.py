@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,33 @@ def test_gate_gradient_is_the_weights_own(family: str) -> None:
     torch.testing.assert_close(
         got["layers.1.expert"][:, 1].double(), sum(slopes), rtol=1e-2, atol=3e-3
     )  # norms are float32
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_what_lies_before_an_experts_gates_learns_through_them(recording: bool) -> None:
+    """As through `down_proj` times the gates of its expert and of its columns."""
+    model = build("Mixtral")
+    groups = find_groups(model)
+    chance = torch.Generator().manual_seed(3)
+    values = {g.name: 0.5 + torch.rand(g.units, generator=chance) for g in groups if g.kind != "attention"}
+    embedding = model.get_input_embeddings().weight
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        summed_losses(model, IDS).sum().backward()
+        return embedding.grad.clone()
+
+    with Gates(model, groups.groups) as gates:
+        for name, value in values.items():
+            gates.set(name, value)
+        with gates.recording(1.0, lambda name, c: None) if recording else nullcontext():
+            found = gradient()
+    for group in (group for group in groups if group.expert is not None):
+        (consumer,) = group.consumers
+        with torch.no_grad():
+            scale = values[group.name] * values[f"layers.{group.layer}.expert"][consumer.expert]
+            model.get_parameter(consumer.parameter)[consumer.expert][:, consumer.index[:, 0]] *= scale
+    torch.testing.assert_close(found, gradient(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", ["split", "checkpointed"])

@@ -2,17 +2,27 @@
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, CommandLine, Done
+import torch
+from conftest import QUICK, CommandLine, Done, plan_of, random_keep
 
 import regrow
 from regrow.checkpoint.files import LOCK_FILE, check_folder
-from regrow.checkpoint.lock import alone_in
+from regrow.checkpoint.load import load_model
+from regrow.checkpoint.lock import alone_in, alone_with
+from regrow.checkpoint.peft_folder import Adapter
 from regrow.errors import InputError
 from regrow.progress import Silent
+from regrow.reuse import report
+from regrow.structure.groups import find_groups
 
 SETTINGS = {
     **QUICK,
@@ -31,9 +41,9 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
 
 
-def assert_refused(done: Done, folder: Path) -> None:
-    who = f"another process (pid {os.getpid()}) works in {folder}"
-    expected = f"regrow: {who}; wait for its end, or give another folder\n"
+def assert_refused(done: Done, place: Path, does: str = "works in", other: str = "folder") -> None:
+    who = f"another process (pid {os.getpid()}) {does} {place}"
+    expected = f"regrow: {who}; wait for its end, or give another {other}\n"
     assert (done.code, done.stdout, done.complaint) == (2, "", expected)
 
 
@@ -95,3 +105,151 @@ def test_a_folder_without_use_is_gone(tmp_path: Path) -> None:
     with alone_in(folder):
         (folder / "plan.json").touch()
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
+
+
+# --- what uses a run again -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def left(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a plan of it, and an adapter of what the plan makes of it."""
+    folder = tmp_path_factory.mktemp("left")
+    shutil.copytree(checkpoint, folder / "model")
+    groups = find_groups(load_model(str(checkpoint)))
+    (folder / "plan.json").write_text(json.dumps(plan_of(groups, random_keep(groups, 0)).to_json()))
+    factors = {("lm_head", "A"): torch.ones(2, 32), ("lm_head", "B"): torch.ones(300, 2)}
+    Adapter({"peft_type": "LORA", "target_modules": ["lm_head"]}, factors).write(folder / "adapter")
+    return folder
+
+
+def verbs(left: Path) -> dict[str, tuple[str, str, list[str | Path]]]:
+    """The verb's command but for `--out`, and where it makes what it writes."""
+    model, plan = left / "model", left / "plan.json"
+    return {
+        "apply": ("checkpoint.stream", "new_folder", ["apply", model, "--plan", plan]),
+        "scatter": (
+            "checkpoint.peft_folder",
+            "new_folder",
+            ["scatter", left / "adapter", "--plan", plan, "--model", model],
+        ),
+        "pad": ("formats.pad", "new_folder", ["export", model, "--pad"]),
+        "gguf": ("formats.llamacpp", "new_file", ["export", model, "--to", "gguf"]),
+    }
+
+
+def called(left: Path, out: Path) -> dict[str, Callable[[], object]]:
+    """The same verbs in this process."""
+    model, plan = str(left / "model"), left / "plan.json"
+    return {
+        "apply": partial(regrow.apply, model, out, plan=plan),
+        "scatter": partial(regrow.scatter, left / "adapter", out, plan=plan, model=model),
+        "pad": partial(regrow.export, model, out, pad=True),
+        "gguf": partial(regrow.export, model, out, "gguf"),
+    }
+
+
+def written(out: Path) -> dict[str, bytes]:
+    files = [out] if out.is_file() else sorted(file for file in out.rglob("*") if file.is_file())
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("verb", ["apply", "scatter", "pad", "gguf"])
+def test_a_second_that_writes_the_same_is_refused(
+    verb: str, left: Path, command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if verb == "gguf":
+        pytest.importorskip("gguf")
+    there = tmp_path / "there"
+    out = there / ("new.gguf" if verb == "gguf" else "new")
+    place, name, argv = verbs(left)[verb]
+    module = import_module(f"regrow.{place}")
+    original, seen = getattr(module, name), []
+
+    @contextmanager
+    def half_done(path: Path) -> Iterator[Path]:
+        with original(path) as unfinished:
+            (unfinished if unfinished.is_dir() else unfinished.parent).joinpath("begun").touch()
+            before = tree(there)
+            told = ("writes", "file") if verb == "gguf" else ()
+            assert_refused(command(*argv, "--out", out), out, *told)
+            assert tree(there) == before
+            seen.append(path)
+            next(there.rglob("begun")).unlink()
+            yield unfinished
+
+    monkeypatch.setattr(module, name, half_done)
+    called(left, out)[verb]()
+    assert seen == [out]
+    assert list(there.iterdir()) == [out], "the lock is gone"
+    monkeypatch.undo()
+    called(left, tmp_path / "undisturbed")[verb]()
+    assert written(out) == written(tmp_path / "undisturbed")
+
+
+def test_a_run_does_not_begin_where_a_checkpoint_is_being_written(
+    left: Path, command: CommandLine, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def asked(folder: Path) -> None:
+        assert_refused(command("prune", left / "model", "--data", text, "--out", out, *FLAGS), out)
+        raise InputError("enough")
+
+    monkeypatch.setattr("regrow.checkpoint.stream.new_folder", asked)
+    with pytest.raises(InputError, match="enough"):
+        called(left, out)["apply"]()
+    assert not out.exists()
+
+
+def test_a_lock_left_by_a_killed_process_keeps_nobody_from_writing(left: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LOCK_FILE).touch()
+    called(left, out)["pad"]()
+    assert not (out / LOCK_FILE).exists()
+    with pytest.raises(InputError, match="is there already and not empty"):
+        called(left, out)["pad"]()
+
+
+def test_a_report_is_not_made_again_while_a_run_is_under_way(
+    reported_run: Path, command: CommandLine, tmp_path: Path
+) -> None:
+    """Neither in a folder without results so far, nor where an earlier run's are still there."""
+    out = tmp_path / "run"
+    shutil.copytree(reported_run, out)
+    with alone_in(out):
+        before = tree(out)
+        assert_refused(command("report", out), out)
+        (out / "results.json").rename(tmp_path / "results.json")
+        done = command("report", out)
+        assert (done.code, done.stdout, "holds no finished run" in done.complaint) == (2, "", True)
+        (tmp_path / "results.json").rename(out / "results.json")
+        assert {k: v for k, v in tree(out).items() if k != out} == {k: v for k, v in before.items() if k != out}
+    assert report(out) == (out / "report.md", out / "report.html")
+    assert not (out / LOCK_FILE).exists()
+
+
+def test_what_was_filled_just_before_the_lock_was_had_stays(
+    left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def had_after_another(folder: Path) -> Iterator[None]:
+        folder.mkdir()
+        (folder / "config.json").touch()
+        yield
+
+    monkeypatch.setattr("regrow.checkpoint.lock.alone_in", had_after_another)
+    with pytest.raises(InputError, match="is there already and not empty"):
+        called(left, tmp_path / "out")["apply"]()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_a_file_is_had_alone(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "model.gguf"
+    with alone_with(file):
+        assert [path.name for path in file.parent.iterdir()] == [".model.gguf.lock"]
+        with pytest.raises(InputError, match=r"writes .*model\.gguf; wait for its end"), alone_with(file):
+            pass
+        with alone_with(file.with_name("other.gguf")):
+            file.touch()
+    assert list(file.parent.iterdir()) == [file]

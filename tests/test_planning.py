@@ -1,6 +1,7 @@
 """Schedules and plans: targets are reached to one step, and nothing comes back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.demand import protected_layers
+from regrow.planning.demand import demands, most_removed, protected_layers, settle_counts
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning
@@ -99,6 +100,26 @@ def test_global_takes_the_cheapest_damage_wherever_it_is() -> None:
     assert len(plan.groups["layers.1.ffn"].keep) == 30
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_by_kind_takes_as_many_of_a_kind_as_local_but_the_worst_of_all_layers(seed: int) -> None:
+    groups = groups_of("llama-mha-tied")
+    scores = scores_of(groups, seed)
+    taken = {}
+    for way in ("local", "by-kind"):
+        plan = choose(groups, Plan.whole(groups), scores, Pruning(sparsity=0.35, shape="free", allocation=way))
+        for kind in ("attention", "ffn"):
+            gone = torch.cat([scores[g.name][sorted(set(range(g.units)) - set(plan.groups[g.name].keep))]
+                              for g in groups if g.kind == kind])  # fmt: skip
+            taken[way, kind] = sorted(gone.tolist())
+    for kind in ("attention", "ffn"):
+        found, every = (
+            taken["by-kind", kind],
+            sorted(s for g in groups if g.kind == kind for s in scores[g.name].tolist()),
+        )
+        assert len(found) == len(taken["local", kind]) > 1
+        assert found == every[: len(found)]
+
+
 def test_global_in_the_uniform_shape_trades_heads_for_channels() -> None:
     groups = groups_of("llama-mha-tied")
     # A quarter of a layer's 14,976 parameters is 2 heads of 1,536 and 5 channels of 144, or 26 channels.
@@ -128,6 +149,31 @@ def test_protected_layers_are_left_alone_in_the_free_shape_only() -> None:
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.5)) == {0}
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="free", protect_first=0.4)) == set()
     assert protected_layers(groups, Pruning(sparsity=0.2, shape="uniform", protect_last=1)) == set()
+
+
+@pytest.mark.parametrize("start", ["nothing", "all"])
+@pytest.mark.parametrize("share", [0.1, 0.47, 0.5])
+def test_counts_settle_within_their_limits(start: str, share: float) -> None:
+    """Whether units have to be added or given back, also where nearly everything that may go has to."""
+    groups = groups_of("llama-gqa")
+    pruning = Pruning(shape="free", cap=0.5)
+    (asked,) = demands(groups, {group.name: 0 for group in groups}, pruning, frozenset())
+    asked = replace(asked, amount=int(2 * share * asked.within()))
+    counts = {group.name: 0 if start == "nothing" else asked.limit[group.name] for group in groups}
+    order = sorted(asked.limit, key=lambda name: asked.price[name])
+    found = settle_counts(asked, counts, order)
+    assert asked.limit == {"layers.0.attention": 1, "layers.0.ffn": 20, "layers.1.attention": 1, "layers.1.ffn": 20}
+    assert all(0 <= found[name] <= most for name, most in asked.limit.items())
+    assert 0 <= asked.surplus(found) < min(asked.price[name] for name, count in found.items() if count)
+
+
+def test_the_most_that_may_go_by_hand() -> None:
+    """Of 3 heads and 40 channels in a layer; nothing of what the recipe protects or does not name."""
+    groups = groups_of("llama-gqa")
+    half = most_removed(groups, Pruning(shape="free", protect_last=1, cap=0.5, multiple=8))
+    assert half == {"layers.0.attention": 1, "layers.0.ffn": 16, "layers.1.attention": 0, "layers.1.ffn": 0}
+    floor = most_removed(groups, Pruning(kinds=("ffn",), floor=0.3))
+    assert floor == {"layers.0.attention": 0, "layers.0.ffn": 28, "layers.1.attention": 0, "layers.1.ffn": 28}
 
 
 def test_out_of_reach_says_what_is_within() -> None:
@@ -197,6 +243,13 @@ def test_a_plan_survives_json() -> None:
     groups = groups_of("llama-gqa")
     plan = plan_of(groups, random_keep(groups, 1))
     assert Plan.parse(json.dumps(plan.to_json())) == plan
+    document = plan.to_json()
+    del document["residual"]
+    before = Plan.parse(json.dumps(document))
+    assert (before.residual, before.groups) == (None, plan.groups)
+    assert (before.parts, before.narrows) == (before.groups, False)
+    whole = Plan.whole(groups)
+    assert whole.parts == {**whole.groups, "residual": whole.residual}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +268,13 @@ def test_a_broken_plan_is_refused_by_name(change: dict[str, object]) -> None:
     document = Plan.whole(groups_of("llama-gqa")).to_json()
     document["groups"]["layers.0.ffn"] = {**document["groups"]["layers.0.ffn"], **change}
     with pytest.raises(InputError, match=r"layers\.0\.ffn"):
+        Plan.parse(json.dumps(document))
+
+
+def test_a_plan_without_hidden_channels_is_refused() -> None:
+    document = Plan.whole(groups_of("llama-gqa")).to_json()
+    document["residual"]["keep"] = []
+    with pytest.raises(InputError, match="residual: keep must name at least one hidden channel"):
         Plan.parse(json.dumps(document))
 
 

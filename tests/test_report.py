@@ -9,23 +9,29 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARGV, LONG_NAME, CommandLine
+from conftest import ARGV, LONG_NAME, QUICK, CommandLine
 from huggingface_hub import ModelCard
 from rich.console import Console
 
 from regrow.checkpoint.licence import licence_of
+from regrow.comparison.pictures import loss_over_runs
+from regrow.comparison.table import Row
 from regrow.errors import InputError
 from regrow.evaluation.machine import memory_in_use
 from regrow.recipe import load_recipe
+from regrow.recovery.learner import Learner
+from regrow.recovery.mixing import DataMix
 from regrow.recovery.tracking import check_tracker, tracking
 from regrow.report.card import model_card
 from regrow.report.cautions import cautions
@@ -34,6 +40,8 @@ from regrow.report.figures import Scored, quality_charts, score_charts, smoothed
 from regrow.report.markdown import write_report
 from regrow.report.page import write_page
 from regrow.report.svg import Axis, across, upward
+from regrow.reuse import report
+from regrow.run import prune
 from regrow.terminal import NotedBars, TerminalProgress
 
 VOID = {"meta", "link", "br", "circle", "line", "polyline", "rect"}
@@ -106,12 +114,71 @@ def test_a_folder_without_a_finished_run_is_refused_in_one_line(reported_run: Pa
         read_facts(tmp_path)
 
 
+# --- what was not finite -------------------------------------------------------------------------
+
+
+def strictly(file: Path) -> Any:
+    """What is in a file that is JSON, and not merely what Python takes for it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_skipped_step_is_null_in_the_files(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, validation_loss = Learner.backward, DataMix.validation_loss
+    bad_step = lambda learner, *args: math.nan if learner.step_number == 1 else backward(learner, *args)  # noqa: E731
+    bad_loss = lambda mix, step: math.inf if step == 2 else validation_loss(mix, step)  # noqa: E731
+    monkeypatch.setattr(Learner, "backward", bad_step)
+    monkeypatch.setattr(DataMix, "validation_loss", bad_loss)
+    again = partial(
+        prune, str(checkpoint), tmp_path / "out", "magnitude", data=str(text), steps=6,
+        overrides={**QUICK, "training.eval_interval": 2},
+    )  # fmt: skip
+    result = again()
+    history = strictly(result.folder / "history.json")
+    assert [one["step"] for one in history["steps"] if one["loss"] is None] == [1]
+    assert [one["step"] for one in history["validations"] if one["loss"] is None] == [2]
+    assert strictly(result.folder / "results.json")["training"]["skipped_updates"] == 1
+    files = result.folder / "report.md", result.folder / "report.html"
+    assert "| 2 | not finite |" in files[0].read_text()
+    assert files[1].read_text().count(">not finite<") == 1
+    assert "Loss and sparsity" in files[1].read_text()
+    before = [file.read_bytes() for file in files]
+    assert report(result.folder) == files
+    assert [file.read_bytes() for file in files] == before
+    (result.folder / "results.json").unlink()
+    (result.model / "model.safetensors").unlink()
+    assert again().results["training"] == result.results["training"]  # from what the training has left
+    row = Row("magnitude", 0.5, [{**result.results, "history": history}])
+    (line,) = loss_over_runs([row]).axes[0].lines
+    assert np.isnan(line.get_ydata(orig=False)).tolist() == [one["loss"] is None for one in history["validations"]]
+
+
+def test_rounds_in_which_a_loss_was_not_finite(facts: Facts) -> None:
+    results = copy.deepcopy(facts.results)
+    results["training"]["search"] = {"candidates": [{"layers": 3}], "divergence": [None], "best": 0.5}
+    rounds = results["training"]["mixture"]["rounds"]
+    rounds[-1] |= {"losses": dict.fromkeys(rounds[-1]["losses"]), "degradation": dict.fromkeys(rounds[-1]["losses"])}
+    changed = dataclasses.replace(facts, results=results)
+    text, page = write_report(changed), write_page(changed)
+    assert text.count(", not finite (not finite)") == 2
+    assert "| 3 |  |  | not finite |" in text
+    assert "at the end: tales not finite; " in page
+    results["training"]["search"] = {"starts": 1, "trace": [None, 0.5], "best": 0.5}
+    assert "from not finite to divergence 0.500" in write_report(changed)
+
+
 def test_the_command_is_kept_or_python_says_how(reported_run: Path, facts: Facts) -> None:
     assert json.loads((reported_run / "run.json").read_text())["argv"] == ARGV
     assert facts.command == "regrow prune tiny --recipe lorashear --out 'my run'"
-    for report in (write_report(facts), write_page(facts).replace("&#39;", "'")):
-        assert facts.command in report
-        assert facts.recipe_sha256 in report
+    for made in (write_report(facts), write_page(facts).replace("&#39;", "'")):
+        assert facts.command in made
+        assert facts.recipe_sha256 in made
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import regrow
 from regrow.checkpoint.files import storage_errors, write_json
-from regrow.checkpoint.journal import Journal
+from regrow.checkpoint.journal import FORMAT, Journal
 from regrow.checkpoint.state import State
 from regrow.clock import Clock
 from regrow.console import going_on_later
@@ -142,9 +142,25 @@ def assert_same(one: Trained, other: Trained) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def noted() -> dict[str, set[str]]:
+    """By stage, the names under which all recipes' journals together have noted something."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, noted: dict[str, set[str]]) -> dict[str, Trained]:
     """What every recipe comes to if nothing stops it."""
-    return {name: session(name, tmp_path_factory.mktemp(name))[0] for name in RECIPES}
+    write = Journal.write
+
+    def noting(self: Journal, stage: str, state: State, step: int | None = None, files=()) -> None:
+        names = {f"{part}.{name}" for part, held in state.values.items() if isinstance(held, dict) for name in held}
+        names |= {re.sub(r"\d+", "N", "/".join(name.split("/")[:2])) for name in state.tensors}
+        noted.setdefault(stage, set()).update(names)
+        write(self, stage, state, step, files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "write", noting)
+        return {name: session(name, tmp_path_factory.mktemp(name))[0] for name in RECIPES}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -181,6 +197,22 @@ def test_faults(name: str, whole: dict[str, Trained], tmp_path: Path, monkeypatc
     kept = [path for path in (tmp_path / "checkpoint").iterdir() if "train" in path.name]
     assert len(kept) == 2
     assert not {path.suffix for path in (tmp_path / "checkpoint").rglob("*.*")} - {".json", ".safetensors"}
+
+
+@pytest.mark.usefixtures("whole")
+def test_another_layout_has_another_number(noted: dict[str, set[str]]) -> None:
+    """Else a run begun before ends in a traceback instead of a line that says what to do."""
+    learner = "learner.in_a_row learner.skipped learner.step learner/adapters "
+    mix = "mix.dense mix.history mix.measured mix.stages "
+    expected = {
+        "score": learner + mix + "scorer.average scorer.kept scorer/average scorer/kept",
+        "teach": "",
+        "search": "found.counts found.report",
+        "train": learner + mix + "best.loss best.step best.waited best/N learner/moments objective.bytes "
+        "objective.kind objective.seconds objective.steps own.history own.ready own.seconds pruner.masks pruner.own "
+        "pruner.scorer pruner/masks pruner/own pruner/scorer",
+    }
+    assert (FORMAT, noted) == (1, {stage: set(names.split()) for stage, names in expected.items()})
 
 
 def test_the_oracle_can_fail(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,6 +435,11 @@ def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path
     flip(model / "model.safetensors")
     with pytest.raises(InputError, match=f"holds a run of another model{way_out}"):
         prune(model, text, finished)
+    began = json.loads((finished / "run.json").read_text())
+    for change in ({"format": None}, {"format": FORMAT + 1}, {"asked": {**began["asked"], "regrow": "0.0.1"}}):
+        write_json(tmp_path / "run.json", began | change)
+        with pytest.raises(InputError, match=f"holds a run that another version of regrow has begun{way_out}"):
+            prune(checkpoint, text, tmp_path)
     write_json(tmp_path / "run.json", {"state": "running"})
     with pytest.raises(InputError, match=f"run.json is damaged or of an older regrow{way_out}"):
         prune(checkpoint, text, tmp_path)

@@ -381,6 +381,19 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
         estimate_memory(sizes, parted, frozenset(), torch.float32, torch.float32, count)["train"] for count in (2, 4)
     ]
     assert each[0] - each[1] == 4 * (linears - linears // 2) // 4, "half of them is left"
+    # Dropout keeps the linears' inputs a second time, with a mask of bytes: five are hidden wide, one heads, one F.
+    wet = recipe.override({"lora.dropout": 0.1})
+    more = Sizes.of(model, find_groups(model), wet)
+    assert more.dropped == 3 * (5 * 32 + 48 + 48)
+    assert estimate_memory(more, wet, frozenset(), torch.float32, torch.float32)["train"] == (
+        train() + OVERHEAD + 16 * more.dropped * 5
+    )
+    some = wet.override({"lora.targets": ["down_proj"]})
+    assert Sizes.of(model, find_groups(model), some).dropped == 3 * 48
+    assert Sizes.of(model, find_groups(model), some).adapters == 3 * 2 * (32 + 48)
+    # Nothing is counted as gone where the recipe does not say in advance how much will be.
+    for unknown in ({"pruning__target": "params=40K"}, {"pruning__basis": "total"}):
+        assert train(**unknown) == train() + 4 * (linears // 2)
     saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
     assert train(training__gradient_checkpointing=True) == train() - saved
     found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)

@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from regrow.errors import InputError
 from regrow.recovery.losses import language_loss
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
-from regrow.structure.channels import reshape
+from regrow.structure.biases import add_missing_biases, bias_names
+from regrow.structure.channels import Value, narrower, overlap, reshape
 from regrow.structure.cut import cut
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import find_groups
+from regrow.structure.operators import RULES, Walk
+from regrow.structure.trace import Trace, trace
 
 CLOSE = 1e-4
 
@@ -63,6 +66,17 @@ def test_merged_is_adapted(family: str) -> None:
     assert (adapted - logits(model)).abs().max() < CLOSE
 
 
+def test_a_merged_model_is_saved_whole(tmp_path) -> None:
+    """And not as an adapter, as transformers would do with a model that has one."""
+    model = build("llama-gqa")
+    with_lora(model)
+    merge_lora(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_groups_count_every_prunable_parameter(family: str) -> None:
     model = build(family)
     groups = find_groups(model)
@@ -74,6 +88,9 @@ def test_groups_count_every_prunable_parameter(family: str) -> None:
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     assert groups.block_parameters == sum(p.numel() for m in linears for p in m.parameters())
     assert groups.total_parameters == sum(p.numel() for p in model.parameters())
+    told = groups.to_json()
+    assert [each["units"] for each in told["groups"]] == [group.units for group in groups]
+    assert (told["residual"]["kind"], told["residual"]["units"]) == ("hidden", model.config.hidden_size)
     assert len(groups.linears) == len(linears)
 
 
@@ -163,6 +180,219 @@ def test_reshape_keeps_what_batch_and_time_do_not_touch() -> None:
     assert flat.shape == (1, 1, 24)
     assert flat[0, 0].tolist() == np.repeat(np.arange(6), 4).tolist()
     assert np.array_equal(reshape(flat, (2, 7, 24), (14, 3, 8)).reshape(-1), np.repeat(np.arange(6), 4))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same", "repeats"),
+    [
+        ((1, 3), (1, 3), True, False),
+        ((1, 3), (4, 3), True, True),
+        ((4, 3), (1, 3), True, False),
+        ((1, 3), (4, 1), False, True),
+        ((1, 1), (4, 3), True, True),
+        ((4, 3), (1, 1), True, False),
+        ((1, 1), (1, 1), True, False),
+        ((2, 1, 3), (2, 4, 1), True, True),
+    ],
+)
+def test_when_two_facets_name_the_same(first, second, same: bool, repeats: bool) -> None:
+    assert overlap(np.zeros(first, int), np.zeros(second, int)) is same
+    assert narrower(np.zeros(first, int), np.zeros(second, int)) is repeats
+
+
+# --- rules: an operator is what it is made of --------------------------------------------------
+
+
+class Small(nn.Module):
+    """Projections of an embedding, 4 heads of queries and 2 of keys and values, and what `compute` makes of them."""
+
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.compute = compute
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(11, 8)
+            self.q, self.k, self.v = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6)
+            self.o = nn.Linear(12, 8)
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embedding(ids)
+        return self.o(self.compute(*(part(x).unflatten(-1, (-1, 3)) for part in (self.q, self.k, self.v))).flatten(2))
+
+
+def of_heads(fused):
+    """Attention over the heads, on `[batch, time, heads, 3]`."""
+    return lambda q, k, v: fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def spelled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (torch.cat([part, part], 1) for part in (k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def traced(compute) -> Trace:
+    return trace(Small(compute))  # type: ignore[arg-type]  # all that a trace asks of a model
+
+
+def classes_of(found: Trace) -> dict[tuple[str, int], tuple[bool, list[int]]]:
+    return {(axis.parameter, axis.axis): (axis.is_input, axis.classes.tolist()) for axis in found.axes}
+
+
+@pytest.mark.parametrize(
+    ("fused", "parts", "heads"),
+    [
+        (grouped, spelled, [0, 0, 1, 1]),
+        (alike, lambda q, k, v: spelled(q, torch.cat([k, k], 1), torch.cat([v, v], 1)), [0, 1, 0, 1]),
+    ],
+)
+def test_fused_attention_is_its_products(fused, parts, heads: list[int]) -> None:
+    """Query head by query head, which KV head it goes with."""
+    one, other = traced(of_heads(fused)), traced(of_heads(parts))
+    assert classes_of(one) == classes_of(other)
+    assert one.attention == other.attention
+    is_input, columns = classes_of(one)["o.weight", 1]
+    assert is_input
+    first, second = sorted(one.attention)
+    assert columns == np.repeat([(first, second)[number] for number in heads], 3).tolist()
+
+
+@pytest.mark.parametrize("before", [(), (2,), (2, 3)])
+def test_a_product_by_hand(before: tuple[int, ...]) -> None:
+    """Rows keep their names, columns too; what is summed over goes together one by one."""
+    walk, rank = Walk(), len(before) + 2
+    rows, left = walk.channels.new(5).reshape([1] * len(before) + [5, 1]), walk.channels.new(4)
+    right, columns = walk.channels.new(4), walk.channels.new(3)
+    one = Value((*before, 5, 4), (rows, left.reshape([1] * (rank - 1) + [4])))
+    other = Value((4, 3), (right.reshape(4, 1), columns.reshape(1, 3)), is_weight=True)
+    found = RULES["aten.matmul"](walk, (one, other), {}, (*before, 5, 3))
+    assert [facet.shape for facet in found.facets] == [(*[1] * len(before), 5, 1), (*[1] * (rank - 1), 3)]
+    assert [facet.reshape(-1).tolist() for facet in found.facets] == [[0, 1, 2, 3, 4], [13, 14, 15]]
+    assert walk.channels.classes().tolist() == [*range(9), *range(5, 9), 13, 14, 15]
+    assert (walk.contracted, walk.attended) == ({9, 10, 11, 12}, [])
+
+
+aten = torch.ops.aten
+MOVES = [
+    (aten.view.default, ([2, 6, 2, 2],), {}),
+    (aten.flatten.using_ints, (1,), {}),
+    (aten.unflatten.int, (1, [2, 3]), {}),
+    (aten.unsqueeze.default, (1,), {}),
+    (aten.transpose.int, (1, 2), {}),
+    (aten.transpose.int, (0, -1), {}),
+    (aten.permute.default, ([2, 0, 1],), {}),
+    (aten.expand.default, ([3, 2, 6, 4],), {}),
+    (aten.slice.Tensor, (), {}),
+    (aten.slice.Tensor, (1, 2), {}),
+    (aten.slice.Tensor, (-1, 1, 4, 2), {}),
+    (aten.slice.Tensor, (1, 0, -2), {}),
+    (aten.select.int, (1, 4), {}),
+    (aten.select.int, (-1, -2), {}),
+    (aten.repeat_interleave.self_int, (2, 1), {}),
+    (aten.repeat_interleave.self_int, (3,), {"dim": -1}),
+    (aten.split.Tensor, (1,), {}),
+    (aten.split.Tensor, (4,), {"dim": 1}),
+    (aten.split_with_sizes.default, ([1, 3], -1), {}),
+    (aten.chunk.default, (2, 1), {}),
+]
+
+
+@pytest.mark.parametrize(("operator", "args", "kwargs"), MOVES)
+@pytest.mark.parametrize("size", [(1, 6, 1), (1, 1, 4), (2, 6, 1), (2, 6, 4)])
+def test_names_move_as_elements_do(operator, args, kwargs, size: tuple[int, ...]) -> None:
+    """What an operator makes of a tensor of names are the names of what it makes of a tensor."""
+    facet, shape = np.arange(np.prod(size)).reshape(size), (2, 6, 4)
+    moved = operator(torch.from_numpy(np.broadcast_to(facet, shape).copy()), *args, **kwargs)
+    expected = [moved] if isinstance(moved, torch.Tensor) else moved
+    shapes = tuple(moved.shape) if isinstance(moved, torch.Tensor) else [tuple(one.shape) for one in moved]
+    found = rule_of(operator)(Walk(), (Value(shape, (facet,), True), *args), kwargs, shapes)
+    for value, names in zip([found] if isinstance(found, Value) else found, expected, strict=True):
+        assert value.is_weight
+        assert value.shape == names.shape
+        assert np.array_equal(np.broadcast_to(value.facets[0], names.shape), names)
+        hangs = [bool((names != names.narrow(axis, 0, 1)).any()) for axis in range(names.ndim)]
+        assert [length > 1 for length in value.facets[0].shape] == hangs
+
+
+def rule_of(operator):
+    return RULES[f"aten.{operator._schema.name.partition('::')[2]}"]
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_names_that_are_put_side_by_side(dim: int) -> None:
+    sizes = [(2, 6, 4), (1, 6, 1), (1, 1, 4)]
+    facets = [np.arange(np.prod(size)).reshape(size) + 100 * number for number, size in enumerate(sizes)]
+    values = [Value((2, 6, 4), (facet,)) for facet in facets]
+    tensors = [torch.from_numpy(np.broadcast_to(facet, (2, 6, 4)).copy()) for facet in facets]
+    for operator in (aten.cat.default, aten.stack.default):
+        names = operator(tensors, dim)
+        args, kwargs = ((values, dim), {}) if dim else ((values,), {})
+        found = rule_of(operator)(Walk(), args, kwargs, tuple(names.shape))
+        assert np.array_equal(np.broadcast_to(found.facets[0], names.shape), names)
+        assert np.array_equal(rule_of(operator)(Walk(), (values,), {"dim": dim}, found.shape).facets, found.facets)
+    part = rule_of(aten.cat.default)(Walk(), (values[1:2] * 2, -1), {}, (2, 6, 8))
+    assert part.facets[0].shape == (1, 6, 8)
+
+
+def test_a_piece_without_names_gets_new_ones() -> None:
+    walk = Walk()
+    named = Value((2, 6, 4), (walk.channels.new(4).reshape(1, 1, 4),))
+    found = rule_of(aten.cat.default)(walk, ([named, Value((2, 6, 3))], -1), {}, (2, 6, 7))
+    assert found.facets[0].tolist() == [[[0, 1, 2, 3, 4, 5, 6]]]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((2, 1), {}), ((2,), {"dim": -2}), ((2, -2), {})])
+def test_of_what_the_highest_were_chosen(args, kwargs) -> None:
+    walk = Walk()
+    among, others = walk.channels.new(4).reshape(1, 4, 1), walk.channels.new(3).reshape(1, 1, 3)
+    top = rule_of(aten.topk.default)
+    values, positions = top(walk, (Value((5, 4, 3), (among, others)), *args), kwargs, [(5, 2, 3), (5, 2, 3)])
+    assert [(names.tolist(), count) for names, count in walk.offered] == [([0, 1, 2, 3], 2)]
+    assert (positions.shape, positions.facets, positions.among.tolist()) == ((5, 2, 3), (), [0, 1, 2, 3])
+    assert [facet.tolist() for facet in values.facets] == [[[[4, 5, 6]]]]
+    assert walk.channels.classes().tolist() == list(range(7))
+    _, last = top(walk, (Value((5, 4, 3), (others, among)), 1), {}, [(5, 4, 1), (5, 4, 1)])
+    assert last.among.tolist() == [4, 5, 6]
+    _, none = top(walk, (Value((5, 4, 3), (among,)), 1), {}, [(5, 4, 1), (5, 4, 1)])
+    assert none.among is None
+
+
+def test_reductions_by_hand() -> None:
+    """What hangs on the reduced axis alone is gone, what hangs on it and another goes together, the rest stays."""
+    for name, args, kept in (("sum", ([1],), (5, 3)), ("amax", ([-2], True), (5, 1, 3))):
+        walk = Walk()
+        alone, mixed = walk.channels.new(4).reshape(1, 4, 1), walk.channels.new(12).reshape(1, 4, 3)
+        apart = walk.channels.new(5).reshape(5, 1, 1)
+        value = Value((5, 4, 3), (alone, mixed, apart))
+        found = RULES[f"aten.{name}"](walk, (value, *args), {}, kept)
+        assert [facet.reshape(-1).tolist() for facet in found.facets] == [[4, 5, 6], [16, 17, 18, 19, 20]]
+        assert [facet.ndim for facet in found.facets] == [len(kept)] * 2
+        assert walk.channels.classes().tolist() == [0, 1, 2, 3, *[4, 5, 6] * 4, 16, 17, 18, 19, 20]
+        assert [facet is wanted for (facet, _), wanted in zip(walk.averaged, (alone, mixed), strict=True)] == [True] * 2
+
+
+def test_the_highest_along_an_axis_or_of_all() -> None:
+    walk = Walk()
+    value = Value((5, 4), (walk.channels.new(4).reshape(1, 4), walk.channels.new(5).reshape(5, 1)))
+    highest, where = RULES["aten.max"](walk, (value, 1), {}, [(5,), (5,)])
+    assert ([facet.tolist() for facet in highest.facets], where.facets) == ([[4, 5, 6, 7, 8]], ())
+    assert RULES["aten.max"](walk, (value,), {}, ()).facets == ()
+
+
+def test_only_a_bias_may_be_missing() -> None:
+    model = build("llama-gqa")
+    add_missing_biases(model, bias_names(model) | {"model.layers.0.mlp.up_proj.bias"})
+    assert model.model.layers[0].mlp.up_proj.bias.tolist() == [0.0] * 40
+    for name in ("model.layers.0.mlp.other_proj.weight", "model.layers.0.mlp.up_proj.aux"):
+        with pytest.raises(AssertionError, match=f"the class has {name}, the model has not"):
+            add_missing_biases(model, frozenset({name}))
 
 
 # --- gate gradients ---------------------------------------------------------------------------

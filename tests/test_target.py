@@ -20,7 +20,8 @@ from regrow.evaluation.latency import FRACTIONS, Latency, Saving, measure_latenc
 from regrow.evaluation.speed import Rate, Speed, measure_speed
 from regrow.planning.allocation import choose
 from regrow.planning.bracket import RESOLUTION, Search
-from regrow.planning.demand import reach
+from regrow.planning.demand import most_removed, reach
+from regrow.planning.hidden import reach_with_hidden, removals
 from regrow.planning.plan import Plan
 from regrow.planning.target import (
     Target,
@@ -35,7 +36,7 @@ from regrow.planning.target import (
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
 from regrow.settings import Pruning
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Groups, find_groups
 
 GROUPS: dict[str, Groups] = {}
 
@@ -153,6 +154,18 @@ def test_out_of_reach_says_what_is_within_it() -> None:
             ask(Target("size", parameters * 4 + 100, "size=…"))
     assert ask(Target("params", least, "")) < 1
     assert ask(Target("size", groups.total_parameters * 4 + 99, "")) > 0
+
+
+@pytest.mark.parametrize("kinds", [("hidden",), ("attention", "ffn", "hidden")])
+@pytest.mark.parametrize("basis", ["block", "total"])
+def test_what_is_within_reach_with_hidden_channels_is_a_plan(kinds: tuple[str, ...], basis: str) -> None:
+    """The one that takes the most of everything."""
+    groups, pruning = groups_of("llama-gqa"), Pruning(kinds=kinds, cap=0.6)
+    counts = most_removed(groups, pruning) | {RESIDUAL: removals(groups, pruning)[-1]}
+    units = {group.name: group.units for group in (*groups, groups.residual)}
+    plan = Plan.whole(groups).keeping({name: range(units[name] - count) for name, count in counts.items()})
+    whole = groups.block_parameters if basis == "block" else groups.total_parameters
+    assert reach_with_hidden(groups, pruning, basis) / whole == pytest.approx(getattr(plan.sparsity, basis), rel=1e-9)
 
 
 @given(block=st.integers(10, 10**12), way=st.floats(0, 1))

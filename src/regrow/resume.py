@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_bytes, write_json
 from regrow.checkpoint.fingerprint import checkpoint_sha256
-from regrow.checkpoint.journal import Forgetful, Journal
+from regrow.checkpoint.journal import FORMAT, Forgetful, Journal
 from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
@@ -48,15 +48,19 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
         Whether there is a run to go on with, or to find finished.
 
     Raises:
-        InputError: if the folder cannot be a run's, or holds a run that was asked for something else.
+        InputError: if the folder cannot be a run's, or holds a run that another version of regrow has begun, or that
+            was asked for something else.
     """
     if not check_folder(folder) or fresh:
         return False
     try:
-        before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["asked"]
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        before, began = run["asked"], (run["asked"]["regrow"], run.get("format"))
         difference = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
+    if began != (asked["regrow"], FORMAT):
+        raise InputError(f"{folder} holds a run that another version of regrow has begun; {WAY_OUT}")
     if difference is not None:
         raise InputError(f"{folder} holds a run {_told(difference, before, asked)}; {WAY_OUT}")
     return True
@@ -146,7 +150,8 @@ class Books:
         """Write down what is being done, or has been: `run.json`."""
         run = {"state": state, "model": self.model, "recipe": recipe.name, "regrow": version("regrow")}
         several = {"processes": self.took_part} if self.took_part > 1 else {}
-        write_json(self.folder / RUN_FILE, {**run, **several, "argv": self.argv, "asked": self._asked})
+        request = {"format": FORMAT, "argv": self.argv, "asked": self._asked}
+        write_json(self.folder / RUN_FILE, {**run, **several, **request})
 
     def leave(self, file: Path, content: str | bytes | dict[str, Any]) -> None:
         """Write a file of the run, once for all processes: text, bytes, or JSON."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from regrow.checkpoint.files import check_new, parse_json, storage_errors, write_text
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
+from regrow.checkpoint.lock import alone_in, alone_in_new
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
 from regrow.checkpoint.stream import check_plan, open_adapters, stream_checkpoint
@@ -19,7 +20,7 @@ from regrow.planning.plan import Plan
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.report.card import model_card
-from regrow.report.facts import read_facts
+from regrow.report.facts import check_finished, read_facts
 from regrow.report.markdown import write_report
 from regrow.report.page import write_page
 from regrow.settings import Output
@@ -53,7 +54,8 @@ def apply(
         `out`: a plain checkpoint, as `regrow.prune` leaves it in `model/`.
 
     Raises:
-        InputError: if what is given does not fit together; nothing half-written is left.
+        InputError: if what is given does not fit together, or another process writes there; nothing half-written is
+            left.
     """
     if (plan is None) == (run is None) or (run is not None and adapters is not None):
         raise InputError("apply needs a plan (and adapters), or a run's folder, which has both; give --plan or --run")
@@ -74,7 +76,7 @@ def apply(
     load_config(model)
     tokenizer = load_tokenizer(model)
     source = Source(model, weights_folder(model))
-    with storage_errors():
+    with storage_errors(), alone_in_new(folder):
         stream_checkpoint(
             source,
             folder,
@@ -99,7 +101,7 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
         model: the full one; its weights are not read.
 
     Raises:
-        InputError: if what is given does not fit together.
+        InputError: if what is given does not fit together, or another process writes there.
     """
     folder = Path(out)
     check_new(folder)
@@ -107,7 +109,7 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
     whole = find_groups(skeleton)
     check_plan(chosen, whole, model)
     positions = index_map(skeleton, whole, chosen.positions_within(Plan.whole(whole)))
-    with storage_errors():
+    with storage_errors(), alone_in_new(folder):
         small.scatter(positions, skeleton, model).write(folder)
     return folder
 
@@ -157,13 +159,20 @@ def report(run: str | Path) -> tuple[Path, Path]:
         The two files.
 
     Raises:
-        InputError: if the folder holds no finished run, or a file in it is damaged.
+        InputError: if the folder holds no finished run, a file in it is damaged, or another process works there.
     """
-    facts = read_facts(Path(run))
-    text, page = Path(run) / "report.md", Path(run) / "report.html"
-    with storage_errors():
-        write_text(text, write_report(facts))
-        write_text(page, write_page(facts))
+    folder = Path(run)
+    check_finished(folder)
+    with storage_errors(), alone_in(folder):
+        return write_reports(folder)
+
+
+def write_reports(folder: Path) -> tuple[Path, Path]:
+    """As `report`, for whoever works in the folder already."""
+    facts = read_facts(folder)
+    text, page = folder / "report.md", folder / "report.html"
+    write_text(text, write_report(facts))
+    write_text(page, write_page(facts))
     return text, page
 
 

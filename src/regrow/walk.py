@@ -69,7 +69,7 @@ from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
 from regrow.resume import Books, where
-from regrow.reuse import keep_adapter, report, save_streamed, texts
+from regrow.reuse import keep_adapter, save_streamed, texts, write_reports
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora
 from regrow.structure.groups import Groups
 from regrow.structure.offload import convert, let_go
@@ -389,7 +389,7 @@ class Walk:
     def report(self, trained: Trained, results: dict[str, Any]) -> Result:
         """Leave the results in files a person can open."""
         write_json(self.folder / "results.json", results)
-        report(self.folder)
+        write_reports(self.folder)
         card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
         write_text(self.folder / "model" / "README.md", card)
         self.books.mark("finished", self.recipe)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -42,8 +43,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    """Write indented JSON atomically. It has no numbers that are not finite: `null` stands for them."""
+    write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    match data:
+        case float() if not math.isfinite(data):
+            return None
+        case dict():
+            return {key: _finite(value) for key, value in data.items()}
+        case list() | tuple():
+            return [_finite(value) for value in data]
+        case _:
+            return data
 
 
 def parse_json(text: str, told: str) -> Any:
@@ -105,12 +118,12 @@ def sweep(folder: Path) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """See that a folder can be written anew, before any work is done for it.
+    """See that a folder can be written anew, before any work is done for it. A lock in it does not count.
 
     Raises:
         InputError: if something is there already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_FILE for file in folder.iterdir())):
         raise InputError(f"{folder} is there already and not empty; give a new folder")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from regrow.checkpoint.files import storage_errors
 from regrow.checkpoint.load import load_model
+from regrow.checkpoint.lock import alone_in_new, alone_with
 from regrow.errors import InputError
 from regrow.formats.pad import pad_checkpoint
 from regrow.formats.source import Checkpoint, model_name
@@ -43,7 +44,7 @@ def export(
         Plain data: what was written, and how.
 
     Raises:
-        InputError: if something given cannot work, or an extra is not installed.
+        InputError: if something given cannot work, an extra is not installed, or another process writes there.
     """
     place, source = Path(out), Checkpoint(Path(folder))
     if to is None and not pad:
@@ -52,18 +53,25 @@ def export(
         raise InputError("export: --type and --converter go with --to gguf")
     if multiple != 1 and not pad:
         raise InputError("export: --multiple goes with --pad")
-    with storage_errors():
+    chosen = Path(converter) if converter is not None else None
+    with storage_errors(), alone_with(place) if to == "gguf" else alone_in_new(place):
         if to is None:
             return _pad(source, place, multiple)
         # llama.cpp's converter reads stock classes only
-        if pad or (converter is not None and not source.even):
+        if pad or (chosen is not None and not source.even):
             with tempfile.TemporaryDirectory() as scratch:
                 padded = Path(scratch, model_name(source.folder))
                 _pad(source, padded, multiple)
-                return export(padded, place, to, kind=kind, converter=converter) | {"padded": True}
-        if to == "onnx":
-            return _onnx(source, place, trust_remote_code)
-        return _gguf(source, place, kind, Path(converter) if converter is not None else None)
+                return _convert(Checkpoint(padded), place, to, kind, chosen, False) | {"padded": True}
+        return _convert(source, place, to, kind, chosen, trust_remote_code)
+
+
+def _convert(
+    source: Checkpoint, out: Path, to: Format, kind: str, converter: Path | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    if to == "onnx":
+        return _onnx(source, out, trust_remote_code)
+    return _gguf(source, out, kind, converter)
 
 
 def _pad(source: Checkpoint, out: Path, multiple: int) -> dict[str, Any]:

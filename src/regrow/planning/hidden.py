@@ -119,7 +119,6 @@ def _preferred(groups: Groups, pruning: Pruning, options: list[int]) -> int:
 
 def _brought(groups: Groups, pruning: Pruning, share: float) -> float:
     """What goes when everything that may go loses the same share."""
-    assert groups.residual is not None or share >= 0
     channels = share * (0 if groups.residual is None else groups.residual.units)
     brought = channels * _price(groups, pruning)
     if set(pruning.kinds) == {"layer", "hidden"}:

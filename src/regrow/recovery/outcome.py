@@ -22,7 +22,7 @@ FILES = ("scores.safetensors", "plan.json", "history.json", "adapters.safetensor
 
 @dataclass
 class History:
-    """What happened during training, for the report."""
+    """What happened during training, for the report. A loss may not be finite; in the file it is `null` then."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)

@@ -36,14 +36,23 @@ class Facts:
     """What makes the run again: a line for the shell, or for Python."""
 
 
+def check_finished(folder: Path) -> None:
+    """See whether a folder holds what a report is made of, without reading it.
+
+    Raises:
+        InputError: if it holds no finished run.
+    """
+    if not (folder / RUN_FILE).is_file() or not (folder / "results.json").is_file():
+        raise InputError(f"{folder} holds no finished run; give the folder of a run of regrow prune")
+
+
 def read_facts(folder: Path) -> Facts:
     """A run's facts from its files.
 
     Raises:
         InputError: if the folder holds no finished run, or a file in it is damaged.
     """
-    if not (folder / RUN_FILE).is_file() or not (folder / "results.json").is_file():
-        raise InputError(f"{folder} holds no finished run; give the folder of a run of regrow prune")
+    check_finished(folder)
     file = folder / "recipe.yaml"
     recipe = load_recipe(str(file))
     analysis = Sensitivity.parse(_read(folder / "sensitivity.json")) if recipe.analysis.enabled else None

@@ -1,6 +1,5 @@
 """A run's charts: training, quality against size and speed, scores."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from regrow.report.svg import (
     upright,
     upward,
 )
-from regrow.report.words import place
+from regrow.report.words import figure, is_finite, place
 
 MOST_POINTS = 300
 """Of a curve; longer ones are averaged over equal spans."""
@@ -59,9 +58,9 @@ class Chart:
 
 def training_charts(results: dict[str, Any], history: dict[str, Any]) -> Iterator[Chart]:
     """Loss and sparsity over the steps, and the validation loss."""
-    if finite := [(one["step"], one["loss"]) for one in history["steps"] if math.isfinite(one["loss"])]:
+    if finite := [(one["step"], one["loss"]) for one in history["steps"] if is_finite(one["loss"])]:
         yield _loss(finite, history["cuts"], results["training"]["steps"])
-    points = [(one["step"], one["loss"]) for one in history["validations"] if math.isfinite(one["loss"])]
+    points = [(one["step"], one["loss"]) for one in history["validations"] if is_finite(one["loss"])]
     if len(points) > 1:
         best = (results["training"]["best_step"], results["training"]["best_validation_loss"])
         x, y = across(p[0] for p in points), upward((p[1] for p in points), pad=0.15)
@@ -133,12 +132,12 @@ def mixture_charts(mixture: dict[str, Any]) -> Iterator[Chart]:
     )
     told = f"Shares by the rule {mixture['rule']}: {told}."
     yield Chart("Data weights", picture("Data weights", told, [*frame(x, y, "step", "share"), *lines]), told, keys)
-    finite = [v for one in rounds for v in one["degradation"].values() if math.isfinite(v)]
+    finite = [v for one in rounds for v in one["degradation"].values() if is_finite(v)]
     if len(rounds) > 1 and finite:
         y = upward([0.0, *finite])
         lost = {name: [(one["step"], one["degradation"][name]) for one in rounds] for name in sources}
-        lines = [curve(x, y, [p for p in lost[name] if math.isfinite(p[1])], css) for css, name in keys]
-        told = "; ".join(f"{name} {rounds[-1]['degradation'][name]:+.3f}" for name in sources)
+        lines = [curve(x, y, [p for p in lost[name] if is_finite(p[1])], css) for css, name in keys]
+        told = "; ".join(f"{name} {figure(rounds[-1]['degradation'][name], '+.3f')}" for name in sources)
         told = f"Held-out loss above the original model's on every source; at the end: {told}."
         parts = [*frame(x, y, "step", "nats per token"), *lines]
         yield Chart("What was lost on each source", picture("Degradation by source", told, parts), told, keys)
@@ -148,7 +147,7 @@ def quality_charts(results: dict[str, Any]) -> Iterator[Chart]:
     """Perplexity against parameters and measured speeds, and the trials that a target needed."""
     protocol = next(iter(results["perplexity"]["dense"]))
     quality = {kind: one[protocol]["value"] for kind, one in results["perplexity"].items()}
-    quality = {kind: value for kind, value in quality.items() if math.isfinite(value)}
+    quality = {kind: value for kind, value in quality.items() if is_finite(value)}
     size = {kind: float(results["size"]["dense" if kind == "dense" else "pruned"]["total"]) for kind in quality}
     yield _against("Quality against size", "parameters", size, quality)
     if "speed" in results:

@@ -5,7 +5,7 @@ from typing import Any
 
 from regrow.report.cautions import cautions
 from regrow.report.facts import Facts
-from regrow.report.words import place, quoted, short_bytes, short_count, short_name, table
+from regrow.report.words import figure, place, quoted, short_bytes, short_count, short_name, table
 from regrow.structure.groups import RESIDUAL
 
 CARRIED = "the adapters began at the best approximation of it that their rank allows"
@@ -189,7 +189,7 @@ def _completion(item: dict[str, str]) -> str:
 
 
 def _training(results: dict[str, Any], validations: Sequence[dict[str, float]]) -> str:
-    curve = table(["step", "validation loss"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations])
+    curve = table(["step", "validation loss"], [[f"{v['step']:.0f}", figure(v["loss"], ".4f")] for v in validations])
     return f"{training_line(results)}\n\n{curve}"
 
 
@@ -216,7 +216,7 @@ def _prepared(training: dict[str, Any]) -> list[str]:
     search = training.get("search", {})
     if "candidates" in search:
         rows = [
-            [*(str(each.get(kind, "")) for kind in ("layers", "attention", "ffn")), f"{value:.3f}"]
+            [*(str(each.get(kind, "")) for kind in ("layers", "attention", "ffn")), figure(value, ".3f")]
             for each, value in zip(search["candidates"], search["divergence"], strict=True)
         ]
         lines.append(table(["layers", "KV heads", "channels", "divergence"], rows))
@@ -233,7 +233,7 @@ def prepared_lines(training: dict[str, Any]) -> list[str]:
         else:
             lines.append(
                 f"Widths searched in {len(search['trace'])} trials from {search['starts']} starting points; "
-                f"from {search['trace'][0]:.3f} to {best}."
+                f"from {figure(search['trace'][0], '.3f')} to {best}."
             )
     if done := training.get("compensation"):
         how = f"{done['blend']:.0%} of the refit was best on held-out text" if "blend" in done else CARRIED
@@ -275,7 +275,8 @@ def _mixture(mixture: dict[str, Any]) -> str:
 
 
 def _of_source(one: dict[str, Any], name: str) -> str:
-    return f"{one['weights'][name]:.1%}, {one['losses'][name]:.4f} ({one['degradation'][name]:+.4f})"
+    loss, lost = figure(one["losses"][name], ".4f"), figure(one["degradation"][name], "+.4f")
+    return f"{one['weights'][name]:.1%}, {loss} ({lost})"
 
 
 def checked_line(results: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from regrow.report.markdown import (
     ratios_line,
     training_line,
 )
-from regrow.report.words import place, plain, short_bytes, short_count, short_name, short_source
+from regrow.report.words import figure, place, plain, short_bytes, short_count, short_name, short_source
 
 SECTIONS = (
     ("summary", "Summary"),
@@ -69,7 +69,7 @@ def write_page(facts: Facts) -> str:
         widths=_widths(facts),
         trained=[plain(line) for line in (*prepared_lines(results["training"]), training_line(results))],
         cuts=[[f"{c['step']:.0f}", f"{c['fraction']:.1%}", f"{c['block']:.2%}"] for c in history["cuts"]],
-        validations=[[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in validations],
+        validations=[[f"{v['step']:.0f}", figure(v["loss"], ".4f")] for v in validations],
         quality=list(quality_charts(results)),
         answers=list(NAMES.items()),
         command=facts.command,

@@ -1,7 +1,9 @@
 """How names, numbers and tables are written, in every kind of report alike."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 
 def short_name(model: str) -> str:
@@ -28,6 +30,20 @@ def short_count(count: float) -> str:
 def short_bytes(count: float) -> str:
     """An amount of memory: `1.50 GiB`, `0.6 MiB`."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a figure is one: what was not finite is `null` in a run's files."""
+    return value is not None and math.isfinite(value)
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number that may not have been finite, such as the loss of a model that has diverged.
+
+    Args:
+        form: as for `format`.
+    """
+    return format(value, form) if is_finite(value) else "not finite"
 
 
 def quoted(text: str) -> str:

@@ -225,10 +225,7 @@ def _attention(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: A
     if kwargs.get("enable_gqa"):
         times = query.shape[1] // key.shape[1]
         key, value = (
-            Value(
-                query.shape,
-                tuple(f if f.shape[1] == 1 else f.repeat(times, 1) for f in item.facets),
-            )
+            Value(query.shape, tuple(_repeat_interleave(facet, None, (times, 1), {}, None) for facet in item.facets))
             for item in (key, value)
         )
     scores = walk.contract(query, _transposed(key), (*query.shape[:-1], key.shape[-2]))
