@@ -202,6 +202,24 @@ def test_greedy_is_optimal_where_all_units_cost_the_same(laws: list[tuple[float,
     assert sum(curves[name](count / units) for name, count in counts.items()) == pytest.approx(best, rel=1e-9)
 
 
+def test_the_last_unit_may_be_too_much_if_it_is_of_the_cheapest() -> None:
+    """A dearer one is not taken for what is left; 3 of `a` cost as much damage as is measured anywhere."""
+    groups = {name: Group("", 0, "ffn", 3, (), 0) for name in "ab"}
+    curves = {"a": Curve(1, 1), "b": Curve(2, 1)}
+    limit, gone = dict.fromkeys("ab", 3), dict.fromkeys("ab", 0)
+    for amount, expected in (
+        (1, (1, 0)),
+        (3, (2, 0)),
+        (5, (3, 0)),
+        (6, (3, 0)),
+        (7, (3, 0)),
+        (9, (3, 1)),
+        (14, (3, 2)),
+    ):
+        counts = least_damage(groups, curves, {"a": 2, "b": 3}, limit, gone, amount)
+        assert (counts["a"], counts["b"]) == expected
+
+
 FOUND: dict[str, Groups] = {}
 
 

@@ -101,6 +101,21 @@ def test_every_parameter_of_experts_and_router_is_a_units() -> None:
     assert not any(".mlp." in name for name in groups.linears), "no adapters there"
 
 
+@pytest.mark.parametrize(
+    ("family", "channel", "expert"), [("Mixtral", (3, 0, 3), (1, 0, 1)), ("gpt-oss", (3, 2, 3), (2, 1, 2))]
+)
+def test_what_a_unit_costs_by_hand(family: str, channel: tuple[int, ...], expert: tuple[int, ...]) -> None:
+    """So many times the hidden size, so many beside that, so many on each hidden channel.
+
+    A channel has two rows of `gate_up_proj` and a column of `down_proj`, the expert a row of the router; and biases.
+    """
+    groups = find_groups(build(family))
+    wide = groups.residual.units
+    for name, (times, beside, hidden) in (("layers.0.expert2.ffn", channel), ("layers.1.expert", expert)):
+        group = groups.by_name(name)
+        assert (group.cost, group.hidden) == (times * wide + beside, hidden)
+
+
 def test_two_cuts_are_one() -> None:
     once, twice = build("Qwen3-MoE"), build("Qwen3-MoE")
     groups = find_groups(once)

@@ -8,6 +8,7 @@ import torch
 from conftest import build, plan_of, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
@@ -269,6 +270,13 @@ def test_a_broken_plan_is_refused_by_name(change: dict[str, object]) -> None:
     document["groups"]["layers.0.ffn"] = {**document["groups"]["layers.0.ffn"], **change}
     with pytest.raises(InputError, match=r"layers\.0\.ffn"):
         Plan.parse(json.dumps(document))
+
+
+def test_a_plan_stays_as_it_was_made() -> None:
+    plan = Plan.whole(groups_of("llama-gqa"))
+    for part, name in ((plan, "total_parameters"), (plan.groups["layers.0.ffn"], "units")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, name, 1)
 
 
 def test_a_plan_without_hidden_channels_is_refused() -> None:

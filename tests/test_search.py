@@ -85,6 +85,22 @@ def test_the_search_finds_the_best_of_a_small_space() -> None:
     assert len(found.trace) <= 200
 
 
+def test_the_first_half_of_a_search_reaches_over_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = Ladder({name: tuple(range(30)) for name in "abc"}, dict.fromkeys("abc", 1))
+    exchange, measured, reaches = Ladder.exchange, [], []
+
+    def noted(self: Ladder, counts: dict[str, int], target: int, reach: int, chance: torch.Generator):
+        reaches.append((len(measured), reach))
+        return exchange(self, counts, target, reach, chance)
+
+    monkeypatch.setattr(Ladder, "exchange", noted)
+    fitness = lambda counts: measured.append(counts) or float(-len(measured))  # noqa: E731
+    exchange_search([{"a": 9, "b": 9, "c": 9}, {"a": 3, "b": 12, "c": 12}], ladder, 27, fitness, 20, seed=0)
+    assert len(measured) == 20
+    assert {reach for count, reach in reaches if count < 10} == {3}
+    assert {reach for count, reach in reaches if count >= 10} == {1}
+
+
 def test_settled_counts_remove_what_is_asked() -> None:
     groups = find_groups(build("llama-gqa"))
     pruning = Pruning(sparsity=0.4, shape="free")

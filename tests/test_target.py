@@ -60,6 +60,7 @@ def flat(groups: Groups) -> dict[str, torch.Tensor]:
         ("params=2.0B", "params", 2e9, False),
         ("params=500M", "params", 5e8, False),
         ("params=1500000", "params", 1_500_000, False),
+        ("params=1", "params", 1, False),
         ("params=1_500k", "params", 1_500_000, False),
         ("size=3GB", "size", 3e9, False),
         ("size = 700 MB", "size", 7e8, False),

@@ -137,7 +137,7 @@ def _read(program: torch.export.ExportedProgram, path: str, block: nn.Module) ->
     links: Links = set()
     out = None
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in program.graph_signature.inputs_to_parameters:
+        if node.name in program.graph_signature.inputs_to_parameters:
             parameter_of[node] = program.graph_signature.inputs_to_parameters[node.name]
         if node.op != "call_function":
             continue

@@ -75,7 +75,6 @@ def dequantised(linear: Any) -> Tensor:
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
-@torch.no_grad()
 def cut_weight(linear: Any, axis: int, positions: Tensor) -> None:
     """Keep some rows (axis 0) or columns (axis 1) of a quantised weight, in place.
 
