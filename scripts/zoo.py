@@ -23,6 +23,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from regrow.checkpoint.save import name_the_class
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.stock import Widths, check_free, ranges, stock_widths
 from regrow.errors import InputError
@@ -186,6 +187,7 @@ def check(family: str, folder: Path) -> Found:
     merge_lora(model)
     describe(model, groups, left)
     model.save_pretrained(folder)
+    name_the_class(folder, model.config)
     linears = len(groups.linears) // len(groups.layers)
     changed = float((masked - whole).abs().max())
     return Found(widths, no_depth, no_free, changed, difference, linears, logits_of(model))

@@ -54,6 +54,16 @@ def shrink(model: PreTrainedModel, even: bool) -> None:
     describe(model, whole, left)
 
 
+def a_granite(family: str) -> PreTrainedModel:
+    """A model with biases that has lost a head in five, which a LLaMA's config class refuses."""
+    model = random_model(family, num_attention_heads=5, num_key_value_heads=5, head_dim=8, hidden_size=40)
+    whole = find_groups(model)
+    left = cut(model, whole, {group.name: np.arange(3) for group in whole if group.kind == "attention"})
+    describe(model, whole, left)
+    assert model.config.model_type == "granite"
+    return model
+
+
 def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     make_tokenizer(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -223,6 +233,20 @@ def test_gguf_computes_what_the_checkpoint_does(
     for ids in IDS:
         # float32 where RoPE's frequencies are
         assert close(read.logits(ids), logits(model, ids[None])[0], 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen2"])
+def test_a_granite_that_is_a_llama_by_its_numbers_is_written_as_one(family: str, tmp_path: Path) -> None:
+    model = a_granite(family)
+    folder = save(model, tmp_path)
+    assert regrow.export(folder, tmp_path / "model.gguf", "gguf")["architecture"] == "llama"
+    assert close(Read(tmp_path / "model.gguf").logits(IDS[0]), logits(model.double(), IDS[:1])[0], 1e-6)
+    stock = AutoModelForCausalLM.from_pretrained(folder).double()
+    assert close(logits(stock), logits(model), 1e-6)
+    model.config.logits_scaling = 2.0
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="'granite' models"):
+        regrow.export(save(model, tmp_path / "other"), tmp_path / "other.gguf", "gguf")
 
 
 def test_deci_gets_one_channel_of_zeros_for_an_ffn_that_is_gone(tmp_path: Path) -> None:

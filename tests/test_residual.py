@@ -253,7 +253,7 @@ def narrow_with_a_layer_less(groups: Groups) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("family", "keep_of", "saved_as"),
-    [("llama-gqa", narrow, "mistral"), ("qwen2", narrow_with_a_layer_less, "qwen2")],
+    [("llama-gqa", narrow, "mistral"), ("qwen2", narrow_with_a_layer_less, "granite")],
 )
 def test_applied_on_disk_is_saved_from_memory(family: str, keep_of, saved_as: str, tmp_path: Path) -> None:
     source = dense(family, tmp_path)

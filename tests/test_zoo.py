@@ -169,8 +169,10 @@ def test_a_qwen2_with_fewer_heads_is_described_as_a_llama() -> None:
     assert added_parameters(FAMILIES["Llama"]()) == 0
 
 
-@pytest.mark.parametrize("what", ["ffn only", "heads do not divide", "sliding window"])
-def test_a_qwen2_stays_one_where_llama_cannot_say_it(what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "saved_as"), [("ffn only", "qwen2"), ("heads do not divide", "granite"), ("sliding window", "qwen2")]
+)
+def test_what_a_qwen2_is_saved_as_where_llama_cannot_say_it(what: str, saved_as: str) -> None:
     config = FAMILIES["Qwen2"]()
     if what == "sliding window":
         config = Qwen2Config(**zoo.GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1)
@@ -179,7 +181,7 @@ def test_a_qwen2_stays_one_where_llama_cannot_say_it(what: str) -> None:
     groups = find_groups(model)
     kind, count = ("ffn", 20) if what == "ffn only" else ("attention", 3 if what == "heads do not divide" else 2)
     left = cut(model, groups, {g.name: np.arange(count) for g in groups if g.kind == kind})
-    assert pruned_config(config, groups, left).model_type == "qwen2"
+    assert pruned_config(config, groups, left).model_type == saved_as
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def write_description(
     folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, extras: Mapping[str, str]
 ) -> None:
     """What goes with the weights and the config of a checkpoint: who loads it, the tokenizer, further text files."""
-    _name_the_class(folder, config)
+    name_the_class(folder, config)
     tokenizer.save_pretrained(folder)
     for name, text in extras.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -103,7 +103,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _name_the_class(folder: Path, config: PretrainedConfig) -> None:
+def name_the_class(folder: Path, config: PretrainedConfig) -> None:
     """Say in the config which class loads the checkpoint; `save_pretrained` names the one in memory."""
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ HIDDEN_KEYS = ("hidden_size", "word_embed_proj_dim")
 
 WITHOUT = {
     "mistral": ("attention_bias", "mlp_bias", "pretraining_tp"),
-    "granite": ("pretraining_tp",),
+    "granite": ("pretraining_tp", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
     "llama": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
 }
 """A model type under whose name another may be saved -> keys of the other that it does not know."""
@@ -47,6 +47,7 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
       change nothing.
     * A Qwen2 with fewer heads, or of another hidden size, is described as a LLaMA with biases on q, k and v, and a zero
       one on o (`describe` adds it): vLLM and llama.cpp take the size of a Qwen2's heads to be `hidden_size / heads`.
+      As a Granite, where its number of heads does not divide its hidden size.
 
     Raises:
         InputError: if no class takes these widths.
@@ -68,14 +69,15 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
     heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
     divides = all(hidden % count == 0 for count in heads)
+    neutral = {"attention_multiplier": head_dimension(config, original) ** -0.5}
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
-            scale = head_dimension(config, original) ** -0.5
-            described = _as_type("granite", described) | {"attention_multiplier": scale}
+            described = _as_type("granite", described) | neutral
         else:
             described = _as_type("mistral", described) | {"sliding_window": None}
-    elif config.model_type == "qwen2" and even and divides and (heads_cut or narrower) and _sees_everything(config):
-        described = _as_type("llama", described) | {"attention_bias": True, "mlp_bias": False}
+    elif config.model_type == "qwen2" and even and (heads_cut or narrower) and _sees_everything(config):
+        biases = {"attention_bias": True, "mlp_bias": False}
+        described = _as_type("llama" if divides else "granite", described) | biases | ({} if divides else neutral)
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
 

@@ -7,6 +7,7 @@ neighbouring pairs of a head's dimensions (transformers: one from either half), 
 llama.cpp would guess from other numbers (head size, above all) are written out.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def check_family(source: Checkpoint) -> str:
         InputError: if there is none here.
     """
     described = source.config.to_dict()
-    family = FAMILIES.get(source.config.model_type)
+    family = FAMILIES.get("llama" if is_llama(source) else source.config.model_type)
     if family is None:
         raise InputError(
             f"GGUF of {source.config.model_type!r} models is llama.cpp's own converter's to write: give --converter "
@@ -153,6 +154,17 @@ def check_family(source: Checkpoint) -> str:
     if described["hidden_act"] != "silu":
         raise InputError(f"llama.cpp computes silu in such models, {source.folder} {described['hidden_act']}")
     return family
+
+
+def is_llama(source: Checkpoint) -> bool:
+    """Whether a Granite's multipliers change nothing: it is a LLaMA with biases then, whatever it is called."""
+    told = source.config.to_dict()
+    ones = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    return (
+        source.config.model_type == "granite"
+        and all(told[key] == 1 for key in ones)
+        and math.isclose(told["attention_multiplier"], source.head_dim**-0.5)
+    )
 
 
 def add_metadata(writer: gguf.GGUFWriter, source: Checkpoint, widths: Sequence[LayerWidths], kind: str) -> None:
