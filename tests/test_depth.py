@@ -230,6 +230,7 @@ def test_lists_per_layer_follow_and_a_reload_computes_the_same() -> None:
 def test_a_model_whose_layers_depend_on_their_numbers_is_refused() -> None:
     with pytest.raises(InputError, match="decoder_sparse_step = 2"):
         check_depth(Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=2))
+    check_depth(Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=1))  # every layer alike
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from regrow.checkpoint.tensors import StoredTensors
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.experts import expert_price, fold, unfold
+from regrow.planning.experts import expert_choices, expert_price, fold, unfold
 from regrow.planning.plan import Plan
 from regrow.preflight import check_experts
 from regrow.recipe import load_recipe
@@ -276,6 +276,24 @@ def test_experts_and_hidden_channels_reach_a_target_together(kinds: tuple[str, .
     assert left.block_parameters == groups.block_parameters - plan.removed_block_parameters
     step = 8 * max(block_cost(left), sum(group.cost for group in left if group.expert is not None))
     assert 0 <= plan.removed_block_parameters - 0.4 * groups.block_parameters < step
+
+
+def test_how_many_experts_go_by_hand(mixtral: Groups) -> None:
+    """Counted, their share rounded; else one more in every layer until they bring enough. Two of four have to stay."""
+    nothing = {group.name: 0 for group in mixtral}
+
+    def offered(wanted: int, **settings: object) -> list[set[int]]:
+        pruning = Pruning(kinds=("expert", "ffn"), **settings)
+        return [set(each.values()) for each in expert_choices(mixtral, nothing, pruning, frozenset(), wanted)]
+
+    for sparsity, count in ((0.1, 0), (0.3, 1), (0.4, 2), (0.5, 2), (0.9, 2)):
+        assert offered(10**9, basis="units", sparsity=sparsity) == [{count}]
+    one = len(mixtral.layers) * expert_price(mixtral, 0)
+    assert [len(offered(wanted)) - 1 for wanted in (0, 1, one, one + 1, 9 * one)] == [0, 1, 1, 2, 2]
+    assert offered(9 * one) == [{0}, {1}, {2}]
+    assert expert_price(mixtral, 0) == mixtral.residual.units * (1 + 3 * mixtral.by_name("layers.0.expert0.ffn").units)
+    assert offered(9 * one, cap=0.3) == [{0}, {1}]
+    assert offered(9 * one, floor=0.6) == [{0}, {1}]
 
 
 def test_folded_channels_are_the_worst_of_every_expert_that_stays() -> None:

@@ -101,6 +101,14 @@ def test_global_takes_the_cheapest_damage_wherever_it_is() -> None:
     assert len(plan.groups["layers.1.ffn"].keep) == 30
 
 
+def test_of_equal_worth_the_one_that_has_lost_the_smaller_share_goes() -> None:
+    groups = groups_of("llama-mha-tied")
+    scores = {group.name: torch.full((group.units,), float(group.cost)) for group in groups}
+    plan = choose(groups, Plan.whole(groups), scores, Pruning(sparsity=0.4, shape="free", allocation="global"))
+    shares = [1 - len(group.keep) / group.units for group in plan.groups.values()]
+    assert max(shares) - min(shares) < 1 / 6 + 1 / 40
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_by_kind_takes_as_many_of_a_kind_as_local_but_the_worst_of_all_layers(seed: int) -> None:
     groups = groups_of("llama-mha-tied")

@@ -401,6 +401,14 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     assert found["score"] - OVERHEAD == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + step
     assert found["save"] - OVERHEAD == 8 * left
 
+    def save(**settings: object) -> int:
+        changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})
+        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["save"] - OVERHEAD
+
+    assert save(output__dtype="bfloat16") == (4 + 2) * left
+    assert save(output__dtype="bfloat16", training__quantization="int8") == max(4 * sizes.parameters, 6 * left)
+    assert save(training__offload="cpu") == 2 * round(4 * (left - sizes.matrices + linears // 2) + 4 * linears / 2 / 3)
+
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

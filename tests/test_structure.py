@@ -18,6 +18,7 @@ from regrow.structure.cut import cut
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import find_groups
 from regrow.structure.operators import RULES, Walk
+from regrow.structure.positions import IndexMap
 from regrow.structure.trace import Trace, trace
 
 CLOSE = 1e-4
@@ -384,6 +385,20 @@ def test_the_highest_along_an_axis_or_of_all() -> None:
     highest, where = RULES["aten.max"](walk, (value, 1), {}, [(5,), (5,)])
     assert ([facet.tolist() for facet in highest.facets], where.facets) == ([[4, 5, 6, 7, 8]], ())
     assert RULES["aten.max"](walk, (value,), {}, ()).facets == ()
+
+
+def test_names_before_and_after_a_cut_by_hand() -> None:
+    """A layer's name is told from one that merely begins alike."""
+    names = {
+        f"model.layers.{before}": None if before == 2 else f"model.layers.{before - (before > 2)}"
+        for before in range(12)
+    }
+    index_map = IndexMap({}, {}, {}, names)
+    for before, after in (("1.mlp", "1.mlp"), ("3", "2"), ("10.mlp.up_proj.weight", "9.mlp.up_proj.weight")):
+        assert index_map.name_after(f"model.layers.{before}") == f"model.layers.{after}"
+        assert index_map.name_before(f"model.layers.{after}") == f"model.layers.{before}"
+    assert index_map.name_after("model.layers.2.mlp") is None
+    assert index_map.name_after("model.norm") == index_map.name_before("model.norm") == "model.norm"
 
 
 def test_only_a_bias_may_be_missing() -> None:
