@@ -38,6 +38,14 @@ class Training(Section):
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
         "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
     )
+    original_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With a quantization: share of the steps, the last ones, that train on the original weights, "
+        "brought layer by layer from the checkpoint's files (see offload). Until then removed units stay behind closed "
+        "gates; a cached teacher is asked with them, too. null: 0.25 with nf4, 0 with int8.",
+    )
     offload: Literal["none", "cpu", "disk"] = Field(
         default="none",
         description="Where the frozen matrices of the decoder layers lie when they are not computed with: on the "
