@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,8 +28,10 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
+from regrow.recovery.compensate import Compensator
 from regrow.recovery.learner import SECOND_PEAK, Learner
 from regrow.recovery.outcome import Trained
+from regrow.recovery.preparation import Preparation
 from regrow.recovery.pruner import Pruner
 from regrow.recovery.quantised_base import rebuild, settle_originals, settle_quantization
 from regrow.recovery.scoring import linear_evidence
@@ -405,10 +407,13 @@ def losses(done: Trained) -> list[float]:
 
 @pytest.mark.parametrize(("kind", "settings"), [("nf4", {}), ("nf4", SELF), ("int8", AUTO)])
 def test_at_the_end_the_model_is_the_plan_and_the_adapters_on_the_original_weights(
-    folder: Path, tmp_path: Path, kind: str, settings: dict[str, object]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, object]
 ) -> None:
+    events: list[int | str] = []
+    monkeypatch.setattr("regrow.recovery.pruner.cut", lambda *given: (events.append("cut"), cut(*given))[1])
     before = held_bytes(load_model(str(folder), quantization=kind))
-    done, model, progress = recovered(folder, tmp_path, kind, settings)
+    done, model, progress = recovered(folder, tmp_path, kind, settings, events.append)
+    assert events == ([0, 1, 2, 3, 4, 5, "cut"] if settings == SELF else [0, 1, 2, "cut", 3, 4, 5])
     assert f"step 3: the original weights take the place of the {kind} ones" in progress.said
     assert done.summary["quantization"]["original_from"] == 3
     assert not is_quantised(model)
@@ -493,10 +498,28 @@ def test_a_cached_teacher_answers_with_the_original_weights(folder: Path, tmp_pa
     assert (answers[0.0] - wanted).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_search_and_refit_look_at_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    seen: list[bool] = []
+    for owner, name in ((Compensator, "run"), (Preparation, "_search")):
+
+        def looking(whole: Callable[..., object], self: Compensator | Preparation, *given: object) -> object:
+            seen.append(is_quantised(self.model))
+            return whole(self, *given)
+
+        monkeypatch.setattr(owner, name, partialmethod(partial(looking, getattr(owner, name))))
+    settings = {"training.original_share": share, "compensation.method": "least-squares", "compensation.windows": 4}
+    settings |= {"search.evaluations": 2, "search.windows": 2, "search.judge_windows": 2}
+    recovered(folder, tmp_path, "nf4", settings | {"compensation.carrier": "adapter"})
+    assert seen == [share == 0, share == 0]
+
+
 def test_the_rate_rises_once_more(folder: Path, tmp_path: Path) -> None:
-    _, _, progress = recovered(folder, tmp_path, "nf4", {"training.schedule": "linear", "training.warm_up": 0.0})
+    _, _, progress = recovered(folder, tmp_path, "nf4", {"training.schedule": "constant", "training.warm_up": 0.0})
     assert progress.rates == pytest.approx(
-        [0.01 * x for x in (1, 5 / 6, 4 / 6, SECOND_PEAK, SECOND_PEAK * 2 / 3, SECOND_PEAK / 3)]
+        [0.01 * x for x in (1, 1, 1, SECOND_PEAK, SECOND_PEAK * 2 / 3, SECOND_PEAK / 3)]
     )
 
 
@@ -536,7 +559,11 @@ def test_gates_follow_to_linears_without_an_adapter(folder: Path) -> None:
         with gates:
             gates.keep(first.name, [0])
             if is_quantised(model):
-                Originals(str(folder)).put(model, gates)
+                rounded, originals = answers(model), Originals(str(folder))
+                with originals.borrowed(model, gates):
+                    pass
+                assert torch.equal(answers(model), rounded)
+                originals.put(model, gates)
             found.append(answers(model, training=False))
     assert (found[0] - found[1]).abs().max() < 1e-5
 
