@@ -416,6 +416,7 @@ def test_at_the_end_the_model_is_the_plan_and_the_adapters_on_the_original_weigh
     assert events == ([0, 1, 2, 3, 4, 5, "cut"] if settings == SELF else [0, 1, 2, "cut", 3, 4, 5])
     assert f"step 3: the original weights take the place of the {kind} ones" in progress.said
     assert done.summary["quantization"]["original_from"] == 3
+    assert [validation["step"] for validation in done.history.validations] == [0, 2, 3, 4, 6]
     assert not is_quantised(model)
     assert held_bytes(model) - sum(p.nbytes for p in adapter_parameters(model)) < before, "they are not held"
     wanted = load_model(str(folder))
