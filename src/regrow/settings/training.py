@@ -36,7 +36,7 @@ class Training(Section):
         default="none",
         description="How the frozen weights of the decoder layers' linears are kept while the model is scored and "
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
-        "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
+        "closed gates), or as they are. Plan and adapters are applied to the original weights; see original_share.",
     )
     original_share: float | None = Field(
         default=None,
@@ -44,7 +44,7 @@ class Training(Section):
         le=1,
         description="With a quantization: share of the steps, the last ones, that train on the original weights, "
         "brought layer by layer from the checkpoint's files (see offload). Until then removed units stay behind closed "
-        "gates; a cached teacher is asked with them, too. null: 0.25 with nf4, 0 with int8.",
+        "gates. If not 0, a search, a refit and a cached teacher use them, too. null: 0.25 with nf4, 0 with int8.",
     )
     offload: Literal["none", "cpu", "disk"] = Field(
         default="none",
