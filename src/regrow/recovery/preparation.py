@@ -75,7 +75,7 @@ class Preparation:
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
             journal: knows whether the search is done.
             processes: those that share the batches.
-            true_weights: a context in which a quantised model computes with the weights it was rounded from.
+            true_weights: a context in which a quantised model is refitted with the weights it was rounded from.
         """
         self.model = model
         self.gates = gates
@@ -111,7 +111,7 @@ class Preparation:
         self.compensator.make_room(groups)
 
         def work() -> dict[str, Any]:
-            with evaluation_mode(self.model), self.true_weights():
+            with evaluation_mode(self.model):
                 counts = self._search(groups, scores, prior)
             return {"counts": counts, "report": self.done.search}
 
