@@ -277,9 +277,9 @@ def test_the_default_recipe_ends_in_a_plain_checkpoint(
     assert result.results["training"]["quantization"]["kind"] == kind
     report = (tmp_path / "report.md").read_text()
     assert kind in report
-    assert ("from step 3 on" in report) == (kind == "nf4")
+    assert ("from step 2 on" in report) == (kind == "nf4")
     used = result.results["training"]["distillation"]
-    assert used["teacher_steps"] == ({"self": 3, "model": 1} if kind == "nf4" else {"model": 4})
+    assert used["teacher_steps"] == ({"self": 2, "model": 2} if kind == "nf4" else {"model": 4})
     assert result.plan.sparsity.block >= 0.4
     stock = AutoModelForCausalLM.from_pretrained(result.model)
     assert {p.dtype for p in stock.parameters()} == {torch.float32}

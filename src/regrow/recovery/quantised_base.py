@@ -20,7 +20,7 @@ from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 
-ORIGINAL_SHARE = {"none": 0.0, "int8": 0.0, "nf4": 0.25}
+ORIGINAL_SHARE = {"none": 0.0, "int8": 0.0, "nf4": 0.5}
 """What share of the steps train on the original weights by default, by how the base is kept until then."""
 
 
