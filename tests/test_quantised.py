@@ -485,6 +485,12 @@ def test_patience_that_has_run_out_brings_them_sooner(
     assert progress.said[-2].endswith("stopped at step 3")
 
 
+def test_a_last_stage_does_not_end_before_them(folder: Path, tmp_path: Path) -> None:
+    done, _, progress = recovered(folder, tmp_path, "nf4", {"recovery.interval": 1, "recovery.max_rounds": 1})
+    assert [step["step"] for step in done.history.steps] == [0, 1, 2, 3], "its one round begins when they are there"
+    assert "stage pretrain has converged; ended at step 4" in progress.said
+
+
 def test_a_cached_teacher_answers_with_the_original_weights(folder: Path, tmp_path: Path) -> None:
     answers = {}
     for share in (0.0, 0.5):
