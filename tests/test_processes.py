@@ -77,6 +77,16 @@ def test_two_processes_train_as_one(name: str, launched: Launched, tmp_path: Pat
     assert launched.found[name]["adapters"] == pytest.approx(alone["adapters"], rel=1e-4, abs=1e-6)
 
 
+def test_two_processes_end_on_the_original_weights_as_one(launched: Launched, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = together.on_originals(tmp_path)
+    assert done.summary["quantization"]["original_from"] == 2
+    alone = json.loads(json.dumps(together.outcome(done)))
+    assert launched.found["originals"]["plan"] == alone["plan"]
+    assert_close(launched.found["originals"]["numbers"], alone["numbers"])
+    assert launched.found["originals"]["adapters"] == pytest.approx(alone["adapters"], rel=1e-4, abs=1e-6)
+
+
 def test_two_processes_analyse_as_one(launched: Launched) -> None:
     assert_close(launched.found["sensitivity"], json.loads(json.dumps(together.sensitivity())))
 

@@ -2,17 +2,26 @@
 
 import gc
 import json
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import QUICK, build, go_through, make_tokenizer, random_keep, with_lora
+from safetensors.torch import load_file, save_file
+from test_resume import Calling, Fault, assert_same, corpus
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
 import regrow
+from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.load import load_model, load_tokenizer
+from regrow.checkpoint.originals import Originals
+from regrow.checkpoint.state import State
 from regrow.checkpoint.verify import Verification
 from regrow.data.corpus import read_corpus
 from regrow.data.tokens import Batch, batches
@@ -20,12 +29,15 @@ from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
-from regrow.recovery.learner import Learner
+from regrow.recovery.compensate import Compensated, Compensator
+from regrow.recovery.learner import SECOND_PEAK, Learner
+from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import Pruner
-from regrow.recovery.quantised_base import rebuild, settle_quantization
+from regrow.recovery.quantised_base import rebuild, settle_originals, settle_quantization
 from regrow.recovery.scoring import linear_evidence
 from regrow.recovery.teacher import copy_without_adapters
-from regrow.structure.adapters import adapter_parameters, adapters_off, merge_lora
+from regrow.recovery.train import train
+from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups
@@ -61,9 +73,9 @@ def data(seed: int = 0):
         yield Batch(torch.randint(0, 300, (3, 12), generator=generator))
 
 
-def answers(model: PreTrainedModel) -> Tensor:
+def answers(model: PreTrainedModel, training: bool = True) -> Tensor:
     """Logits as training computes them: with 8-bit weights, but not 8-bit activations."""
-    model.train()
+    model.train(training)
     with torch.no_grad():
         return model(input_ids=next(data(7)).ids_BT, use_cache=False).logits
 
@@ -263,9 +275,11 @@ def test_the_default_recipe_ends_in_a_plain_checkpoint(
     assert "quantization_config" not in config
     assert "adapter" in (tmp_path / "recipe.yaml").read_text().split("carrier:")[1][:9]
     assert result.results["training"]["quantization"]["kind"] == kind
-    assert kind in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert kind in report
+    assert ("from step 2 on" in report) == (kind == "nf4")
     used = result.results["training"]["distillation"]
-    assert used["teacher_steps"] == ({"self": 4} if kind == "nf4" else {"model": 4})
+    assert used["teacher_steps"] == ({"self": 2, "model": 2} if kind == "nf4" else {"model": 4})
     assert result.plan.sparsity.block >= 0.4
     stock = AutoModelForCausalLM.from_pretrained(result.model)
     assert {p.dtype for p in stock.parameters()} == {torch.float32}
@@ -326,3 +340,262 @@ def test_int8_scores_rank_as_those_of_the_whole_weights(real_data: Path, criteri
         found = pruner.scorer.average.scores
         scores[quantization] = {group.name: found[group.name] for group in groups if group.kind == "ffn"}
     assert min(spearman(scores["none"][name], scores["int8"][name]) for name in scores["none"]) >= 0.98
+
+
+# --- the last steps on the original weights --------------------------------------------------------
+
+LAST = {
+    "training.steps": 6,
+    "training.batch_size": 2,
+    "training.eval_interval": 2,
+    "training.learning_rate": 1e-2,
+    "training.original_share": 0.5,
+    "pruning.calibration_batches": 2,
+    "pruning.sparsity": 0.4,
+    "search.evaluations": 0,
+    "compensation.method": "none",
+    "compensation.selection": "criterion",
+    "lora.dropout": 0.1,
+}
+"""Steps 3, 4 and 5 are on the original weights."""
+SELF, AUTO = {"distillation.teacher": "self"}, {"distillation.teacher": "auto"}
+LATE = {"pruning.decay_steps": 4}
+"""The target is reached after three steps have been due for the original weights."""
+
+
+@cache
+def known_groups(folder: Path) -> Groups:
+    """Of the model with adapters, which are the same however it is kept."""
+    return with_lora(load_model(str(folder)), fill=False)
+
+
+class Watching(Calling):
+    """Remembers the learning rates, too."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        super().__init__(on_step)
+        self.rates: list[float] = []
+
+    def track(self, figures: Mapping[str, float], step: int) -> None:
+        self.rates += [figures["learning_rate"]] if "learning_rate" in figures else []
+
+
+def recovered(
+    folder: Path,
+    out: Path,
+    kind: str,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[Trained, PreTrainedModel, Watching]:
+    """Train from what the journal in `out` knows."""
+    groups = known_groups(folder)  # first, for it uses chance up
+    given = {**LAST, "training.quantization": kind, **settings}
+    recipe = settle_originals(str(folder), load_recipe("regrow", given), Silent())
+    torch.manual_seed(0)
+    model = load_model(str(folder), quantization=kind)
+    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
+    progress = Watching(on_step)
+    done = train(
+        model, groups, recipe, corpus("regrow"), progress, teacher_folder=out / "teacher",
+        on_cut=lambda event: None, on_validation=lambda history: None, journal=Journal(out, progress.say),
+        track=progress.track, originals=Originals(str(folder)) if recipe.training.original_share else None,
+    )  # fmt: skip
+    return done, model, progress
+
+
+def losses(done: Trained) -> list[float]:
+    return [step["loss"] for step in done.history.steps]
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("nf4", {}), ("nf4", SELF), ("int8", AUTO)])
+def test_at_the_end_the_model_is_the_plan_and_the_adapters_on_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, object]
+) -> None:
+    events: list[int | str] = []
+    monkeypatch.setattr("regrow.recovery.pruner.cut", lambda *given: (events.append("cut"), cut(*given))[1])
+    before = held_bytes(load_model(str(folder), quantization=kind))
+    done, model, progress = recovered(folder, tmp_path, kind, settings, events.append)
+    assert events == ([0, 1, 2, 3, 4, 5, "cut"] if settings == SELF else [0, 1, 2, "cut", 3, 4, 5])
+    assert f"step 3: the original weights take the place of the {kind} ones" in progress.said
+    assert done.summary["quantization"]["original_from"] == 3
+    assert [validation["step"] for validation in done.history.validations] == [0, 2, 3, 4, 6]
+    assert not is_quantised(model)
+    assert held_bytes(model) - sum(p.nbytes for p in adapter_parameters(model)) < before, "they are not held"
+    wanted = load_model(str(folder))
+    attach_lora(wanted, find_groups(wanted).linears, rank=3, alpha=6, dropout=0.0)
+    rebuild(wanted, done.plan, done.adapters)
+    model.eval()
+    assert (answers(wanted.eval(), training=False) - answers(model, training=False)).abs().max() < 1e-5
+
+
+def test_until_then_nothing_is_changed(folder: Path, tmp_path: Path) -> None:
+    without, model, _ = recovered(folder, tmp_path / "0", "nf4", {"training.original_share": 0.0, **AUTO})
+    with_, _, _ = recovered(folder, tmp_path / "1", "nf4", AUTO)  # a cached teacher would answer otherwise
+    assert is_quantised(model) or all(p.device.type == "meta" for n, p in model.named_parameters() if "base_layer" in n)
+    assert "original_from" not in without.summary["quantization"]
+    assert without.plan == with_.plan
+    assert losses(without)[:3] == losses(with_)[:3]
+    assert all(one != other for one, other in zip(losses(without)[3:], losses(with_)[3:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("nf4", {}), ("nf4", LATE | AUTO | {"training.patience": 1}), ("int8", SELF)]
+)
+def test_it_can_be_interrupted_before_at_and_after(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, object]
+) -> None:
+    every = {**settings, "training.checkpoint_interval": 1}
+    whole, _, _ = recovered(folder, tmp_path / "whole", kind, every)
+    write, broken = Journal.write, {2, 3, 4, 5}
+
+    def write_and_fail(self: Journal, stage: str, state: State, step: int | None = None, files=()) -> None:
+        write(self, stage, state, step, files)
+        if step in broken:
+            broken.remove(step)
+            raise Fault
+
+    monkeypatch.setattr(Journal, "write", write_and_fail)
+    while broken:
+        with pytest.raises(Fault):
+            recovered(folder, tmp_path / "broken", kind, every)
+    done, _, _ = recovered(folder, tmp_path / "broken", kind, every)
+    assert_same(done, whole)
+    assert done.summary == whole.summary | {"distillation": done.summary["distillation"]}
+
+
+@pytest.mark.parametrize(("settings", "first"), [({}, 3), (LATE, 4), ({"training.original_share": 1.0}, 0)])
+def test_the_best_is_of_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], first: int
+) -> None:
+    losses = dict(zip(range(7), (1.0, 1.1, 1.2, 9.0, 8.0, 8.0, 8.5), strict=True))
+    monkeypatch.setattr("regrow.recovery.mixing.DataMix.validation_loss", lambda self, step: losses[step])
+    done, _, _ = recovered(folder, tmp_path, "nf4", {"training.eval_interval": 1, **settings})
+    assert done.summary["quantization"]["original_from"] == first
+    assert (done.summary["best_step"], done.summary["best_validation_loss"]) == ((0, 1.0) if first == 0 else (4, 8.0))
+
+
+def test_patience_that_has_run_out_brings_them_sooner(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regrow.recovery.mixing.DataMix.validation_loss", lambda self, step: float(step))
+    settings = {"training.eval_interval": 1, "training.patience": 1, "training.original_share": 0.2}
+    done, _, progress = recovered(folder, tmp_path, "nf4", settings)
+    assert done.summary["quantization"]["original_from"] == 1
+    assert [step["step"] for step in done.history.steps] == [0, 1, 2], "and runs out again"
+    assert progress.said[-2].endswith("stopped at step 3")
+
+
+def test_a_last_stage_does_not_end_before_them(folder: Path, tmp_path: Path) -> None:
+    done, _, progress = recovered(folder, tmp_path, "nf4", {"recovery.interval": 1, "recovery.max_rounds": 1})
+    assert [step["step"] for step in done.history.steps] == [0, 1, 2, 3], "its one round begins when they are there"
+    assert "stage pretrain has converged; ended at step 4" in progress.said
+
+
+def test_a_cached_teacher_answers_with_the_original_weights(folder: Path, tmp_path: Path) -> None:
+    answers = {}
+    for share in (0.0, 0.5):
+        settings = {"training.original_share": share, "distillation.top_k": 300}
+        fault = lambda step: (_ for _ in ()).throw(Fault)  # noqa: E731  (the folder goes with the training's end)
+        with pytest.raises(Fault):
+            recovered(folder, tmp_path / str(share), "nf4", settings, fault)
+        parts = {name: np.load(tmp_path / str(share) / "teacher" / f"{name}.npy") for name in ("windows", "log_probs")}
+        answers[share] = torch.from_numpy(parts["log_probs"])
+    ids_NT = corpus("regrow").train.ids_NT[torch.from_numpy(parts["windows"])]
+    with torch.no_grad():
+        wanted = load_model(str(folder))(input_ids=ids_NT).logits[:, :-1].log_softmax(-1).topk(300).values
+    assert (answers[0.5] - wanted).abs().max() < 1e-4
+    assert (answers[0.0] - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_refit_is_made_on_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    seen: list[bool] = []
+    run = Compensator.run
+
+    def looking(self: Compensator, *given: Any) -> Compensated:
+        seen.append(is_quantised(self.model))
+        return run(self, *given)
+
+    monkeypatch.setattr(Compensator, "run", looking)
+    settings = {"training.original_share": share, "compensation.method": "least-squares", "compensation.windows": 4}
+    recovered(folder, tmp_path, "nf4", settings | {"compensation.carrier": "adapter"})
+    assert seen == [share == 0]
+
+
+def test_the_rate_rises_once_more(folder: Path, tmp_path: Path) -> None:
+    _, _, progress = recovered(folder, tmp_path, "nf4", {"training.schedule": "constant", "training.warm_up": 0.0})
+    assert progress.rates == pytest.approx(
+        [0.01 * x for x in (1, 1, 1, SECOND_PEAK, SECOND_PEAK * 2 / 3, SECOND_PEAK / 3)]
+    )
+
+
+def test_borrowed_weights_are_given_back(folder: Path) -> None:
+    model, whole = load_model(str(folder), quantization="nf4"), load_model(str(folder))
+    for each in (model, whole):
+        torch.manual_seed(1)
+        with_lora(each)
+    before, held = answers(model), held_bytes(model)
+    with Originals(str(folder)).borrowed(model, Gates(model, ())):
+        assert (answers(model) - answers(whole)).abs().max() < 1e-5
+        assert held_bytes(model) < held
+    assert torch.equal(answers(model), before)
+    assert held_bytes(model) == held
+
+
+def test_a_conv1d_is_brought_as_the_linear_that_it_became(tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 64}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), quantization="int8")
+    assert is_quantised(model)
+    Originals(str(tmp_path)).put(model, Gates(model, ()))
+    assert not is_quantised(model)
+    assert (answers(model.eval(), False) - answers(load_model(str(tmp_path)).eval(), False)).abs().max() < 1e-5
+
+
+def test_gates_follow_to_linears_without_an_adapter(folder: Path) -> None:
+    models = [load_model(str(folder), quantization="nf4"), load_model(str(folder))]
+    groups = with_lora(models[0])
+    first = groups.groups[0]
+    found = []
+    for model in models:
+        for name in find_groups(model).linears:
+            model.set_submodule(name, getattr(model.get_submodule(name), "base_layer", model.get_submodule(name)))
+        gates = Gates(model, [first])
+        with gates:
+            gates.keep(first.name, [0])
+            if is_quantised(model):
+                rounded, originals = answers(model), Originals(str(folder))
+                with originals.borrowed(model, gates):
+                    pass
+                assert torch.equal(answers(model), rounded)
+                originals.put(model, gates)
+            found.append(answers(model, training=False))
+    assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+def test_what_share_it_is_and_which_checkpoints_it_can_be_had_of(folder: Path, tmp_path: Path) -> None:
+    def settled(place: Path, **settings: object) -> tuple[float | None, list[str]]:
+        progress = Calling()
+        given = {f"training.{key}": value for key, value in settings.items()}
+        return settle_originals(
+            str(place), load_recipe("regrow", given), progress
+        ).training.original_share, progress.said
+
+    default, said = settled(folder, quantization="nf4")
+    assert default
+    assert default > 0
+    assert not said
+    assert settled(folder, quantization="int8") == (0.0, [])
+    assert settled(folder, original_share=0.3) == (0.0, [])
+    assert settled(folder, quantization="int8", original_share=0.3) == (0.3, [])
+    load_model(str(folder)).save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors") | {"extra": torch.ones(1)}, tmp_path / "model.safetensors")
+    share, (told,) = settled(tmp_path, quantization="nf4")
+    assert share == 0
+    assert "training.original_share=0" in told
+    assert "extra" in told
+    with pytest.raises(InputError, match="extra"):
+        settled(tmp_path, quantization="nf4", original_share=0.2)

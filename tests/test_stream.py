@@ -394,6 +394,17 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     # Nothing is counted as gone where the recipe does not say in advance how much will be.
     for unknown in ({"pruning__target": "params=40K"}, {"pruning__basis": "total"}):
         assert train(**unknown) == train() + 4 * (linears // 2)
+    share, layer_by_layer = {"training__original_share": 0.2}, {"training__gradient_checkpointing": True}
+    assert train(training__quantization="int8", **share) == others + linears + step, "it is cut later"
+    assert train(training__quantization="nf4", **share) == train(training__quantization="nf4"), (
+        "the last steps need less"
+    )
+    # a third of the layers in 32 bits is more than all of them in 4
+    bound = train(training__quantization="nf4", **layer_by_layer) - linears * 9 // 16 + 4 * linears // 2 // 3
+    assert train(training__quantization="nf4", **layer_by_layer, **share) == bound, (
+        "a layer of three is more than 4 bits"
+    )
+    assert train(**share) == train()
     saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
     assert train(training__gradient_checkpointing=True) == train() - saved
     found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)

@@ -8,6 +8,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from test_resume import Calling, Fault, corpus, dense, fail_at, known_groups, wi
 import regrow
 from regrow.analysis.sensitivity import measure_sensitivity
 from regrow.checkpoint.journal import Forgetful, Journal
+from regrow.checkpoint.load import load_model
 from regrow.checkpoint.offloaded import load_offloaded
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.shared import shared
 from regrow.planning.sensitivity import Conditions
 from regrow.processes import ALONE, Processes, join
@@ -185,6 +188,24 @@ def check_sharding(us: Processes, folder: Path) -> None:
         assert all(torch.equal(each[0].adapters[key], value) for key, value in each[1].adapters.items())
 
 
+def on_originals(folder: Path, processes: Processes = ALONE) -> Trained:
+    """Begun in 8 bits, ended on the weights as they lie in the checkpoint's files."""
+    groups, checkpoint = known_groups("llama-gqa"), folder / "model"
+    with processes.main_first():
+        if processes.is_main:
+            dense("llama-gqa").save_pretrained(checkpoint)
+    settings = {"training.quantization": "int8", "training.original_share": 0.6, "pruning.schedule": "one-shot"}
+    recipe = load_recipe("loraprune", {**COMMON, **settings, "distillation.weight": 0.5})
+    model = load_model(str(checkpoint), quantization="int8")
+    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=0.0)
+    processes.begin_alike(adapter_parameters(model), recipe.seed)
+    return train(
+        model, groups, recipe, corpus("loraprune"), Silent(), teacher_folder=folder / "teacher",
+        on_cut=lambda event: None, on_validation=lambda history: None, processes=processes,
+        originals=Originals(str(checkpoint)),
+    )  # fmt: skip
+
+
 def main(folder: Path) -> None:
     """Do all of it; model and text are those of the command that follows."""
     torch.set_num_threads(1)
@@ -196,6 +217,8 @@ def main(folder: Path) -> None:
     check_resuming(us, folder)
     found = {name: outcome(session(work, folder / name, us)) for name, work in WORK.items()}
     found["sensitivity"] = sensitivity(us)
+    if find_spec("bitsandbytes"):
+        found["originals"] = outcome(on_originals(folder / "originals", us))
     told = us.same(json.loads(json.dumps(found)))
     assert told == found, "the processes differ"
     if us.is_main:

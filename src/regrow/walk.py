@@ -4,9 +4,8 @@ verify → evaluate → report.
 A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.json`, `scores.safetensors`,
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
 `plan.json`, `model/`, `results.json`, `report.md`, `report.html`. While a cached teacher teaches, it lies in
-`teacher/`.
-`base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the text,
-`latency.json` and `trials/` if the recipe's target needs them, `tracker/` if figures go to TensorBoard.
+`teacher/`. `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the
+text, `latency.json` and `trials/` if the target needs them, `tracker/` if figures go to TensorBoard.
 `checkpoint/` is what an interrupted run goes on from.
 Every file appears whole or not at all. Of several processes the main one writes; the others walk as far as training.
 """
@@ -31,6 +30,7 @@ from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import check_vocabulary, load_config, output_dtype, pick_device
 from regrow.checkpoint.offloaded import load
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
@@ -60,7 +60,7 @@ from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.average import Average
 from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.quantised_base import rebuild, settle_offload, settle_quantization
+from regrow.recovery.quantised_base import rebuild, settle_offload, settle_originals, settle_quantization
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
 from regrow.recovery.tracking import tracking
 from regrow.recovery.train import train
@@ -112,6 +112,7 @@ class Walk:
             with self.processes.main_first():
                 text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
+        self.recipe = settle_originals(self.name, self.recipe, self.progress)
         memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes)
         self.books.begin("load model")
         model = self.load(tokenizer)
@@ -313,6 +314,7 @@ class Walk:
                 track=track,
                 journal=journal,
                 processes=self.processes,
+                originals=Originals(self.name) if recipe.training.original_share else None,
             )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         self.books.leave(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))

@@ -105,12 +105,14 @@ def estimate_memory(
         found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
-    stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4"
+    originals = recipe.training.quantized and bool(recipe.training.original_share)
+    stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals
     present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
     adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
     copied, taught = _teacher(sizes, recipe, tokens, whole, b_a, b_w)
-    found["train"] = max(present + copied + adapters + step + taught, whole + copied)
+    asked = b_w * sizes.matrices // sizes.layers + tokens * sizes.vocabulary * b_a if originals else 0
+    found["train"] = max(present + copied + adapters + step + taught, whole + copied + asked)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
     kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
     merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
@@ -118,6 +120,11 @@ def estimate_memory(
     if recipe.training.offloaded:  # the other process sees to itself
         alone = recipe.override({"training.offload": recipe.training.offload_alone})
         found["save"] = 2 * _base(sizes, alone, b_w, removed, 1)
+    if originals:  # from then on it is an offloaded model
+        last = {"quantization": "none", "offload": "disk", "gradient_checkpointing": True, "original_share": 0.0}
+        recipe = recipe.override({f"training.{key}": value for key, value in last.items()})
+        ending = estimate_memory(sizes, recipe, frozenset(), weights, activations)["train"]
+        found["train"] = max(found["train"], ending - OVERHEAD)
     return {stage: size + OVERHEAD for stage, size in found.items()}
 
 

@@ -1,12 +1,14 @@
 """Settle who teaches, and begin."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.state import State
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Windows
@@ -54,6 +56,7 @@ def distil(
     folder: Path,
     progress: Progress,
     journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
+    originals: Originals | None = None,
 ) -> Objective:
     """The objective of a learner whose model is still whole (scored, perhaps, but neither cut nor trained).
 
@@ -63,6 +66,7 @@ def distil(
         upcoming: numbers of the windows of it that may be drawn, ascending.
         folder: where a cached teacher writes.
         journal: knows whether it has written.
+        originals: with which weights a cached teacher answers, if not with the model's own.
     """
     layers = decoder_layers(learner.model)[0] if settings.hidden_weight > 0 else None
     wish = Wish(settings.temperature, layers)
@@ -85,7 +89,9 @@ def distil(
         case "cached":
             processes = learner.processes
             if journal.read("teach") is None:
-                _write(folder, settings, learner, SelfTeacher(learner.model, gates, wish), text, upcoming(), progress)
+                whole = SelfTeacher(learner.model, gates, wish)
+                with originals.borrowed(learner.model, gates) if originals else nullcontext():
+                    _write(folder, settings, learner, whole, text, upcoming(), progress)
                 journal.write("teach", State(), files=sorted(folder.iterdir()) if processes.is_main else [])
             if not folder.is_dir():
                 raise InputError(f"process {processes.rank} does not see {folder}: put --out on a disk that all share")

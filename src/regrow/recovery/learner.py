@@ -77,6 +77,10 @@ def learning_rate_factor(step: int, steps: int, training: Training) -> float:
             return 1.0
 
 
+SECOND_PEAK = 0.5
+"""Of the learning rate: where it begins anew when other weights have taken the place of the frozen ones."""
+
+
 class Learner:
     """Trains the adapters of a model; everything else is frozen."""
 
@@ -104,12 +108,18 @@ class Learner:
             self.parameters, lr=self.learning_rate, betas=(0.9, training.beta2), weight_decay=training.weight_decay
         )
         self.step_number = 0
+        self.begun_anew: int | None = None
+        """The step from which on the rate falls once more, from `SECOND_PEAK` of its peak to nothing."""
         self.skipped = 0
         self._skipped_in_a_row = 0
         if training.gradient_checkpointing:
-            with warnings.catch_warnings():  # newer 5.x has another name for it; this one serves all
-                warnings.simplefilter("ignore")
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.checkpoint_activations()
+
+    def checkpoint_activations(self) -> None:
+        """From now on recompute activations in the backward pass."""
+        with warnings.catch_warnings():  # newer 5.x has another name for it; this one serves all
+            warnings.simplefilter("ignore")
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def autocast(self) -> AbstractContextManager[object]:
@@ -179,9 +189,7 @@ class Learner:
             Diverged: after `max_skipped` skipped updates in a row.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * learning_rate_factor(
-                self.step_number, self.training.steps, self.training
-            )
+            group["lr"] = self.learning_rate * self._factor()
         loss = self.backward(self.data, recording)
         norm = clip_gradients(self.parameters, self.training.clip)
         fine = math.isfinite(loss) and math.isfinite(norm) and (before_update is None or before_update())
@@ -192,6 +200,13 @@ class Learner:
         self.step_number += 1
         self.count(skipped=not fine)
         return Step(loss, norm, not fine)
+
+    def _factor(self) -> float:
+        """Share of the peak learning rate at the present step."""
+        step, steps = self.step_number, self.training.steps
+        if self.begun_anew is None:
+            return learning_rate_factor(step, steps, self.training)
+        return SECOND_PEAK * (steps - step) / (steps - self.begun_anew)
 
     def count(self, skipped: bool) -> None:
         """Count a skipped update (or batch that was to be scored), or the end of a row of them.

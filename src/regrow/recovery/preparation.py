@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,7 @@ class Preparation:
         progress: Progress,
         journal: Forgetful,
         processes: Processes = ALONE,
+        true_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Nothing is measured yet.
 
@@ -73,9 +75,11 @@ class Preparation:
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
             journal: knows whether the search is done.
             processes: those that share the batches.
+            true_weights: a context in which a quantised model is refitted with the weights it was rounded from.
         """
         self.model = model
         self.gates = gates
+        self.true_weights = true_weights
         self.recipe = recipe
         self.batches = batches
         self.held_out = held_out
@@ -202,7 +206,7 @@ class Preparation:
         if (hidden := keep.pop(RESIDUAL, None)) is not None:
             self.gates.keep(RESIDUAL, hidden.tolist())
         batches = self.batches[: self._batches_of(self.recipe.compensation.windows)]
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), self.true_weights():
             done = self.compensator.run(groups, keep, batches, self.progress)
         self.refitted |= done.repaired.keys()
         if self.recipe.compensation.method != "none":

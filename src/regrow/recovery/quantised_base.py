@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.load import weights_folder
+from regrow.checkpoint.source import Source
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
@@ -17,6 +19,9 @@ from regrow.recipe import Recipe
 from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
+
+ORIGINAL_SHARE = {"none": 0.0, "int8": 0.0, "nf4": 0.5}
+"""What share of the steps train on the original weights by default, by how the base is kept until then."""
 
 
 def settle_quantization(recipe: Recipe, progress: Progress) -> Recipe:
@@ -53,6 +58,30 @@ def settle_offload(recipe: Recipe, progress: Progress) -> Recipe:
         progress.say("speed and peak memory are not measured: they would be those of bringing the weights")
     off = {"evaluation.speed": False, "evaluation.memory": False}
     return recipe.override({"training.gradient_checkpointing": True, **off})
+
+
+def settle_originals(model: str, recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe with the share of the steps that train on the original weights of a quantised base.
+
+    Args:
+        model: a folder, or a repository on the hub.
+
+    Raises:
+        InputError: if a share is asked for of a checkpoint that cannot be read tensor by tensor.
+    """
+    asked = recipe.training.original_share
+    share = ORIGINAL_SHARE[recipe.training.quantization] if asked is None else asked
+    if not recipe.training.quantized:
+        share = 0.0
+    if share:
+        try:
+            Source(model, weights_folder(model))
+        except InputError as error:
+            if asked is not None:
+                raise
+            progress.say(f"training will not end on the original weights (training.original_share=0): {error}")
+            share = 0.0
+    return recipe.override({"training.original_share": share})
 
 
 def _not_written_to(recipe: Recipe, key: str, kept: str, progress: Progress) -> Recipe:

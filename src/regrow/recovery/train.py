@@ -3,6 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.state import State
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
@@ -52,6 +55,7 @@ def train(
     track: Track = ignore,
     journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
     processes: Processes = ALONE,
+    originals: Originals | None = None,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -65,15 +69,17 @@ def train(
         track: gets the figures of every step, validation and round.
         journal: knows what of it an interrupted run has done; the model is then as that run got it, too.
         processes: those that train together, each with a model and all the text.
+        originals: of a quantised model, for `training.original_share` of the steps.
 
     Raises:
         InputError: if training diverges.
         Stopped: if a signal asks for it: after the step under way, its state noted.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal, processes)
+    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal, processes, originals)
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
-    early = not recipe.distillation.needs_whole_weights and recipe.training.quantization != "nf4"
-    prepare = preparer(model, recipe, corpus, progress, journal, processes)
+    # What has been cut is not replaced by its original either.
+    early = not (recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals)
+    prepare = preparer(model, recipe, corpus, progress, journal, processes, originals)
     with Pruner(
         model,
         groups,
@@ -92,7 +98,7 @@ def train(
             with journal.timing("teach"):
                 loop.learner.objective = distil(
                     recipe.distillation, loop.learner, pruner.gates, corpus.train, loop.mix.upcoming, teacher_folder,
-                    progress, journal,
+                    progress, journal, originals,
                 )  # fmt: skip
         loop.run(pruner, loop.begin(pruner))
         loop.end(pruner)
@@ -113,9 +119,12 @@ class Loop:
         track: Track,
         journal: Forgetful,
         processes: Processes,
+        originals: Originals | None = None,
     ) -> None:
         """Arguments as for `train`."""
         self.processes = processes
+        self.originals = originals
+        """While they are still to come."""
         self.model = model
         self.recipe = recipe
         self.training = recipe.training
@@ -133,6 +142,8 @@ class Loop:
         self.best = Best()
         self._last_steps = deque[float](maxlen=RECENT + 1)
         self._tracked_rounds = 0
+        self.original_from: int | None = None
+        """The step from which on the model is trained on its original weights."""
         self.seconds = 0.0
         """Of training, before this process began with it."""
 
@@ -164,6 +175,8 @@ class Loop:
             pruner.before_step(0)
             return None
         own = done.part("own").values
+        if own["original_from"] is not None:
+            self._bring_originals(own["original_from"], pruner)
         self.learner.objective.go_on(done.part("objective"))
         pruner.go_on(done.part("pruner"))
         self.learner.go_on(done.part("learner"))
@@ -177,8 +190,9 @@ class Loop:
     def state(self, pruner: Pruner, ready: int, seconds: float) -> State:
         """All that `begin` needs, with everything done that comes before step `ready`."""
         history = self.history.steps, self.history.validations, self.history.cuts
+        own = {"ready": ready, "history": history, "seconds": seconds, "original_from": self.original_from}
         return State.of(
-            own=State({"ready": ready, "history": history, "seconds": seconds}),
+            own=State(own),
             objective=self.learner.objective.state(),
             pruner=pruner.state(),
             learner=self.learner.state(),
@@ -234,9 +248,34 @@ class Loop:
         """Whatever comes before a step; whether training goes on."""
         if step:  # before the first one it has been done
             pruner.before_step(step)
-        self.mix.before_step(step, pruner.finished)
+        if self.originals and pruner.finished and step >= self._switch:
+            self._go_over(step, pruner)
+        # The last stage, like the patience, ends no earlier than the model is its true self.
+        waits = self.originals is not None and step in self.mix.stages[-1].steps
+        self.mix.before_step(step, pruner.finished and not waits)
         self._track_rounds()
-        return not self._has_ended(step, pruner.finished)
+        return not self._has_ended(step, pruner)
+
+    @property
+    def _switch(self) -> int:
+        """The step before which the original weights are due."""
+        return self.training.steps - round((self.training.original_share or 0) * self.training.steps)
+
+    def _go_over(self, step: int, pruner: Pruner) -> None:
+        """Train on the original weights from here on; what was best until now was so of another model."""
+        self._bring_originals(step, pruner)
+        if pruner.cut_early:
+            pruner.finish()
+        self.best = Best()
+        self.progress.say(f"step {step}: the original weights take the place of the {self.training.quantization} ones")
+
+    def _bring_originals(self, step: int, pruner: Pruner) -> None:
+        assert self.originals is not None
+        self.originals.put(self.model, pruner.gates)
+        self.originals, self.original_from = None, step
+        pruner.cut_early = not self.recipe.distillation.needs_whole_weights
+        self.learner.checkpoint_activations()
+        self.learner.begun_anew = step
 
     def _note(self, step: int, pruner: Pruner, seconds: float, stop: bool) -> None:
         """Leave a checkpoint, if it is time to or somebody wants to stop here."""
@@ -270,13 +309,17 @@ class Loop:
         """What an optimizer step reads."""
         return self.training.batch_size * self.training.accumulate * self.mix.corpus.train.length
 
-    def _has_ended(self, step: int, finished: bool) -> bool:
+    def _has_ended(self, step: int, pruner: Pruner) -> bool:
         """Validate if it is time to; whether patience has run out then."""
-        if not finished or (step % self.training.eval_interval and not self.mix.has_ended(step)):
+        due = not step % self.training.eval_interval or self.mix.has_ended(step) or step == self.original_from
+        if not (pruner.finished and due):
             return False
         self.validate(step)
         waited = self.best.waited
         if not self.training.patience or waited < self.training.patience:
+            return False
+        if self.originals:
+            self._go_over(step, pruner)
             return False
         self.progress.say(f"no better validation loss for {waited} validations; stopped at step {step}")
         return True
@@ -322,9 +365,14 @@ class Loop:
             "train_windows": len(text),
             "train_sha256": text.sha256,
             **({"distillation": learner.objective.summary()} if self.recipe.distillation.on else {}),
-            **({"quantization": {"kind": training.quantization, "bytes": self.bytes}} if training.quantized else {}),
+            **({"quantization": self._quantised()} if training.quantized else {}),
             **({"mixture": self.mix.summary()} if self.mix.in_rounds else {}),
         }
+
+    def _quantised(self) -> dict[str, Any]:
+        """How the base was kept, and until when."""
+        from_step = {} if self.original_from is None else {"original_from": self.original_from}
+        return {"kind": self.training.quantization, "bytes": self.bytes, **from_step}
 
 
 def preparer(
@@ -334,6 +382,7 @@ def preparer(
     progress: Progress,
     journal: Forgetful,
     processes: Processes,
+    originals: Originals | None,
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
     if not (wanted := windows_wanted(recipe)):
@@ -345,5 +394,5 @@ def preparer(
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
         model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
-        processes,
+        processes, partial(originals.borrowed, model, gates) if originals else nullcontext,
     )  # fmt: skip

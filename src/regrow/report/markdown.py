@@ -205,9 +205,12 @@ def training_line(results: dict[str, Any]) -> str:
     if base := training.get("quantization"):
         lines += (
             f" While scored and trained the base was kept in {base['kind']} ({short_bytes(base['bytes'])} with "
-            "adapters, before any cut): losses here are of that model. Plan and adapters then went to the "
-            "original weights."
+            "adapters, before any cut): losses here are of that model"
         )
+        if (step := base.get("original_from")) is None:
+            lines += ". Plan and adapters then went to the original weights."
+        else:
+            lines += f", and from step {step} on, like the training, of the original weights, to which the plan went."
     return lines
 
 

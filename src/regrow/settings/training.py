@@ -36,7 +36,15 @@ class Training(Section):
         default="none",
         description="How the frozen weights of the decoder layers' linears are kept while the model is scored and "
         "trained, by bitsandbytes (pip install 'regrow[quant]'): in 8 bits, in 4 (removed units then stay behind "
-        "closed gates until training ends), or as they are. Plan and adapters are applied to the original weights.",
+        "closed gates), or as they are. Plan and adapters are applied to the original weights; see original_share.",
+    )
+    original_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With a quantization: share of the steps, the last ones, that train on the original weights, "
+        "brought layer by layer from the checkpoint's files (see offload). Until then removed units stay behind closed "
+        "gates. If not 0, a refit and a cached teacher use them, too. null: 0.5 with nf4, 0 with int8.",
     )
     offload: Literal["none", "cpu", "disk", "shards"] = Field(
         default="none",

@@ -142,6 +142,11 @@ class Gates:
         self._hook()
         return self
 
+    def hook_anew(self) -> None:
+        """Follow modules that have taken the place of others."""
+        if self._undo:
+            self._hook()
+
     def __exit__(self, *_: object) -> None:
         for undo in self._undo:
             undo()
@@ -305,8 +310,7 @@ class Gates:
         self._values = {group.name: values[group.name].clone() for group in groups} | _open(layers)
         if residual is not None:
             self._values[RESIDUAL] = torch.ones(residual.units)
-        if self._undo:
-            self._hook()
+        self.hook_anew()
 
     @contextmanager
     def recording(self, scale: float, sink: Sink) -> Iterator[None]:
