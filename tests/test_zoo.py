@@ -124,6 +124,15 @@ def test_what_cannot_be_cut_is_made_up_for_by_what_can() -> None:
     assert kept["0.ffn"] < 30
 
 
+def test_what_cannot_be_cut_is_asked_for_nothing_where_units_are_counted() -> None:
+    groups = prunable_groups(build("GPT-NeoX"))
+    plan = choose(groups, Plan.whole(groups), flat_scores(groups), Pruning(sparsity=0.25, basis="units"))
+    assert {group.removed > 0 for name, group in plan.groups.items() if name.endswith("attention")} == {False}
+    assert {group.removed for name, group in plan.groups.items() if name.endswith("ffn")} == {
+        round(0.25 * groups.by_name("layers.0.ffn").units)
+    }
+
+
 @pytest.mark.parametrize("sparsity", [0.15, 0.3, 0.45, 0.6])
 def test_only_possible_numbers_of_heads_are_planned(sparsity: float) -> None:
     kept = planned("Gemma 2", Pruning(sparsity=sparsity))
