@@ -209,10 +209,10 @@ def test_another_layout_has_another_number(noted: dict[str, set[str]]) -> None:
         "teach": "",
         "search": "found.counts found.report",
         "train": learner + mix + "best.loss best.step best.waited best/N learner/moments objective.bytes "
-        "objective.kind objective.seconds objective.steps own.history own.ready own.seconds pruner.masks pruner.own "
-        "pruner.scorer pruner/masks pruner/own pruner/scorer",
+        "objective.kind objective.seconds objective.steps own.history own.original_from own.ready own.seconds "
+        "pruner.masks pruner.own pruner.scorer pruner/masks pruner/own pruner/scorer",
     }
-    assert (FORMAT, noted) == (1, {stage: set(names.split()) for stage, names in expected.items()})
+    assert (FORMAT, noted) == (2, {stage: set(names.split()) for stage, names in expected.items()})
 
 
 def test_the_oracle_can_fail(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
