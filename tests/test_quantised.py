@@ -589,7 +589,8 @@ def test_what_share_it_is_and_which_checkpoints_it_can_be_had_of(folder: Path, t
     assert default > 0
     assert not said
     assert settled(folder, quantization="int8") == (0.0, [])
-    assert settled(folder, original_share=0.3) == (0.0, [])
+    assert settled(folder) == (None, [])
+    assert not load_recipe("regrow", {"training.original_share": 0.3}).training.ends_on_originals
     assert settled(folder, quantization="int8", original_share=0.3) == (0.3, [])
     load_model(str(folder)).save_pretrained(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors") | {"extra": torch.ones(1)}, tmp_path / "model.safetensors")

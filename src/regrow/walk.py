@@ -314,7 +314,7 @@ class Walk:
                 track=track,
                 journal=journal,
                 processes=self.processes,
-                originals=Originals(self.name) if recipe.training.original_share else None,
+                originals=Originals(self.name) if recipe.training.ends_on_originals else None,
             )
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         self.books.leave(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))

@@ -105,7 +105,7 @@ def estimate_memory(
         found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
-    originals = recipe.training.quantized and bool(recipe.training.original_share)
+    originals = recipe.training.ends_on_originals
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals
     present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.

@@ -20,7 +20,7 @@ from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
 from regrow.structure.groups import Groups, find_groups
 
-ORIGINAL_SHARE = {"none": 0.0, "int8": 0.0, "nf4": 0.5}
+ORIGINAL_SHARE = {"int8": 0.0, "nf4": 0.5}
 """What share of the steps train on the original weights by default, by how the base is kept until then."""
 
 
@@ -69,10 +69,10 @@ def settle_originals(model: str, recipe: Recipe, progress: Progress) -> Recipe:
     Raises:
         InputError: if a share is asked for of a checkpoint that cannot be read tensor by tensor.
     """
+    if not recipe.training.quantized:
+        return recipe
     asked = recipe.training.original_share
     share = ORIGINAL_SHARE[recipe.training.quantization] if asked is None else asked
-    if not recipe.training.quantized:
-        share = 0.0
     if share:
         try:
             Source(model, weights_folder(model))

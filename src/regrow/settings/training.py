@@ -83,6 +83,11 @@ class Training(Section):
         return self.quantization != "none"
 
     @property
+    def ends_on_originals(self) -> bool:
+        """Whether the last steps train on the weights that the base was quantised from."""
+        return self.quantized and bool(self.original_share)
+
+    @property
     def offloaded(self) -> bool:
         """Whether the base lies elsewhere, and so cannot be written to."""
         return self.offload != "none"
