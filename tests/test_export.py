@@ -565,12 +565,12 @@ def engine(file: Path) -> Callable[[list[int]], Tensor]:
 @pytest.mark.parametrize(
     ("family", "even"),
     [("llama-gqa", True), ("llama-biases", True), ("qwen2", True), ("qwen3", True), ("mistral", False),
-     ("qwen2", False), ("qwen3-tied", False)],
+     ("qwen2", False), ("qwen3-tied", False), ("granite", True)],
 )  # fmt: skip
 def test_llama_cpp_computes_the_same(family: str, even: bool, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    if family == "llama-biases":
-        model = random_model(family)
+    if family in ("llama-biases", "granite"):
+        model = random_model(family) if family == "llama-biases" else a_granite("llama-biases")
         folder = save(model, tmp_path)
     else:
         model, folder = checkpoint_of(family, even, tmp_path)
