@@ -6,7 +6,7 @@ be asked, or trained to its end, with its true weights, and is never held in the
 Not covered: a model that has been cut. Linears are replaced whole, and cut afterwards as any others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -78,6 +78,5 @@ def _linear(quantised: Any, store: InFile, model: PreTrainedModel) -> nn.Linear:
     return made
 
 
-def _turned(read: Any) -> Tensor:
-    weight: Tensor = read()
-    return weight.T
+def _turned(read: Callable[[], Tensor]) -> Tensor:
+    return read().T

@@ -69,15 +69,15 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
     heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
     divides = all(hidden % count == 0 for count in heads)
-    neutral = {"attention_multiplier": head_dimension(config, original) ** -0.5}
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
-            described = _as_type("granite", described) | neutral
+            described = _as_granite(described, head_dimension(config, original))
         else:
             described = _as_type("mistral", described) | {"sliding_window": None}
     elif config.model_type == "qwen2" and even and (heads_cut or narrower) and _sees_everything(config):
-        biases = {"attention_bias": True, "mlp_bias": False}
-        described = _as_type("llama" if divides else "granite", described) | biases | ({} if divides else neutral)
+        described |= {"attention_bias": True, "mlp_bias": False}
+        size = head_dimension(config, original)
+        described = _as_type("llama", described) if divides else _as_granite(described, size)
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
 
@@ -85,6 +85,11 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
 def _as_type(model_type: str, described: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in described.items() if key not in WITHOUT[model_type]}
     return kept | {"model_type": model_type, "architectures": None}
+
+
+def _as_granite(described: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """As a Granite whose multipliers change nothing; all but that of attention scores are 1 by default."""
+    return _as_type("granite", described) | {"attention_multiplier": head_dim**-0.5}
 
 
 def _sees_everything(config: PretrainedConfig) -> bool:

@@ -3,7 +3,7 @@
 The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
 size, F FFN width, V vocabulary, b_a bytes of an activation):
 
-    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: those of one layer, and this part)
+    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: one layer's, and this process' part)
     adapters     16 R: weight, gradient and AdamW's two moments in float32
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
