@@ -2,7 +2,6 @@
 
 import json
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import zoo
 from conftest import QUICK, make_tokenizer, plan_of
 from safetensors.torch import load_file, save_file
 from test_stream import in_memory, on_base, streamed
-from test_structure import recorded, summed_losses
+from test_structure import embedding_gradient, gated_gradient, recorded, summed_losses
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
@@ -180,24 +179,13 @@ def test_what_lies_before_an_experts_gates_learns_through_them(recording: bool) 
     groups = find_groups(model)
     chance = torch.Generator().manual_seed(3)
     values = {g.name: 0.5 + torch.rand(g.units, generator=chance) for g in groups if g.kind != "attention"}
-    embedding = model.get_input_embeddings().weight
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        summed_losses(model, IDS).sum().backward()
-        return embedding.grad.clone()
-
-    with Gates(model, groups.groups) as gates:
-        for name, value in values.items():
-            gates.set(name, value)
-        with gates.recording(1.0, lambda name, c: None) if recording else nullcontext():
-            found = gradient()
+    found = gated_gradient(model, groups, values, IDS, recording)
     for group in (group for group in groups if group.expert is not None):
         (consumer,) = group.consumers
         with torch.no_grad():
             scale = values[group.name] * values[f"layers.{group.layer}.expert"][consumer.expert]
             model.get_parameter(consumer.parameter)[consumer.expert][:, consumer.index[:, 0]] *= scale
-    torch.testing.assert_close(found, gradient(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, embedding_gradient(model, IDS), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", ["split", "checkpointed"])

@@ -427,6 +427,22 @@ def recorded(model, gates: Gates, ids: torch.Tensor, pieces: int = 1) -> dict[st
     return {name: torch.cat(parts) for name, parts in got.items()}
 
 
+def embedding_gradient(model, ids: torch.Tensor) -> torch.Tensor:
+    """Of the summed losses: what lies before all layers."""
+    model.zero_grad()
+    summed_losses(model, ids).sum().backward()
+    return model.get_input_embeddings().weight.grad.clone()
+
+
+def gated_gradient(model, groups, values, ids: torch.Tensor, recording: bool) -> torch.Tensor:
+    """`embedding_gradient` with gates at some values, while they are recorded or not."""
+    with Gates(model, groups.groups) as gates:
+        for name, value in values.items():
+            gates.set(name, value)
+        with gates.recording(1.0, lambda name, c: None) if recording else nullcontext():
+            return embedding_gradient(model, ids)
+
+
 IDS = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(7))
 
 
@@ -456,23 +472,12 @@ def test_what_lies_before_a_gate_learns_through_it(recording: bool) -> None:
     groups = find_groups(model)
     chance = torch.Generator().manual_seed(3)
     values = {group.name: torch.rand(group.units, generator=chance) for group in groups}
-    embedding = model.get_input_embeddings().weight
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        summed_losses(model, IDS).sum().backward()
-        return embedding.grad.clone()
-
-    with Gates(model, groups.groups) as gates:
-        for name, value in values.items():
-            gates.set(name, value)
-        with gates.recording(1.0, lambda name, c: None) if recording else nullcontext():
-            found = gradient()
+    found = gated_gradient(model, groups, values, IDS, recording)
     for group in groups:
         weight, index = model.get_submodule(group.consumers[0].module).weight, group.consumers[0].index
         with torch.no_grad():
             weight[:, index.reshape(-1)] *= values[group.name].repeat_interleave(index.shape[1])
-    torch.testing.assert_close(found, gradient(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, embedding_gradient(model, IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gate_before_every_adapter_has_a_gradient_too() -> None:
