@@ -2,6 +2,8 @@
 
 import gc
 import json
+import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.state import State
-from regrow.checkpoint.verify import Verification
+from regrow.checkpoint.verify import Verification, merge
 from regrow.data.corpus import read_corpus
 from regrow.data.tokens import Batch, batches
 from regrow.errors import InputError
@@ -32,15 +34,17 @@ from regrow.recipe import load_recipe
 from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.learner import SECOND_PEAK, Learner
 from regrow.recovery.outcome import Trained
-from regrow.recovery.pruner import Pruner
+from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.quantised_base import rebuild, settle_originals, settle_quantization
 from regrow.recovery.scoring import linear_evidence
 from regrow.recovery.teacher import copy_without_adapters
 from regrow.recovery.train import train
+from regrow.structure import offload
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups, find_groups
+from regrow.structure.offload import is_offloaded
 from regrow.structure.quantised import dequantised, held_bytes, is_quantised, kept_as, quantised_linears, release
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -299,6 +303,29 @@ def test_without_training_the_original_weights_are_cut(
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_result_is_written_from_the_files_or_where_they_are_not_read_from_memory(
+    folder: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "odd")
+    weights = tmp_path / "odd" / "model.safetensors"
+    save_file(load_file(weights) | {"extra": torch.ones(1)}, weights, {"format": "pt"})
+    monkeypatch.setattr("regrow.walk.verify_checkpoint", reloaded)
+    offloaded: list[bool] = []
+    monkeypatch.setattr(
+        "regrow.walk.merge", lambda model, ids: (offloaded.append(is_offloaded(model)), merge(model, ids))[1]
+    )
+    results = [
+        regrow.prune(
+            str(each), tmp_path / f"from {each.name}", "magnitude", data=str(text), sparsity=0.4, steps=2,
+            quantize="int8", overrides=QUICK,
+        )
+        for each in (folder, tmp_path / "odd")
+    ]  # fmt: skip
+    assert offloaded == [True, False]
+    files = [(result.model / "model.safetensors").read_bytes() for result in results]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -386,6 +413,7 @@ def recovered(
     kind: str,
     settings: Mapping[str, object] = MappingProxyType({}),
     on_step: Callable[[int], None] = lambda step: None,
+    on_cut: Callable[[CutEvent], None] = lambda event: None,
 ) -> tuple[Trained, PreTrainedModel, Watching]:
     """Train from what the journal in `out` knows."""
     groups = known_groups(folder)  # first, for it uses chance up
@@ -397,8 +425,8 @@ def recovered(
     progress = Watching(on_step)
     done = train(
         model, groups, recipe, corpus("regrow"), progress, teacher_folder=out / "teacher",
-        on_cut=lambda event: None, on_validation=lambda history: None, journal=Journal(out, progress.say),
-        track=progress.track, originals=Originals(str(folder)) if recipe.training.original_share else None,
+        on_cut=on_cut, on_validation=lambda history: None, journal=Journal(out, progress.say),
+        track=progress.track, originals=Originals(str(folder)) if recipe.training.ends_on_originals else None,
     )  # fmt: skip
     return done, model, progress
 
@@ -429,9 +457,12 @@ def test_at_the_end_the_model_is_the_plan_and_the_adapters_on_the_original_weigh
 
 
 def test_until_then_nothing_is_changed(folder: Path, tmp_path: Path) -> None:
-    without, model, _ = recovered(folder, tmp_path / "0", "nf4", {"training.original_share": 0.0, **AUTO})
-    with_, _, _ = recovered(folder, tmp_path / "1", "nf4", AUTO)  # a cached teacher would answer otherwise
-    assert is_quantised(model) or all(p.device.type == "meta" for n, p in model.named_parameters() if "base_layer" in n)
+    # a cached teacher would answer otherwise, and another criterion be measured otherwise
+    same = {**AUTO, "pruning.criterion": "random"}
+    without, model, _ = recovered(folder, tmp_path / "0", "nf4", {"training.original_share": 0.0, **same})
+    with_, _, _ = recovered(folder, tmp_path / "1", "nf4", same)
+    weights = [p for n, p in model.named_parameters() if n.endswith("base_layer.weight")]
+    assert all(kept_as(p) == "nf4" or p.is_meta for p in weights), "what has been cut of 4 bits is its shape only"
     assert "original_from" not in without.summary["quantization"]
     assert without.plan == with_.plan
     assert losses(without)[:3] == losses(with_)[:3]
@@ -505,6 +536,50 @@ def test_a_cached_teacher_answers_with_the_original_weights(folder: Path, tmp_pa
         wanted = load_model(str(folder))(input_ids=ids_NT).logits[:, :-1].log_softmax(-1).topk(300).values
     assert (answers[0.5] - wanted).abs().max() < 1e-4
     assert (answers[0.0] - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("criterion", ["gate-fisher", "lora", "repairable-fisher", "flap", "mini-llm"])
+def test_scores_are_those_of_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, criterion: str
+) -> None:
+    alive, most = [0], [0]
+
+    class Counted(offload._Brought):
+        def __init__(self, data: Tensor, requires_grad: bool) -> None:
+            alive[0] += self.nbytes
+            most[0] = max(alive + most)
+            weakref.finalize(self, self.gone, self.nbytes)
+
+        @staticmethod
+        def gone(size: int) -> None:
+            alive[0] -= size
+
+    monkeypatch.setattr(offload, "_Brought", Counted)
+    found: dict[tuple[str, float], dict[str, Tensor]] = {}
+    for kind, share in (("none", 0.0), ("nf4", 0.0), ("nf4", 0.5)):
+        settings = {"pruning.criterion": criterion, "training.original_share": share, "lora.dropout": 0.0}
+
+        def keep(event: CutEvent, key: tuple[str, float] = (kind, share)) -> None:
+            found[key] = event.scores
+            raise Fault
+
+        with pytest.raises(Fault):
+            recovered(folder, tmp_path / f"{kind}{share}", kind, settings, on_cut=keep)
+    wanted, rounded, ours = (torch.cat(list(scores.values())) for scores in found.values())
+    assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (rounded - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    layer = load_model(str(folder)).model.layers[0]
+    assert 0 < most[0] <= sum(p.nbytes for p in layer.parameters() if p.ndim > 1)
+
+
+def test_activations_are_recomputed_for_as_long_as_asked(folder: Path) -> None:
+    for always in (False, True):
+        model = load_model(str(folder))
+        with_lora(model)
+        recipe = load_recipe("regrow", {"training.gradient_checkpointing": always})
+        with Learner(model, recipe.training, data()).recomputing():
+            assert model.is_gradient_checkpointing
+        assert model.is_gradient_checkpointing == always
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

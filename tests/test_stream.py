@@ -412,13 +412,20 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
     assert found["score"] - OVERHEAD == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + step
     assert found["save"] - OVERHEAD == 8 * left
 
-    def save(**settings: object) -> int:
+    in_4_bits = recipe.override({"training.quantization": "nf4", "training.original_share": 0.2})
+    scored = estimate_memory(sizes, in_4_bits, frozenset({"gate"}), torch.float32, torch.float32)["score"]
+    assert scored - OVERHEAD == others + linears * 9 // 16 + 4 * sizes.matrices // 3 + 8 * sizes.adapters + step - saved
+
+    def save(streamed: bool = False, **settings: object) -> int:
         changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})
-        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["save"] - OVERHEAD
+        found = estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32, streamed=streamed)
+        return found["save"] - OVERHEAD
 
     assert save(output__dtype="bfloat16") == (4 + 2) * left
     assert save(output__dtype="bfloat16", training__quantization="int8") == max(4 * sizes.parameters, 6 * left)
-    assert save(training__offload="cpu") == 2 * round(4 * (left - sizes.matrices + linears // 2) + 4 * linears / 2 / 3)
+    from_files = 2 * round(4 * (left - sizes.matrices + linears // 2) + 4 * linears / 2 / 3)
+    assert [save(True, training__offload=place) for place in ("cpu", "disk", "shards")] == [from_files] * 3
+    assert save(True, training__quantization="nf4") == from_files
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(

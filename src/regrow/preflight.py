@@ -28,6 +28,7 @@ from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.recovery.cached import cache_bytes
 from regrow.recovery.distillation import check_distillation
+from regrow.recovery.quantised_base import is_streamed
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
 from regrow.structure.depth import check_depth
@@ -221,11 +222,13 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     if processes.count > 1:
         recipe = recipe.override({"training.batch_size": -(-recipe.training.batch_size // processes.count)})
     skeleton = load_skeleton(model)
-    sizes = Sizes.of(skeleton, find_groups(skeleton), recipe)
+    groups = find_groups(skeleton)
+    sizes = Sizes.of(skeleton, groups, recipe)
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
         recipe = recipe.override({"training.offload": "none"})
     activations = torch.bfloat16 if lower else weights
-    found = estimate_memory(sizes, recipe, frozenset(needs), weights, activations, processes.count)
+    streamed = is_streamed(model, recipe, groups)
+    found = estimate_memory(sizes, recipe, frozenset(needs), weights, activations, processes.count, streamed)
     free = free_memory(device)
     if free is not None and device.type == "cpu":
         free //= processes.local

@@ -5,9 +5,8 @@ A run's folder holds `recipe.yaml`, `run.json` (what is being done), `groups.jso
 `history.json`, `adapters.safetensors`, `sensitivity.json` and its picture if there was an analysis, and the results:
 `plan.json`, `model/`, `results.json`, `report.md`, `report.html`. While a cached teacher teaches, it lies in
 `teacher/`. `base/` and `adapter/` are there if the recipe keeps the adapter, `generated.jsonl` if the model wrote the
-text, `latency.json` and `trials/` if the target needs them, `tracker/` if figures go to TensorBoard.
-`checkpoint/` is what an interrupted run goes on from.
-Every file appears whole or not at all. Of several processes the main one writes; the others walk as far as training.
+text, `latency.json` and `trials/` if the target needs them, `tracker/` if figures go to TensorBoard. An interrupted run
+goes on from `checkpoint/`. Files appear whole or not at all. The main process writes; others walk as far as training.
 """
 
 import json
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -60,7 +59,7 @@ from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.average import Average
 from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.recovery.pruner import CutEvent
-from regrow.recovery.quantised_base import rebuild, settle_offload, settle_originals, settle_quantization
+from regrow.recovery.quantised_base import is_streamed, rebuild, settle_offload, settle_originals, settle_quantization
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
 from regrow.recovery.tracking import tracking
 from regrow.recovery.train import train
@@ -144,13 +143,14 @@ class Walk:
         verification = self.saved()
         if verification is None:
             self.books.begin("merge and save")
+            streamed = is_streamed(self.name, self.recipe, whole)
             if self.recipe.training.quantized:
                 del model  # before the original takes its place
-                model = self.attach(self.load(tokenizer, "none"), whole)
+                model = self.attach(self.load(tokenizer, "disk" if streamed else "none"), whole)
                 rebuild(model, trained.plan, trained.adapters)
             computed_in, losses = model.dtype, merge(model, text.probe)
             describe(model, whole, trained.groups)
-            self.save(model, tokenizer, trained.plan)
+            self.save(model, tokenizer, trained.plan, streamed)
             self.books.begin("verify in a fresh process")
             verification = self.verify(model, text, losses, computed_in)
         del model
@@ -199,12 +199,12 @@ class Walk:
         self.books.leave(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
         return read_text(recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, quantization: Literal["none"] | None = None) -> PreTrainedModel:
-        """The dense model, kept as given or as the recipe says; from here on chance comes from the seed alone."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, original: str = "") -> PreTrainedModel:
+        """The dense model, kept as its recipe says, or unrounded and offloaded as said; chance begins with the seed."""
         torch.manual_seed(self.recipe.seed)
         training, device = self.recipe.training, pick_device(self.recipe.device)
-        kept = quantization or training.quantization
-        offload = training.offload_alone if self.processes is ALONE else training.offload
+        offload = original or (training.offload_alone if self.processes is ALONE else training.offload)
+        kept = "none" if original else training.quantization
         model = load(self.name, device, offload=offload, quantization=kept, processes=self.processes)
         check_vocabulary(model, tokenizer, self.name)
         return model
@@ -322,11 +322,11 @@ class Walk:
         journal.drop("score", "teach", "search", "train")
         return trained
 
-    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
-        """The checkpoint, with its plan and card inside; of an offloaded model tensor by tensor, from the files."""
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, streamed: bool) -> None:
+        """The checkpoint, with its plan and card inside; streamed: tensor by tensor, from the original files."""
         dtype, output = output_dtype(self.name, self.recipe.output.dtype), self.recipe.output
         extras = texts(self.name, self.recipe, plan)
-        if self.recipe.training.offloaded:
+        if streamed:
             save_streamed(self.name, self.folder, output, tokenizer, extras, self.progress)
             convert(model, dtype)
         else:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from regrow.checkpoint.load import load_skeleton
+from regrow.checkpoint.load import load_skeleton, weights_folder
 from regrow.checkpoint.tensors import StoredTensors, weight_files
 from regrow.errors import InputError
 
@@ -180,6 +180,15 @@ def stored_form(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str,
     """Tensors of a source's model, or of a cut of it, in the format of the files, in the order of transformers' own."""
     form: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return form
+
+
+def reads_by_tensor(name: str) -> bool:
+    """Whether the files of a checkpoint, a folder or a repository on the hub, make a `Source`."""
+    try:
+        Source(name, weights_folder(name))
+    except InputError:
+        return False
+    return True
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:

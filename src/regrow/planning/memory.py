@@ -81,6 +81,7 @@ def estimate_memory(
     weights: torch.dtype,
     activations: torch.dtype,
     processes: int = 1,
+    streamed: bool = False,
 ) -> dict[str, int]:
     """Peak bytes by stage, above what the process holds before the model is loaded.
 
@@ -89,6 +90,7 @@ def estimate_memory(
         weights: what the base is loaded in.
         activations: what is computed in, autocast considered.
         processes: those that may hold a part of the weights each; the figures are of one of them.
+        streamed: whether the result is made from the original files tensor by tensor.
 
     Returns:
         `score`, `train` and `save`, of the stages that the recipe has.
@@ -97,33 +99,36 @@ def estimate_memory(
     tokens = recipe.training.batch_size * recipe.data.sequence_length
     removed = _removed(sizes, recipe.pruning)
     whole, left = _base(sizes, recipe, b_w, 0, processes), _base(sizes, recipe, b_w, removed, processes)
-    step = _activations(sizes, recipe, tokens, b_a) + 2 * tokens * sizes.vocabulary * b_a
+    logits = 2 * tokens * sizes.vocabulary * b_a
+    step = _activations(sizes, recipe, tokens, b_a) + logits
+    originals = recipe.training.ends_on_originals
+    one_layer = b_w * sizes.matrices // sizes.layers if originals else 0
     found = {}
     if recipe.pruning.calibration_batches and needs:
-        found["score"] = whole + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters + step
+        scored = recipe.override({"training.gradient_checkpointing": True}) if originals else recipe
+        found["score"] = whole + one_layer + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters
+        found["score"] += _activations(sizes, scored, tokens, b_a) + logits
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
         found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
-    originals = recipe.training.ends_on_originals
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals
     present = left if cut_at_once and not stays_whole else whole
     # A snapshot of the best adapters is kept, too; on a GPU's host, but it is small.
     adapters = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES + ADAPTER_BYTES) * sizes.adapters
     copied, taught = _teacher(sizes, recipe, tokens, whole, b_a, b_w)
-    asked = b_w * sizes.matrices // sizes.layers + tokens * sizes.vocabulary * b_a if originals else 0
+    asked = one_layer + tokens * sizes.vocabulary * b_a if originals else 0
     found["train"] = max(present + copied + adapters + step + taught, whole + copied + asked)
     stored = b_w if recipe.output.dtype == "auto" else getattr(torch, recipe.output.dtype).itemsize
     kept = sizes.parameters - removed  # in this process, and in the one that loads it anew
     merged = b_w * (sizes.parameters if recipe.training.quantized else kept)  # the original is loaded whole
     found["save"] = max(merged, b_w * kept + stored * kept)
-    if recipe.training.offloaded:  # the other process sees to itself
-        alone = recipe.override({"training.offload": recipe.training.offload_alone})
-        found["save"] = 2 * _base(sizes, alone, b_w, removed, 1)
+    from_files = {"quantization": "none", "offload": "disk", "gradient_checkpointing": True, "original_share": 0.0}
+    offloaded = recipe.override({f"training.{key}": value for key, value in from_files.items()})
+    if streamed:  # the other process sees to itself
+        found["save"] = 2 * _base(sizes, offloaded, b_w, removed, 1)
     if originals:  # from then on it is an offloaded model
-        last = {"quantization": "none", "offload": "disk", "gradient_checkpointing": True, "original_share": 0.0}
-        recipe = recipe.override({f"training.{key}": value for key, value in last.items()})
-        ending = estimate_memory(sizes, recipe, frozenset(), weights, activations)["train"]
+        ending = estimate_memory(sizes, offloaded, frozenset(), weights, activations)["train"]
         found["train"] = max(found["train"], ending - OVERHEAD)
     return {stage: size + OVERHEAD for stage, size in found.items()}
 

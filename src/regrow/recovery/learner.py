@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,14 @@ class Learner:
         with warnings.catch_warnings():  # newer 5.x has another name for it; this one serves all
             warnings.simplefilter("ignore")
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Within this context activations are recomputed in the backward pass, whatever the recipe says."""
+        self.checkpoint_activations()
+        yield
+        if not self.training.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
 
     @property
     def autocast(self) -> AbstractContextManager[object]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.originals import Originals
 from regrow.criteria.registry import find_criterion
+from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
@@ -23,9 +26,10 @@ from regrow.planning.plan import Plan
 from regrow.planning.search import Counts, Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
 from regrow.processes import ALONE, Processes
-from regrow.progress import Progress
+from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.compensate import Compensated, Compensator
+from regrow.recovery.mixing import validation_loss
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
 from regrow.structure.gates import Gates
@@ -242,3 +246,26 @@ def _widths(groups: Groups, counts: Counts) -> dict[str, int]:
     left = {group.name: group.units - counts[group.name] for group in groups}
     stays = [group for group in groups if left[group.name]]
     return {"layers": len({group.layer for group in stays}), **{group.kind: left[group.name] for group in stays}}
+
+
+def preparer(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    corpus: Corpus,
+    progress: Progress,
+    journal: Forgetful,
+    processes: Processes,
+    originals: Originals | None,
+) -> Callable[[Gates], Preparation] | None:
+    """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
+    if not (wanted := windows_wanted(recipe)):
+        return None
+    size = recipe.training.batch_size
+    batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
+    if len(batches[0]) < processes.count:
+        raise InputError(f"{len(batches[0])} windows of text are too few for {processes.count} processes; give more")
+    shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
+    return lambda gates: Preparation(
+        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
+        processes, partial(originals.borrowed, model, gates) if originals else nullcontext,
+    )  # fmt: skip

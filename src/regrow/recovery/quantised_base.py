@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.load import weights_folder
-from regrow.checkpoint.source import Source
+from regrow.checkpoint.source import Source, reads_by_tensor
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
@@ -82,6 +82,19 @@ def settle_originals(model: str, recipe: Recipe, progress: Progress) -> Recipe:
             progress.say(f"training will not end on the original weights (training.original_share=0): {error}")
             share = 0.0
     return recipe.override({"training.original_share": share})
+
+
+def is_streamed(model: str, recipe: Recipe, groups: Groups) -> bool:
+    """Whether the result is made from the original files tensor by tensor, and not of a model in memory.
+
+    Args:
+        model: a folder, or a repository on the hub.
+        groups: of the model.
+    """
+    if recipe.training.offloaded:
+        return True
+    streamable = recipe.training.quantized and not groups.in_experts(recipe.pruning.kinds)
+    return streamable and reads_by_tensor(model)
 
 
 def _not_written_to(recipe: Recipe, key: str, kept: str, progress: Progress) -> Recipe:

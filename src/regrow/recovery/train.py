@@ -2,13 +2,11 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.journal import Forgetful
@@ -21,18 +19,17 @@ from regrow.evaluation.machine import memory_in_use
 from regrow.interrupt import Stopped, stop_requests
 from regrow.planning.sensitivity import Prior
 from regrow.processes import ALONE, Processes
-from regrow.progress import Progress, Silent
+from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.recovery.average import Average
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
-from regrow.recovery.mixing import DataMix, validation_loss
+from regrow.recovery.mixing import DataMix
 from regrow.recovery.outcome import Best, History, Trained
-from regrow.recovery.preparation import Preparation, windows_wanted
+from regrow.recovery.preparation import preparer
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.tracking import Track, ignore
 from regrow.structure.adapters import adapter_names
-from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.quantised import held_bytes
 
@@ -155,14 +152,26 @@ class Loop:
             self.learner.go_on(done.part("learner"))
             pruner.scorer.go_on(done.part("scorer"))
             return
-        with self.journal.timing("validate"):
-            self.mix.remember_dense()
-        if self.recipe.pruning.calibration_batches and not known:
-            self.progress.stage("score", self.recipe.pruning.calibration_batches)
-        with self.journal.timing("score"):
-            pruner.calibrate(self.progress.advance)
+        with self._true_weights(pruner):
+            with self.journal.timing("validate"):
+                self.mix.remember_dense()
+            if self.recipe.pruning.calibration_batches and not known:
+                self.progress.stage("score", self.recipe.pruning.calibration_batches)
+            with self.journal.timing("score"):
+                pruner.calibrate(self.progress.advance)
         parts = {"mix": self.mix.state(), "learner": self.learner.state(), "scorer": pruner.scorer.state()}
         self.journal.write("score", State.of(**parts))
+
+    @contextmanager
+    def _true_weights(self, pruner: Pruner) -> Iterator[None]:
+        """Within this context a model that ends on its original weights computes with them already."""
+        if self.originals is None:
+            yield
+            return
+        with self.originals.borrowed(self.model, pruner.gates), self.learner.recomputing():
+            pruner.scorer.watch(pruner.groups)
+            yield
+        pruner.scorer.watch(pruner.groups)
 
     def begin(self, pruner: Pruner) -> int | None:
         """Do what comes before the first step, or take it from the journal.
@@ -373,26 +382,3 @@ class Loop:
         """How the base was kept, and until when."""
         from_step = {} if self.original_from is None else {"original_from": self.original_from}
         return {"kind": self.training.quantization, "bytes": self.bytes, **from_step}
-
-
-def preparer(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    corpus: Corpus,
-    progress: Progress,
-    journal: Forgetful,
-    processes: Processes,
-    originals: Originals | None,
-) -> Callable[[Gates], Preparation] | None:
-    """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
-    if not (wanted := windows_wanted(recipe)):
-        return None
-    size = recipe.training.batch_size
-    batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
-    if len(batches[0]) < processes.count:
-        raise InputError(f"{len(batches[0])} windows of text are too few for {processes.count} processes; give more")
-    shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
-    return lambda gates: Preparation(
-        model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
-        processes, partial(originals.borrowed, model, gates) if originals else nullcontext,
-    )  # fmt: skip

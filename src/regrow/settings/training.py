@@ -44,7 +44,8 @@ class Training(Section):
         le=1,
         description="With a quantization: share of the steps, the last ones, that train on the original weights, "
         "brought layer by layer from the checkpoint's files (see offload). Until then removed units stay behind closed "
-        "gates. If not 0, a refit and a cached teacher use them, too. null: 0.5 with nf4, 0 with int8.",
+        "gates. If not 0, scores measured before training, a refit and a cached teacher use them, too. null: 0.5 with "
+        "nf4, 0 with int8.",
     )
     offload: Literal["none", "cpu", "disk", "shards"] = Field(
         default="none",
