@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import regrow
 from regrow.aim import Aim
+from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.errors import InputError
 from regrow.evaluation import compare, latency
 from regrow.evaluation.latency import FRACTIONS, Latency, Saving, measure_latency, probe_turns
@@ -35,8 +36,13 @@ from regrow.planning.target import (
 )
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
+from regrow.recovery.forecast import cut_losses
+from regrow.recovery.mixing import validation_loss
+from regrow.recovery.preparation import anything
 from regrow.settings import Pruning
+from regrow.structure.cut import cut
 from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.text import read_text
 
 GROUPS: dict[str, Groups] = {}
 
@@ -241,6 +247,7 @@ def test_a_latency_by_hand() -> None:
     assert TABLE.seconds("prefill", whole) == 70.0
     # A KV head of layer 0 saves half of 1, 20 channels of layer 1 save 20/39 of 1.95.
     assert TABLE.seconds("decode", whole | {"layers.0.attention": 2, "layers.1.ffn": 20}) == pytest.approx(7 - 0.5 - 1)
+    assert TABLE.seconds("decode", whole | {"layers.0.attention": 0, "layers.0.ffn": 0}) == 4.0, "a layer is gone"
     assert Latency.parse(json.dumps(TABLE.to_json()), TABLE.savings) == TABLE
     with pytest.raises(InputError, match="not a valid latency table"):
         Latency.parse(json.dumps(TABLE.to_json()), ["expert"])
@@ -305,6 +312,51 @@ def test_the_least_sparsity_that_is_fast_enough(shape: str, allocation: str) -> 
         check_speedup(parse_target("speedup=6.4x"), groups, pruning, seconds)
 
 
+@pytest.mark.parametrize(("kinds", "asked", "least"), [(("layer",), 1.7, 7 / 4), (("attention", "ffn", "layer"), 3, 3)])
+def test_whole_layers_bring_speed(kinds: tuple[str, ...], asked: float, least: float) -> None:
+    groups = groups_of("llama-gqa")
+    pruning, seconds = Pruning(kinds=kinds, allocation="global"), partial(TABLE.seconds, "decode")
+    scores = {name: value + 1 for name, value in flat(groups).items()} | {"layers.0": torch.tensor([0.0])}
+    share = sparsity_for_speedup(parse_target(f"speedup={asked}x"), groups, pruning, seconds, scores)
+    plan = choose(groups, Plan.whole(groups), scores, with_share(pruning, share))
+    assert plan.removed_layers == (0,)
+    found = 7.0 / seconds({name: len(group.keep) for name, group in plan.groups.items()})
+    assert least <= found < 1.1 * least
+
+
+@pytest.mark.usefixtures("lean")
+@pytest.mark.parametrize(("shape", "asked"), [("uniform", 1.29), ("free", 1.2)])
+@pytest.mark.parametrize("minds", [True, False])
+def test_a_search_for_speed_settles_on_what_is_fast_enough(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, asked: float, minds: bool
+) -> None:
+    def table(model, groups, measured_on, on_turn):  # heads save no time
+        ffn = (Saving(1, {"prefill": 0.0, "decode": 1.5}), Saving(48, {"prefill": 0.0, "decode": 0.0}))
+        attention = (Saving(2, {"prefill": 0.0, "decode": 0.0}),)
+        return Latency(measured_on, TABLE.fixed, TABLE.layer, {"attention": attention, "ffn": ffn})
+
+    class Fond:
+        """Of channels."""
+
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, lost: dict[str, int]) -> float:
+            return sum(count for name, count in lost.items() if name.endswith("ffn"))
+
+    monkeypatch.setattr("regrow.aim.measure_latency", table)
+    monkeypatch.setattr("regrow.recovery.preparation.Fitness", Fond)
+    if not minds:
+        monkeypatch.setattr(Aim, "allows", lambda self, recipe, groups: anything)
+    quick = partial(measure_speed, prompt=8, new_tokens=2, repeats=1, warm_up=0)
+    monkeypatch.setattr(compare, "measure_speed", quick)
+    settings = {"search__evaluations": 40, "search__windows": 4, "search__judge_windows": 2, "pruning__shape": shape}
+    # Uniform: 24 of 48 channels in each layer, or as many parameters in heads, one of two.
+    settings |= {"pruning__allocation": "local", "compensation__windows": 4}
+    fast = {"pruning__target": f"speedup={asked}x", "evaluation__speed_batches": [1]}
+    result = run(checkpoint, text, tmp_path, "regrow", 1, distillation__weight=0.0, **settings, **fast)
+    assert (result.results["target"]["predicted"] >= asked) == minds
+
+
 @pytest.mark.usefixtures("lean")
 def test_a_run_for_speed(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = []
@@ -354,6 +406,28 @@ def test_a_table_of_another_machine_is_of_no_use(tmp_path: Path, monkeypatch: py
 
 
 # --- perplexity ----------------------------------------------------------------------------------
+
+
+def test_what_a_cut_would_do_is_what_it_does(checkpoint: Path, text: Path) -> None:
+    recipe = load_recipe(
+        "magnitude", {**QUICK, "data.source": str(text), "pruning.kinds": ["attention", "ffn", "layer"]}
+    )
+    corpus = read_text(recipe, load_tokenizer(str(checkpoint))).corpus
+    model = load_model(str(checkpoint))
+    groups = find_groups(model)
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
+    shares = [share_of(amount, groups) for amount in (1000, 9000, 20_000)]
+    forecast = cut_losses(model, groups, recipe, scores, corpus, shares, Silent())
+    removed = []
+    for share, loss in forecast:
+        cut_model = load_model(str(checkpoint))
+        plan = choose(groups, Plan.whole(groups), scores, with_share(recipe.pruning, share))
+        removed.append(plan.removed_layers)
+        cut(cut_model, groups, plan.positions_within(Plan.whole(groups)))
+        assert validation_loss(cut_model, corpus, recipe) == pytest.approx(loss, abs=1e-5)
+    assert removed[0] == ()
+    assert removed[-1]
 
 
 @settings(max_examples=200, deadline=None)

@@ -29,6 +29,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.average import Average
 from regrow.recovery.forecast import measure_scores
 from regrow.recovery.outcome import Trained
+from regrow.recovery.preparation import Allows, anything
 from regrow.structure.groups import Groups
 from regrow.trials import TrainInto, Trial, Trials, smallest
 
@@ -75,11 +76,6 @@ class Aim:
         Raises:
             InputError: if the target is out of reach.
         """
-        if "layer" in recipe.pruning.kinds and self.target.kind in ("speedup", "perplexity"):
-            raise InputError(
-                f"target {self.target.text!r}: forecasts are of widths, not of whole layers; take layer out of "
-                "pruning.kinds, or give --sparsity"
-            )
         if "hidden" in recipe.pruning.kinds and self.target.kind == "speedup":
             raise InputError(
                 f"target {self.target.text!r}: the latency table knows no other hidden sizes; take hidden out of "
@@ -142,13 +138,25 @@ class Aim:
     ) -> tuple[Recipe, Average | None]:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
         scores = None
-        if recipe.pruning.allocation != SCORELESS:
+        if recipe.pruning.allocation != SCORELESS or "layer" in recipe.pruning.kinds:
             scores = measure_scores(model, groups, recipe, text, self.progress, self.journal, self.processes)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
         predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, self._seconds(recipe), known)
         share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table
         self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
         return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None
+
+    def allows(self, recipe: Recipe, groups: Groups) -> Allows:
+        """What a search has to mind: a model that has lost so much is, by the latency table, as fast as asked.
+
+        Args:
+            groups: of the whole model.
+        """
+        if self.latency is None:
+            return anything
+        seconds, whole = self._seconds(recipe), {group.name: group.units for group in groups}
+        least = self.target.value
+        return lambda lost: seconds(whole) / seconds({name: n - lost[name] for name, n in whole.items()}) >= least
 
     def outcome(self, recipe: Recipe, plan: Plan, results: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         """What was asked, what it came to, and what was reached: for `results.json` and the report.

@@ -58,6 +58,7 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.average import Average
 from regrow.recovery.outcome import FILES, Trained, read_trained
+from regrow.recovery.preparation import anything
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.quantised_base import is_streamed, rebuild, settle_offload, settle_originals, settle_quantization
 from regrow.recovery.self_text import OwnText, tokens_to_write, write_own_text
@@ -300,22 +301,14 @@ class Walk:
             self.books.leave(folder / "plan.json", event.plan.to_json())
 
         with tracking(recipe, folder, self.processes.is_main) as track:
+            groups = prunable_groups(model)
             trained = train(
-                model,
-                prunable_groups(model),
-                recipe,
-                text.corpus,
-                self.progress,
-                teacher_folder=folder / "teacher",
-                on_cut=record_cut,
-                on_validation=lambda history: self.books.leave(folder / "history.json", vars(history)),
-                scores=scores,
-                prior=prior,
-                track=track,
-                journal=journal,
-                processes=self.processes,
+                model, groups, recipe, text.corpus, self.progress, teacher_folder=folder / "teacher",
+                on_cut=record_cut, on_validation=lambda seen: self.books.leave(folder / "history.json", vars(seen)),
+                scores=scores, prior=prior, track=track, journal=journal, processes=self.processes,
                 originals=Originals(self.name) if recipe.training.ends_on_originals else None,
-            )
+                allows=self.aim.allows(recipe, groups) if self.aim else anything,
+            )  # fmt: skip
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}
         self.books.leave(folder / "adapters.safetensors", tensors_to_bytes(trained.adapters, scaling))
         journal.write("trained", State(trained.summary), files=[folder / file for file in FILES])

@@ -59,7 +59,10 @@ class Latency:
     """By kind of unit; units ascending, the last being all of them and saving nothing."""
 
     def seconds(self, phase: Phase, kept: Mapping[str, int]) -> float:
-        """Time of a model of which so many units of each group (`layers.<number>.<kind>`) are left."""
+        """Time of a model of which so many units of each group (`layers.<number>.<kind>`) are left.
+
+        A layer of which none is left is gone.
+        """
         saved: dict[str, float] = {}
         widths: dict[tuple[str, str], int] = {}
         for name, units in kept.items():
@@ -69,7 +72,8 @@ class Latency:
             points = self.savings[kind]
             saving = np.interp(units, [p.units for p in points], [p.seconds[phase] for p in points])
             saved[layer] = saved.get(layer, 0.0) + float(saving)
-        return self.fixed[phase] + sum(max(self.layer[phase] - saving, 0.0) for saving in saved.values())
+        left = {layer for (layer, _), units in widths.items() if units}
+        return self.fixed[phase] + sum(max(self.layer[phase] - saved[layer], 0.0) for layer in sorted(left))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -99,6 +99,7 @@ def exchange_search(
     fitness: Callable[[Counts], float],
     evaluations: int,
     seed: int,
+    allows: Callable[[Counts], bool] = lambda counts: True,
 ) -> Found:
     """Mutate the best start as long as evaluations last; keep what is better.
 
@@ -106,6 +107,7 @@ def exchange_search(
         starts: candidates on the ladder's rungs; each costs one evaluation.
         target: parameters that must go at least.
         fitness: lower is better.
+        allows: whether a candidate may be tried at all; costs nothing.
     """
     chance = torch.Generator().manual_seed(seed)
     trace: list[float] = []
@@ -119,8 +121,11 @@ def exchange_search(
         if candidate is None or (key := tuple(candidate[name] for name in ladder.rungs)) in tried:
             misses += 1
             continue
-        misses = 0
         tried.add(key)
+        if not allows(candidate):
+            misses += 1
+            continue
+        misses = 0
         measured = fitness(candidate)
         if measured < value:
             best, value = candidate, measured

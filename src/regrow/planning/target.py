@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 from torch import Tensor
@@ -24,6 +25,9 @@ BYTES = {"b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
+
+STEPS = 64
+"""Of the search for a speed-up, from nothing to all that may go."""
 
 
 @dataclass(frozen=True)
@@ -179,17 +183,26 @@ def sparsity_for_speedup(
     seconds: Callable[[Mapping[str, int]], float],
     scores: Mapping[str, Tensor],
 ) -> float:
-    """The least share of the block parameters to remove for a speed-up, by bisection to the cost of a unit.
+    """The least share of the block parameters to remove for a speed-up, to the cost of a unit.
+
+    More removed is not always faster, for heads and layers may come back as channels go. So the first of `STEPS` even
+    steps that is fast enough is looked for, and the least before it by bisection.
 
     Args:
         groups: of the whole model.
         seconds: how long a model takes of which so many units of each group are left.
         scores: one per unit; where the allocation goes by them, they decide the widths.
     """
-    low, high = 0, reach(groups, pruning)
+
+    def fast(removed: int) -> bool:
+        return _speedup_of(removed, groups, pruning, seconds, scores) >= target.value
+
+    most = reach(groups, pruning)
+    steps = pairwise(most * number // STEPS for number in range(STEPS + 1))
+    low, high = next((step for step in steps if fast(step[1])), (0, most))
     while high - low > min(group.cost for group in groups):
         middle = (low + high) // 2
-        if _speedup_of(middle, groups, pruning, seconds, scores) >= target.value:
+        if fast(middle):
             high = middle
         else:
             low = middle

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -76,11 +77,14 @@ def cut_losses(
     """
     progress.stage("forecast", len(shares))
     whole, found = Plan.whole(groups), []
-    with Gates(model, groups.groups, residual=groups.residual) as gates:
+    layers = groups.layers if "layer" in recipe.pruning.kinds else ()
+    with Gates(model, groups.groups, layers, groups.residual) as gates:
         for share in shares:
             plan = choose(groups, whole, scores, with_share(recipe.pruning, share))
             for name, group in plan.parts.items():
                 gates.keep(name, group.keep)
+            for layer in layers:
+                gates.set(layer.unit, torch.tensor([float(layer.number not in plan.removed_layers)]))
             found.append((share, validation_loss(model, corpus, recipe)))
             progress.advance()
     return found

@@ -35,6 +35,14 @@ from regrow.settings import Pruning
 from regrow.structure.gates import Gates
 from regrow.structure.groups import RESIDUAL, Groups
 
+Allows = Callable[[Counts], bool]
+"""Whether a search may settle on these numbers of units lost by each group."""
+
+
+def anything(counts: Counts) -> bool:
+    """What allows all."""
+    return True
+
 
 @dataclass
 class Prepared:
@@ -70,6 +78,7 @@ class Preparation:
         journal: Forgetful,
         processes: Processes = ALONE,
         true_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        allows: Allows = anything,
     ) -> None:
         """Nothing is measured yet.
 
@@ -80,10 +89,12 @@ class Preparation:
             journal: knows whether the search is done.
             processes: those that share the batches.
             true_weights: a context in which a quantised model is refitted with the weights it was rounded from.
+            allows: what else the search has to mind, if any plan that it begins with does.
         """
         self.model = model
         self.gates = gates
         self.true_weights = true_weights
+        self.allows = allows
         self.recipe = recipe
         self.batches = batches
         self.held_out = held_out
@@ -145,7 +156,8 @@ class Preparation:
         if pruning.shape == "uniform":
             candidates = uniform_candidates(groups, nothing, present, pruning)
             candidates.sort(key=lambda candidate: candidate.damage)
-            starts = [candidate.counts for candidate in candidates[: settings.evaluations]]
+            starts = [candidate.counts for candidate in candidates]
+            starts = ([each for each in starts if self.allows(each)] or starts)[: settings.evaluations]
             ladder = Ladder(
                 {g.name: tuple(sorted({0} | {counts[g.name] for counts in starts})) for g in groups},
                 {group.name: group.cost for group in groups},
@@ -177,9 +189,11 @@ class Preparation:
             def whole(counts: Counts) -> Counts:
                 return unfold(groups, counts, nothing)
 
+            allowed = [each for each in starts if self.allows(whole(each))]
             found = exchange_search(
-                starts, ladder, amount, lambda each: measured(whole(each)), settings.evaluations, self.recipe.seed
-            )
+                allowed or starts, ladder, amount, lambda each: measured(whole(each)), settings.evaluations,
+                self.recipe.seed, (lambda each: self.allows(whole(each))) if allowed else anything,
+            )  # fmt: skip
             counts, value = whole(settle(folded, found.counts, pruning, prior)), found.fitness
             self.done.search = {"starts": len(starts), "trace": list(found.trace)}
         supernet.close()
@@ -256,6 +270,7 @@ def preparer(
     journal: Forgetful,
     processes: Processes,
     originals: Originals | None,
+    allows: Allows,
 ) -> Callable[[Gates], Preparation] | None:
     """What makes the `Preparation` once there are gates; None if the recipe neither searches nor compensates."""
     if not (wanted := windows_wanted(recipe)):
@@ -267,5 +282,5 @@ def preparer(
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
         model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
-        processes, partial(originals.borrowed, model, gates) if originals else nullcontext,
+        processes, partial(originals.borrowed, model, gates) if originals else nullcontext, allows,
     )  # fmt: skip

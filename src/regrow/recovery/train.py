@@ -26,7 +26,7 @@ from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import DataMix
 from regrow.recovery.outcome import Best, History, Trained
-from regrow.recovery.preparation import preparer
+from regrow.recovery.preparation import Allows, anything, preparer
 from regrow.recovery.pruner import CutEvent, Pruner
 from regrow.recovery.tracking import Track, ignore
 from regrow.structure.adapters import adapter_names
@@ -53,6 +53,7 @@ def train(
     journal: Forgetful = Forgetful(),  # noqa: B008  (it holds nothing)
     processes: Processes = ALONE,
     originals: Originals | None = None,
+    allows: Allows = anything,
 ) -> Trained:
     """Carry a LoRA-wrapped model to its target and recover it.
 
@@ -67,6 +68,7 @@ def train(
         journal: knows what of it an interrupted run has done; the model is then as that run got it, too.
         processes: those that train together, each with a model and all the text.
         originals: of a quantised model, for `training.original_share` of the steps.
+        allows: whether a search may settle on numbers of units lost by each group.
 
     Raises:
         InputError: if training diverges.
@@ -76,7 +78,7 @@ def train(
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     # What has been cut is not replaced by its original either.
     early = not (recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals)
-    prepare = preparer(model, recipe, corpus, progress, journal, processes, originals)
+    prepare = preparer(model, recipe, corpus, progress, journal, processes, originals, allows)
     with Pruner(
         model,
         groups,
