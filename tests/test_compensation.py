@@ -141,6 +141,27 @@ def test_low_rank_factors_are_exact_at_full_rank_and_best_in_the_inputs_metric()
     assert error(b @ a) < error(plain)
 
 
+def test_a_random_subspace_comes_near_the_best_factors() -> None:
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 60, generator=chance) * torch.logspace(1, -1, 60)
+    moments = InputMoments.zeros(60)
+    moments.add(x)
+    change, kept = torch.randn(50, 60, generator=chance), torch.arange(60)
+
+    def error(*factors: torch.Tensor) -> float:
+        return float((x.double() @ (change.double() - factors[0] @ factors[1]).T).square().sum())
+
+    best = error(*low_rank(change, moments, kept, 8))
+    swept = [error(*low_rank(change, moments, kept, 8, sweeps)) for sweeps in (0, 2)]
+    assert best < swept[1] < 1.01 * best < swept[0]
+    state = torch.get_rng_state()
+    again = low_rank(change, moments, kept, 8, 2)
+    assert error(*again) == swept[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    full = low_rank(change, moments, kept, 50, 0)
+    torch.testing.assert_close(full[0] @ full[1], change.double(), rtol=1e-5, atol=1e-7)
+
+
 IDS = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(5))
 
 

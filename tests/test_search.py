@@ -117,15 +117,18 @@ def test_settled_counts_remove_what_is_asked() -> None:
     [
         Compensation(method="least-squares", selection="obs"),
         Compensation(method="least-squares", selection="criterion"),
+        Compensation(method="least-squares", selection="obs", carrier="adapter"),
+        Compensation(method="bias"),
         Compensation(method="none"),
     ],
-    ids=["obs", "criterion", "none"],
+    ids=["obs", "criterion", "adapter", "bias", "none"],
 )
 def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_again(
     family: str, settings: Compensation
 ) -> None:
     model = build(family)
-    groups = with_lora(model, fill=False)
+    groups = with_lora(model, rank=40, fill=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = logits(model)
     with torch.no_grad():
         dense = model(IDS).logits
@@ -143,6 +146,7 @@ def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_
         assert more == pytest.approx(told_apart, rel=1e-4), "all 64 tokens are among the likeliest"
         supernet.close()
         assert torch.equal(logits(model), whole)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         # The first group's prefix is the dense one, so that the ready-made refit is the proper one.
         supernet.set({"layers.0.attention": 1})
         ready = logits(model)

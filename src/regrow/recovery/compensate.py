@@ -42,6 +42,9 @@ from regrow.structure.quantised import kept_as, weight_shape
 
 Units = NDArray[np.int64]
 
+SWEEPS = 2
+"""Of the factors that an adapter would carry in a candidate of a search."""
+
 
 @dataclass
 class Compensated:
@@ -54,6 +57,20 @@ class Compensated:
     changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Parameters written to, and what was added to each; on the CPU."""
     blend: float = 1.0
+
+
+@dataclass(frozen=True)
+class Write:
+    """What some entries of a parameter become."""
+
+    parameter: Tensor
+    index: tuple[slice | Tensor, ...]
+    values: Tensor
+
+    @torch.no_grad()
+    def do(self) -> None:
+        """Let them become it."""
+        self.parameter[self.index] = self.values
 
 
 class Compensator:
@@ -205,7 +222,8 @@ class Compensator:
         if bias is not None and extra is not None:
             self._add(bias, extra, done)
         if self.settings.carrier == "adapter":
-            self._write_adapter(linear, change_OK, moments, kept_K)
+            for write in self.adapter_writes(linear, change_OK, moments, kept_K):
+                write.do()
         elif self.settings.method == "least-squares":
             change_OC = torch.zeros_like(weight_OC)
             change_OC[:, kept_K] = change_OK
@@ -218,17 +236,59 @@ class Compensator:
         parameter.add_(change)
         done.changes.append((parameter.data, change.cpu()))
 
-    def _write_adapter(self, linear: Linear, change_OK: Tensor, moments: InputMoments, kept_K: Tensor) -> None:
-        """Let an untrained adapter begin at the best approximation of the change that its rank allows."""
+    def written_to(self, group: Group) -> list[Tensor]:
+        """What `writes` writes to."""
+        consumer, bias = group.consumers[0], self._bias(group)
+        biases = [] if bias is None else [bias.detach()]
+        if "weight" in self.written:
+            return [self.model.get_parameter(consumer.parameter).detach(), *biases]
+        linear = linear_evidence(self.model, consumer)
+        factors = [linear.lora_a, linear.lora_b] if self.settings.carrier == "adapter" else []
+        return [factor.detach() for factor in factors if factor is not None] + biases
+
+    def writes(self, group: Group, keep: Units, moments: InputMoments) -> list[Write]:
+        """What becomes of a consumer's parameters if a group keeps these units; in an adapter, nearly that."""
+        consumer, bias = group.consumers[0], self._bias(group)
+        kept_K, fitted_OK, extra_O = self.solve(group, keep, moments)
+        found = []
+        if bias is not None and extra_O is not None:
+            found.append(Write(bias, (slice(None),), bias.detach() + extra_O.to(bias.dtype)))
+        if "weight" in self.written:
+            parameter = self.model.get_parameter(consumer.parameter)
+            values_OK = fitted_OK.to(parameter.dtype)
+            if consumer.axis == 1:
+                found.append(Write(parameter, (slice(None), kept_K), values_OK))
+            else:
+                found.append(Write(parameter, (kept_K,), values_OK.T))
+        elif self.settings.carrier == "adapter":
+            linear = linear_evidence(self.model, consumer)
+            change_OK = fitted_OK - linear.effective_weight(slice(None))[:, kept_K].double()
+            found += self.adapter_writes(linear, change_OK, moments, kept_K, SWEEPS)
+        return found
+
+    def adapter_writes(
+        self, linear: Linear, change_OK: Tensor, moments: InputMoments, kept_K: Tensor, sweeps: int | None = None
+    ) -> list[Write]:
+        """What lets an untrained adapter begin at the best approximation of a change that its rank allows.
+
+        Args:
+            sweeps: as for `low_rank`.
+
+        Raises:
+            InputError: if the linear has no adapter.
+        """
         if linear.lora_a is None or linear.lora_b is None:
             raise InputError(
                 f"compensation.carrier=adapter: {linear.name} has no adapter; name {linear.name.rpartition('.')[2]} in "
                 "lora.targets too, or set compensation.method=none"
             )
         assert not linear.lora_b.any(), "only an adapter that has not moved can be set"
-        factor_b, factor_a = low_rank(change_OK / linear.scaling, moments, kept_K, len(linear.lora_a))
-        linear.lora_b[:, : factor_b.shape[1]] = factor_b.to(linear.lora_b.dtype)
-        linear.lora_a[: len(factor_a), kept_K] = factor_a.to(linear.lora_a.dtype)
+        factor_b, factor_a = low_rank(change_OK / linear.scaling, moments, kept_K, len(linear.lora_a), sweeps)
+        columns = slice(factor_b.shape[1])
+        return [
+            Write(linear.lora_b, (slice(None), columns), factor_b.to(linear.lora_b.dtype)),
+            Write(linear.lora_a[columns], (slice(None), kept_K), factor_a.to(linear.lora_a.dtype)),
+        ]
 
     @torch.no_grad()
     def blend(self, done: Compensated, share: float) -> None:

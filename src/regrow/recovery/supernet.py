@@ -4,9 +4,10 @@ Built in one pass over the dense model; a candidate plan is then tried by closin
 costs next to nothing beside the forward pass that judges it. Units go in the order in which the recipe would let them
 go, and are made up for as the recipe would: a candidate is judged as what it will be. The refits are those on the
 dense prefix: good enough to compare candidates; the chosen one is refitted properly, on its own pruned prefix,
-afterwards. Where compensation goes into the adapters, candidates are judged without it.
+afterwards. Where compensation goes into the adapters, it does so here, too, by factors that are nearly the best.
 
-Memory: every refitted rung keeps one consumer weight (`O × K` of it), in the weight's own dtype on its device.
+Memory: every refitted rung keeps one consumer weight (`O × K` of it), in the weight's own dtype on its device, or one
+adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from regrow.compensation.moments import InputMoments
 from regrow.planning.depth import emptied_layers
 from regrow.planning.search import Counts
 from regrow.progress import Progress
 from regrow.recovery.cached import top_distribution
-from regrow.recovery.compensate import Compensator, Units
+from regrow.recovery.compensate import Compensator, Units, Write
 from regrow.recovery.losses import TopTarget, divergence
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
@@ -32,21 +32,12 @@ TOP_K = 64
 
 
 @dataclass(frozen=True)
-class Refit:
-    """What the consumer of a group becomes on some of its input channels."""
-
-    channels_K: Tensor
-    weight_OK: Tensor
-    bias_O: Tensor | None
-    """What to add to the bias, where there is one."""
-
-
-@dataclass(frozen=True)
 class Rung:
     """A group with so many units fewer."""
 
     keep: Units
-    refit: Refit | None
+    refit: Sequence[Write] = ()
+    """What becomes of the consumer's parameters, which are whole otherwise."""
 
 
 class Supernet:
@@ -64,8 +55,8 @@ class Supernet:
         self.compensator = compensator
         self._groups = {group.name: group for group in groups}
         self._rungs: dict[str, dict[int, Rung]] = {group.name: {} for group in groups}
-        self._whole: dict[str, Tensor] = {}
-        """Copies of the parameters that a refit writes to, by name."""
+        self._whole: dict[str, list[Write]] = {}
+        """Group name -> what makes the parameters whole again that its refits write to."""
         self._now: Counts = dict.fromkeys(self._groups, 0)
 
     def build(
@@ -100,52 +91,33 @@ class Supernet:
         else:
             order = torch.argsort(scores_U, stable=True).cpu().numpy()
         keeps = {count: np.delete(np.arange(group.units), order[:count]) for count in wanted}
-        if moments is None or settings.carrier == "adapter":
-            return {count: Rung(keep, None) for count, keep in keeps.items()}
-        self._whole |= {name: self.model.get_parameter(name).detach().clone() for name in self._written(group)}
-        return {count: Rung(keep, self._refit(group, keep, moments)) for count, keep in keeps.items()}
+        if moments is None:
+            return {count: Rung(keep) for count, keep in keeps.items()}
+        everything = (slice(None),)
+        self._whole[group.name] = [
+            Write(parameter, everything, parameter.clone()) for parameter in self.compensator.written_to(group)
+        ]
+        return {count: Rung(keep, self.compensator.writes(group, keep, moments)) for count, keep in keeps.items()}
 
-    def _refit(self, group: Group, keep: Units, moments: InputMoments) -> Refit:
-        channels_K, weight_OK, bias_O = self.compensator.solve(group, keep, moments)
-        return Refit(channels_K, weight_OK.to(self.model.get_parameter(group.consumers[0].parameter).dtype), bias_O)
-
-    def _written(self, group: Group) -> list[str]:
-        """Names of the consumer's parameters: its weight, and its bias if it has one."""
-        if not self.compensator.treats(group):
-            return []
-        name = group.consumers[0].parameter
-        module = name.rpartition(".")[0]
-        bias = [f"{module}.bias"] if self.model.get_submodule(module).bias is not None else []
-        return [name, *bias]
-
-    @torch.no_grad()
     def set(self, counts: Mapping[str, int]) -> None:
         """Let every group named have lost so many units: one of its rungs, 0 (whole again) or all (with its layer)."""
         for name, count in counts.items():
             if count == self._now[name]:
                 continue
             group = self._groups[name]
-            for written in self._written(group):
-                if written in self._whole:
-                    self.model.get_parameter(written).copy_(self._whole[written])
+            for write in self._whole.get(name, ()):
+                write.do()
             keep = np.arange(group.units if count == 0 else 0)
             if 0 < count < group.units:
                 rung = self._rungs[name][count]
                 keep = rung.keep
-                if rung.refit:
-                    self._write(group, rung.refit)
+                for write in rung.refit:
+                    write.do()
             self.gates.keep(name, keep)
             self._now[name] = count
         emptied = emptied_layers(self.groups, self._now)
         for layer in self.gates.layers:
             self.gates.set(layer.unit, torch.tensor([float(layer.number not in emptied)]))
-
-    def _write(self, group: Group, refit: Refit) -> None:
-        consumer, (weight, *bias) = group.consumers[0], map(self.model.get_parameter, self._written(group))
-        weight_OC = weight if consumer.axis == 1 else weight.T
-        weight_OC[:, refit.channels_K] = refit.weight_OK
-        if refit.bias_O is not None:
-            bias[0].add_(refit.bias_O.to(bias[0].dtype))
 
     def close(self) -> None:
         """Make the model whole, to the bit."""
