@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from regrow.checkpoint.load import check_length
 from regrow.errors import InputError
 from regrow.evaluation import perplexity as perplexity_module
 from regrow.evaluation.generate import complete
@@ -272,6 +273,21 @@ def words() -> PreTrainedTokenizerFast:
     inner = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def test_what_is_completed_stays_within_the_models_positions() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 12}
+    model, tokenizer = AutoModelForCausalLM.from_config(GPT2Config(**sizes)), words()
+    model.generation_config.eos_token_id = None
+    prompt = [f"w{number % 7}" for number in range(20)]
+    text = complete(model, tokenizer, " ".join(prompt), new_tokens=5)
+    assert text == complete(model, tokenizer, " ".join(prompt[-7:]), new_tokens=5)
+    assert len(text.split()) == 5
+    assert len(complete(model, tokenizer, "w1 w2", new_tokens=40).split()) == 11
+    check_length(model.config, 12)
+    with pytest.raises(InputError, match="longer than the 12 positions"):
+        check_length(model.config, 13)
 
 
 def test_complete_is_what_greedy_generation_writes(

@@ -24,6 +24,7 @@ from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.load import load_model, load_tokenizer
 from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.state import State
+from regrow.checkpoint.stock import prunable_groups
 from regrow.checkpoint.verify import Verification, merge
 from regrow.data.corpus import read_corpus
 from regrow.data.tokens import Batch, batches
@@ -619,15 +620,41 @@ def test_borrowed_weights_are_given_back(folder: Path) -> None:
     assert held_bytes(model) == held
 
 
-def test_a_conv1d_is_brought_as_the_linear_that_it_became(tmp_path: Path) -> None:
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 64}
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "vocab_size": 320, "n_positions": 64}
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), quantization="int8")
+    AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@BOTH
+def test_a_family_of_conv1ds_ends_in_a_plain_checkpoint(
+    gpt2: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    widths = [
+        {group.name: tuple(group.widths or ()) for group in prunable_groups(load_model(str(gpt2), quantization=kept))}
+        for kept in ("none", kind)
+    ]
+    assert widths[0] == widths[1]
+    assert any(len(counts) > 1 for counts in widths[0].values())
+    monkeypatch.setattr("regrow.walk.verify_checkpoint", reloaded)
+    result = regrow.prune(
+        str(gpt2), tmp_path / "out", data=str(text), sparsity=0.15, steps=2, quantize=kind,
+        overrides={**QUICK, "lora.rank": 4, "search.evaluations": 0, "compensation.windows": 4},
+    )  # fmt: skip
+    stock = AutoModelForCausalLM.from_pretrained(result.model)
+    assert stock.config.n_inner < 128
+    assert {p.dtype for p in stock.parameters()} == {torch.float32}
+
+
+def test_a_conv1d_is_brought_as_the_linear_that_it_became(gpt2: Path) -> None:
+    model = load_model(str(gpt2), quantization="int8")
     assert is_quantised(model)
-    Originals(str(tmp_path)).put(model, Gates(model, ()))
+    Originals(str(gpt2)).put(model, Gates(model, ()))
     assert not is_quantised(model)
-    assert (answers(model.eval(), False) - answers(load_model(str(tmp_path)).eval(), False)).abs().max() < 1e-5
+    assert (answers(model.eval(), False) - answers(load_model(str(gpt2)).eval(), False)).abs().max() < 1e-5
 
 
 def test_gates_follow_to_linears_without_an_adapter(folder: Path) -> None:

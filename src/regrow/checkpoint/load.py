@@ -232,13 +232,20 @@ def output_dtype(name: str, wanted: str = "auto") -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest text that a model was made for; None if it states no limit."""
+    text = config.get_text_config()
+    stated = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return next((positions for positions in stated if positions is not None), None)
+
+
 def check_length(config: PretrainedConfig, length: int) -> None:
     """Refuse windows that are longer than what the model was made for: figures on them mean nothing.
 
     Raises:
         InputError: if they are.
     """
-    longest = config.get_text_config().to_dict().get("max_position_embeddings")
+    longest = most_positions(config)
     if longest is not None and length > longest:
         raise InputError(f"a window of {length} tokens is longer than the {longest} positions of the model; shorten it")
 

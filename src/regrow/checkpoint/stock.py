@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.save import UNEVEN_MODEL
@@ -66,7 +67,7 @@ def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
     """
     config, groups = _few_layers(config, groups)
     try:
-        whole = _shapes(build_empty(config))
+        whole = build_empty(config)
     except Exception as error:
         return {group.kind: Widths((group.units,), _first_line(error)) for group in groups}
     found = {}
@@ -114,7 +115,7 @@ def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedM
         built = build_empty(pruned_config(config, groups, narrow))
     except Exception as error:
         return _first_line(error)
-    mismatch = _mismatch(_shapes(built), _cut_shapes(_shapes(whole), groups, {RESIDUAL: units}))
+    mismatch = _mismatch(_shapes(built), _cut_shapes(whole, groups, {RESIDUAL: units}))
     if mismatch:
         return mismatch
     there = {name: module for name, module in built.named_modules()}
@@ -125,7 +126,7 @@ def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedM
     return ""
 
 
-def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, group: Group) -> Widths:
+def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, group: Group) -> Widths:
     kind, units = group.kind, group.units
     if kind.startswith("ffn") or kind == "expert":  # if a class takes one number it takes every number
         fewer = range(-(-group.least // group.multiple) * group.multiple, units, group.multiple)
@@ -139,7 +140,7 @@ def _possible(config: PretrainedConfig, groups: Groups, whole: Shapes, group: Gr
     return Widths(counts, reason or (ALONE if units == 1 else ""))
 
 
-def _refusal(config: PretrainedConfig, groups: Groups, whole: Shapes, kind: str, units: int) -> str:
+def _refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, kind: str, units: int) -> str:
     """Why the stock class cannot have so many units of a kind in every layer; empty if it can."""
     narrow = tuple(replace(group, units=units) if group.kind == kind else group for group in groups)
     try:
@@ -163,7 +164,7 @@ def check_free(config: PretrainedConfig, groups: Groups) -> None:
             left[group.name] -= group.multiple
     narrow = tuple(replace(group, units=left[group.name]) for group in groups)
     try:
-        whole = _shapes(build_empty(config))
+        whole = build_empty(config)
         described = pruned_config(config, groups, replace(groups, groups=narrow))
         built = _shapes(_build_uneven(described))
         refusal = _mismatch(built, _cut_shapes(whole, groups, left))
@@ -272,15 +273,18 @@ def _shapes(model: PreTrainedModel) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in saved.items() if first[id(tensor)] == name}
 
 
-def _cut_shapes(whole: Shapes, groups: Groups, left: Mapping[str, int]) -> Shapes:
-    shapes = dict(whole)
+def _cut_shapes(whole: PreTrainedModel, groups: Groups, left: Mapping[str, int]) -> Shapes:
+    shapes = _shapes(whole)
+    turned = {name for name, module in whole.named_modules() if isinstance(module, Conv1D)}
     every = (*groups, *([groups.residual] if groups.residual else []))
     for group in (group for group in every if group.name in left):
         for piece in group.slices if group.expert in (None, 0) else ():  # all experts are as wide as the first
             if not piece.is_adapter:
                 name = f"{piece.module}.{piece.parameter.rpartition('.')[2]}"
                 sizes = list(shapes[name])
-                sizes[piece.axis] -= (group.units - left[group.name]) * piece.index.shape[1]
+                # Quantised, a Conv1D is a linear, whose weight lies the other way round.
+                axis = 1 - piece.is_input if piece.module in turned and len(sizes) > 1 else piece.axis
+                sizes[axis] -= (group.units - left[group.name]) * piece.index.shape[1]
                 shapes[name] = tuple(sizes)
     return shapes
 

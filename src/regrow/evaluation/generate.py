@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.checkpoint.load import most_positions
 from regrow.evaluation.perplexity import inference
 
 
@@ -12,10 +13,15 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     """The text that the model greedily writes after the prompt, the prompt itself not included.
 
     At most `new_tokens` tokens, fewer if the model ends the text; the same model writes the same each time.
-    Special tokens are left out. No chat template is applied.
+    Special tokens are left out. No chat template is applied. Where prompt and new tokens together exceed the model's
+    positions, the prompt's beginning is left out.
     """
     encoded = tokenizer(prompt, return_tensors="pt")
     ids_1T = encoded["input_ids"].to(model.device)
+    positions = most_positions(model.config)
+    if positions is not None:
+        new_tokens = min(new_tokens, positions - 1)
+        ids_1T = ids_1T[:, new_tokens - positions :]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     writer: Any = model  # transformers declares `generate` on each model class, not on their common one
     with inference(model):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.load import most_positions
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import inference
 
@@ -119,8 +120,9 @@ def ratios(dense: Sequence[Speed], other: Sequence[Speed]) -> tuple[Speedup, ...
 
 def _clip(models: Mapping[str, PreTrainedModel], prompt: int, new_tokens: int) -> int:
     for name, model in models.items():
-        # Models without position embeddings of any kind (ALiBi, state spaces) do not state a limit.
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", prompt + new_tokens)
+        limit = most_positions(model.config)
+        if limit is None:  # no position embeddings of any kind (ALiBi, state spaces)
+            continue
         prompt = min(prompt, limit - new_tokens)
         if prompt < 1:
             raise InputError(f"{name} has only {limit} positions; {new_tokens} new tokens leave no prompt")
