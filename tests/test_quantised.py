@@ -17,7 +17,7 @@ from conftest import QUICK, build, go_through, make_tokenizer, random_keep, with
 from safetensors.torch import load_file, save_file
 from test_resume import Calling, Fault, assert_same, corpus
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, PreTrainedModel, Qwen2Config
 
 import regrow
 from regrow.checkpoint.journal import Journal
@@ -115,8 +115,16 @@ def test_the_linears_of_the_layers_are_quantised_and_nothing_else(folder: Path, 
 
 def test_four_bits_need_rows_of_whole_blocks_on_a_cpu(tmp_path: Path) -> None:
     build("llama-gqa").save_pretrained(tmp_path)
-    assert not is_quantised(load_model(str(tmp_path), quantization="nf4"))
+    with pytest.raises(InputError, match=r"training\.quantization=nf4: .* no row of theirs is a multiple of 64 long"):
+        load_model(str(tmp_path), quantization="nf4")
     assert is_quantised(load_model(str(tmp_path), quantization="int8"))
+
+
+def test_linears_that_are_not_replaced_are_no_quantised_base(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    AutoModelForCausalLM.from_config(FalconConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="linears of this 'falcon' model cannot be kept so on cpu"):
+        load_model(str(tmp_path), quantization="int8")
 
 
 def test_an_int8_cut_is_exact(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,12 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.tensors import weight_files
 from regrow.data.source import looks_like_path
 from regrow.errors import InputError
 from regrow.structure.adapters import is_linear
-from regrow.structure.quantise import check_bitsandbytes, quantisable
+from regrow.structure.quantise import NF4_BLOCK, check_bitsandbytes, quantisable
 from regrow.structure.quantised import Quantization, settle
 
 """Weights that share a scale."""
@@ -106,9 +108,18 @@ def _quantised(
     Args:
         bones: the model without its weights.
         dtype: what 4-bit weights are turned into for a product.
+
+    Raises:
+        InputError: if it would quantise none.
     """
     check_bitsandbytes("training.quantization", quantization)
     chosen = quantisable(bones, quantization, device)
+    if not any(type(module) is nn.Linear or isinstance(module, Conv1D) for module in chosen.values()):
+        why = "they are of a class of their own" if chosen else f"no row of theirs is a multiple of {NF4_BLOCK} long"
+        raise InputError(
+            f"training.quantization={quantization}: the linears of this {bones.config.model_type!r} model cannot be "
+            f"kept so on {device.type}, for {why}; set another, or none"
+        )
     left_alone = [re.escape(name) for name, module in bones.named_modules() if is_linear(module) and name not in chosen]
     config = BitsAndBytesConfig(
         load_in_8bit=quantization == "int8",
