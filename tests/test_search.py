@@ -1,6 +1,7 @@
 """Search, the supernet it tries candidates on, joint damage, and scores that know what can be repaired."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from regrow.progress import Silent
 from regrow.recipe import load_recipe
 from regrow.recovery.compensate import Compensator
 from regrow.recovery.losses import FullTarget, divergence, sampled_labels
+from regrow.recovery.preparation import Preparation
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
 from regrow.structure.gates import GateMoments, Gates
@@ -227,6 +229,58 @@ def test_the_default_recipe_searches_refits_and_reports_it(
     assert training["distillation"]["teacher_steps"] == {"cached": 4}
     assert result.results["sparsity"]["block"] == pytest.approx(0.4, abs=0.02)
     assert result.plan == Plan.parse((result.folder / "plan.json").read_text())
+
+
+def test_finalists_are_trained_and_leave_nothing_behind(
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None
+) -> None:
+    settings = OVERRIDES | {"compensation.carrier": "adapter", "lora.dropout": 0.2, "search.trial_steps": 6}
+    settings |= {"training.learning_rate": 0.02, "training.schedule": "constant", "distillation.weight": 0.0}
+    runs = [
+        regrow.prune(
+            str(checkpoint), tmp_path / str(count), data=str(text), steps=3, sparsity=0.25,
+            overrides=settings | {"search.finalists": count},
+        )
+        for count in (1, None, 2)
+    ]  # fmt: skip
+    alone, default, asked = (run.results["training"]["search"] for run in runs)
+    assert len(alone["candidates"]) == 2
+    assert "finalists" not in alone
+    assert default == asked
+    before = [default["divergence"][number] for number in default["finalists"]]
+    assert before == sorted(before)
+    trained = default["divergence_trained"]
+    assert all(abs(after - first) > 1e-4 for after, first in zip(trained, before, strict=True))
+    taken = default["finalists"][int(np.argmin(trained))]
+    assert default["best"] == default["divergence"][taken]
+    widths = {kind: len(runs[1].plan.groups[f"layers.0.{kind}"].keep) for kind in ("attention", "ffn")}
+    assert default["candidates"][taken] == {"layers": 3, **widths}
+    assert "After a short training of each, the nearest 2 were at" in (tmp_path / "None" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_finalist_nearest_after_training_is_taken(
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch, better: int
+) -> None:
+    def trained(self: Preparation, candidates, supernet, fitness) -> list[float]:
+        found.append(original(self, candidates, supernet, fitness))
+        return [float(number != better) for number in range(len(candidates))]
+
+    found: list[list[float]] = []
+    original = Preparation._trained
+    settings = OVERRIDES | {"compensation.carrier": "adapter", "lora.dropout": 0.2, "distillation.weight": 0.0}
+    losses = []
+    for each in (lambda *given: [0.0, 1.0][:: 1 - 2 * better], trained):  # without training, and with it
+        monkeypatch.setattr(Preparation, "_trained", each)
+        result = regrow.prune(
+            str(checkpoint), tmp_path / str(len(losses)), data=str(text), steps=3, sparsity=0.25,
+            overrides=settings | {"search.finalists": 2, "search.trial_steps": 3},
+        )  # fmt: skip
+        search = result.results["training"]["search"]
+        assert search["best"] == sorted(search["divergence"])[better]
+        losses.append([step["loss"] for step in json.loads((result.folder / "history.json").read_text())["steps"]])
+    assert found
+    assert losses[0] == losses[1], "it leaves adapters and chance as they were"
 
 
 @pytest.mark.parametrize(

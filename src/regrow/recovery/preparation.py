@@ -1,5 +1,6 @@
 """What comes between choosing units and cutting them: a search for better widths, and compensation."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.originals import Originals
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import Corpus
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
@@ -29,6 +31,7 @@ from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.compensate import Compensated, Compensator
+from regrow.recovery.learner import Learner
 from regrow.recovery.mixing import validation_loss
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
@@ -57,11 +60,20 @@ class Prepared:
 def windows_wanted(recipe: Recipe) -> int:
     """How many training windows a `Preparation` looks at; 0 if the recipe neither searches nor compensates.
 
-    A search refits on the first ones and judges by the last ones: not by those refitted on.
+    A search refits, and trains finalists, on the first ones and judges by the last ones: not by those refitted on.
     """
     search, compensation = recipe.search, recipe.compensation
-    searching = search.windows + search.judge_windows if search.evaluations else 0
+    training = search.trial_steps * recipe.training.batch_size if finalists(recipe) > 1 else 0
+    searching = max(search.windows, training) + search.judge_windows if search.evaluations else 0
     return max(searching, compensation.windows if compensation.walks else 0)
+
+
+def finalists(recipe: Recipe) -> int:
+    """How many of a search's candidates are trained before one is chosen; 1: none is."""
+    if recipe.pruning.shape == "free":
+        return 1
+    carried = recipe.compensation.carrier == "adapter" and recipe.compensation.method != "none"
+    return recipe.search.finalists or (2 if carried else 1)
 
 
 class Preparation:
@@ -182,8 +194,14 @@ class Preparation:
         if pruning.shape == "uniform":
             values = [measured(counts) for counts in starts]
             finite = [math.inf if math.isnan(value) else value for value in values]
-            counts, value = starts[int(np.argmin(finite))], min(finite)
+            nearest = sorted(range(len(starts)), key=lambda number: finite[number])[: finalists(self.recipe)]
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
+            best = nearest[0]
+            if len(nearest) > 1 and math.isfinite(finite[best]):
+                trained = self._trained([starts[number] for number in nearest], supernet, fitness)
+                best = nearest[int(np.argmin(trained))]
+                self.done.search |= {"finalists": nearest, "divergence_trained": trained}
+            counts, value = starts[best], finite[best]
         else:
 
             def whole(counts: Counts) -> Counts:
@@ -204,6 +222,30 @@ class Preparation:
             )
         self.done.search["best"] = value
         return counts
+
+    def _trained(self, candidates: Sequence[Counts], supernet: Supernet, fitness: Fitness) -> list[float]:
+        """How far each candidate is from the dense model after a short training of its adapters.
+
+        What comes first before training need not after it (Minitron, arXiv 2407.14679, ranks candidates so).
+        """
+        search, windows = self.recipe.search, self.recipe.search.judge_windows
+        training = self.recipe.training.model_copy(update={"steps": search.trial_steps})
+        self.progress.stage("train finalists", len(candidates) * search.trial_steps)
+        found = []
+        for counts in candidates:
+            supernet.set(counts)
+            text = itertools.cycle([Batch(ids_BT) for ids_BT in self.batches[: -self._batches_of(windows)]])
+            learner = Learner(self.model, training, text, self.compensator.processes)
+            untrained = learner.snapshot()
+            with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+                for _ in range(search.trial_steps):
+                    learner.step()
+                    self.progress.advance()
+            with evaluation_mode(self.model):
+                value = fitness(counts)
+            learner.restore(untrained)
+            found.append(value if math.isfinite(value) else math.inf)
+        return found
 
     def _batches_of(self, windows: int) -> int:
         return max(1, round(windows / len(self.batches[0])))

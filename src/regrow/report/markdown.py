@@ -232,7 +232,10 @@ def prepared_lines(training: dict[str, Any]) -> list[str]:
     if search := training.get("search"):
         best = f"divergence {search['best']:.3f} nats a token from the dense model, before recovery"
         if "candidates" in search:
-            lines.append(f"Widths searched among {len(search['candidates'])} candidates; the best: {best}.")
+            lines.append(f"Widths searched among {len(search['candidates'])} candidates; the one taken: {best}.")
+            if after := search.get("divergence_trained"):
+                told = " and ".join(figure(value, ".3f") for value in after)
+                lines.append(f"After a short training of each, the nearest {len(after)} were at {told}.")
         else:
             lines.append(
                 f"Widths searched in {len(search['trace'])} trials from {search['starts']} starting points; "

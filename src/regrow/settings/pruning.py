@@ -170,6 +170,13 @@ class Search(Section):
         default=16, description="Training windows on which a candidate's divergence from the dense model is measured."
     )
     levels: Count = Field(default=16, description="free shape: steps in which a group may shrink.")
+    finalists: Count | None = Field(
+        default=None,
+        description="uniform shape: so many of the nearest candidates are trained for trial_steps, and the nearest "
+        "after that is taken. null: 2 where adapters carry the refit (compensation.carrier=adapter), and the "
+        "divergence before training says less; else 1, which saves the training.",
+    )
+    trial_steps: Count = Field(default=40, description="Optimizer steps of each finalist's training.")
 
 
 class Compensation(Section):
