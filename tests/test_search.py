@@ -258,6 +258,17 @@ def test_finalists_are_trained_and_leave_nothing_behind(
     assert "After a short training of each, the nearest 2 were at" in (tmp_path / "None" / "report.md").read_text()
 
 
+def test_finalists_train_on_what_judges_them_where_there_is_no_more(
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None
+) -> None:
+    few = {"search.judge_windows": 500, "search.trial_steps": 2, "search.evaluations": 2, "compensation.windows": 2}
+    result = regrow.prune(
+        str(checkpoint), tmp_path, data=str(text), steps=1, sparsity=0.25,
+        overrides=OVERRIDES | few | {"search.finalists": 2, "data.max_tokens": 2000},
+    )  # fmt: skip
+    assert len(result.results["training"]["search"]["divergence_trained"]) == 2
+
+
 @pytest.mark.parametrize("better", [0, 1])
 def test_the_finalist_nearest_after_training_is_taken(
     checkpoint: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch, better: int

@@ -228,14 +228,15 @@ class Preparation:
 
         What comes first before training need not after it (Minitron, arXiv 2407.14679, ranks candidates so).
         """
-        search, windows = self.recipe.search, self.recipe.search.judge_windows
+        search = self.recipe.search
+        text = self.batches[: -self._batches_of(search.judge_windows)] or self.batches  # there may be no more of it
         training = self.recipe.training.model_copy(update={"steps": search.trial_steps})
         self.progress.stage("train finalists", len(candidates) * search.trial_steps)
         found = []
         for counts in candidates:
             supernet.set(counts)
-            text = itertools.cycle([Batch(ids_BT) for ids_BT in self.batches[: -self._batches_of(windows)]])
-            learner = Learner(self.model, training, text, self.compensator.processes)
+            batches = itertools.cycle([Batch(ids_BT) for ids_BT in text])
+            learner = Learner(self.model, training, batches, self.compensator.processes)
             untrained = learner.snapshot()
             with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
                 for _ in range(search.trial_steps):
