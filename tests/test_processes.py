@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import together
 import torch
+from accelerate import PartialState
 
 import regrow
 from regrow import cli
@@ -170,6 +171,7 @@ def test_a_world_of_another_size(
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    PartialState._reset_state()  # a tracker of an earlier test may have left one of a process by itself
     out = tmp_path / "out"
     argv = ["regrow", "prune", str(checkpoint), "--data", str(text), "--out", str(out), "--set", "device=cpu", *words]
     monkeypatch.setattr(sys, "argv", argv)
