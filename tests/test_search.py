@@ -269,6 +269,18 @@ def test_finalists_train_on_what_judges_them_where_there_is_no_more(
     assert len(result.results["training"]["search"]["divergence_trained"]) == 2
 
 
+def test_no_finalist_is_a_candidate_that_is_not_finite(
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter((float("nan"), 1.0))
+    monkeypatch.setattr("regrow.recovery.preparation.Fitness", lambda *given: lambda counts: next(values))
+    result = regrow.prune(
+        str(checkpoint), tmp_path, data=str(text), steps=1, sparsity=0.25, overrides=OVERRIDES | {"search.finalists": 2}
+    )
+    search = result.results["training"]["search"]
+    assert (search["best"], "finalists" in search) == (1.0, False)
+
+
 @pytest.mark.parametrize("better", [0, 1])
 def test_the_finalist_nearest_after_training_is_taken(
     checkpoint: Path, text: Path, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch, better: int

@@ -349,13 +349,20 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
 # --- before a run ---------------------------------------------------------------------------------
 
 
-def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
-    recipe = load_recipe("magnitude", {"lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2})
-    recipe = recipe.override({"data.sequence_length": 8, "pruning.sparsity": 0.5, "pruning.calibration_batches": 1})
+SIXTEEN_TOKENS = {
+    "lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2, "data.sequence_length": 8, "pruning.sparsity": 0.5,
+    "pruning.calibration_batches": 1,
+}  # fmt: skip
+# The checkpoint: hidden 32, channels 48, 4 query and 2 KV heads of 12, 3 layers, 300 tokens.
+LINEARS, INTERNALS = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48), 16 * (8 * 32 + 4 * 48)
+RECOMPUTED = 4 * 3 * INTERNALS - 4 * (16 * 3 * 32 + INTERNALS)
+"""Bytes of activations that checkpointing saves."""
+
+
+def test_the_memory_model_of_training_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
+    recipe = load_recipe("magnitude", SIXTEEN_TOKENS)
     model = load_model(str(checkpoint))
-    sizes = Sizes.of(model, find_groups(model), recipe)
-    # hidden 32, channels 48, 4 query and 2 KV heads of 12, 3 layers, 300 tokens
-    linears = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48)
+    sizes, linears, internals = Sizes.of(model, find_groups(model), recipe), LINEARS, INTERNALS
     assert (sizes.parameters, sizes.block_parameters) == (linears + 3 * 64 + 32 + 2 * 300 * 32, linears)
     assert sizes.adapters == 3 * 2 * (2 * (32 + 48) + 2 * (32 + 24) + 3 * (32 + 48))
     assert sizes.gram == 3 * (48**2 + 48**2)
@@ -365,7 +372,6 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
         return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)["train"] - OVERHEAD
 
     left, logits_BTV = sizes.parameters - linears // 2, 16 * 300
-    internals = 16 * (8 * 32 + 4 * 48)
     step = 20 * sizes.adapters + 4 * 3 * internals + 8 * logits_BTV
     assert train() == 4 * left + step
     lesson = 4 * logits_BTV
@@ -405,16 +411,21 @@ def test_the_memory_model_counts_what_a_recipe_asks_for(checkpoint: Path) -> Non
         "a layer of three is more than 4 bits"
     )
     assert train(**share) == train()
-    saved = 4 * 3 * internals - 4 * (16 * 3 * 32 + internals)
-    assert train(training__gradient_checkpointing=True) == train() - saved
-    found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)
-    step = 4 * 3 * internals + 8 * logits_BTV
-    assert found["score"] - OVERHEAD == 4 * (sizes.parameters + linears) + 8 * sizes.adapters + step
-    assert found["save"] - OVERHEAD == 8 * left
+    assert train(training__gradient_checkpointing=True) == train() - RECOMPUTED
 
+
+def test_the_memory_model_of_scoring_and_saving_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:
+    recipe = load_recipe("magnitude", SIXTEEN_TOKENS)
+    model = load_model(str(checkpoint))
+    sizes, linears = Sizes.of(model, find_groups(model), recipe), LINEARS
+    left, others = sizes.parameters - linears // 2, 4 * (sizes.parameters - linears)
+    found = estimate_memory(sizes, recipe, frozenset({"weight"}), torch.float32, torch.float32)
+    step = 8 * sizes.adapters + 4 * 3 * INTERNALS + 8 * 16 * 300
+    assert found["score"] - OVERHEAD == 4 * (sizes.parameters + linears) + step
+    assert found["save"] - OVERHEAD == 8 * left
     in_4_bits = recipe.override({"training.quantization": "nf4", "training.original_share": 0.2})
     scored = estimate_memory(sizes, in_4_bits, frozenset({"gate"}), torch.float32, torch.float32)["score"]
-    assert scored - OVERHEAD == others + linears * 9 // 16 + 4 * sizes.matrices // 3 + 8 * sizes.adapters + step - saved
+    assert scored - OVERHEAD == others + linears * 9 // 16 + 4 * sizes.matrices // 3 + step - RECOMPUTED
 
     def save(streamed: bool = False, **settings: object) -> int:
         changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})

@@ -154,9 +154,9 @@ class Aim:
         """
         if self.latency is None:
             return anything
-        seconds, whole = self._seconds(recipe), {group.name: group.units for group in groups}
-        least = self.target.value
-        return lambda lost: seconds(whole) / seconds({name: n - lost[name] for name, n in whole.items()}) >= least
+        seconds, units = self._seconds(recipe), {group.name: group.units for group in groups}
+        whole, least = seconds(units), self.target.value
+        return lambda lost: whole / seconds({name: n - lost[name] for name, n in units.items()}) >= least
 
     def outcome(self, recipe: Recipe, plan: Plan, results: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         """What was asked, what it came to, and what was reached: for `results.json` and the report.

@@ -200,12 +200,12 @@ class Walk:
         self.books.leave(self.folder / OWN_TEXT_FILE, "\n".join(lines) + "\n")
         return read_text(recipe, tokenizer, self.own_text.documents)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, original: str = "") -> PreTrainedModel:
-        """The dense model, kept as its recipe says, or unrounded and offloaded as said; chance begins with the seed."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, offload: str | None = None) -> PreTrainedModel:
+        """The dense model as the recipe keeps it, or not quantised, offloaded as said; chance is the seed's again."""
         torch.manual_seed(self.recipe.seed)
         training, device = self.recipe.training, pick_device(self.recipe.device)
-        offload = original or (training.offload_alone if self.processes is ALONE else training.offload)
-        kept = "none" if original else training.quantization
+        kept = "none" if offload else training.quantization
+        offload = offload or (training.offload_alone if self.processes is ALONE else training.offload)
         model = load(self.name, device, offload=offload, quantization=kept, processes=self.processes)
         check_vocabulary(model, tokenizer, self.name)
         return model

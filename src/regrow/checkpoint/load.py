@@ -27,8 +27,6 @@ from regrow.structure.adapters import is_linear
 from regrow.structure.quantise import NF4_BLOCK, check_bitsandbytes, quantisable
 from regrow.structure.quantised import Quantization, settle
 
-"""Weights that share a scale."""
-
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device a recipe asks for; `auto` is the first GPU, else the CPU.
@@ -114,6 +112,7 @@ def _quantised(
     """
     check_bitsandbytes("training.quantization", quantization)
     chosen = quantisable(bones, quantization, device)
+    # transformers replaces no linear of a subclass: it may compute otherwise.
     if not any(type(module) is nn.Linear or isinstance(module, Conv1D) for module in chosen.values()):
         why = "they are of a class of their own" if chosen else f"no row of theirs is a multiple of {NF4_BLOCK} long"
         raise InputError(

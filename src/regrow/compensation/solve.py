@@ -181,20 +181,12 @@ def low_rank(
     if sweeps is None:
         left, strength, right = torch.linalg.svd(weighed_OK, full_matrices=False)
     else:
-        basis_OQ = _range(weighed_OK, rank + OVERSAMPLING, sweeps)
-        within, strength, right = torch.linalg.svd(basis_OQ.T @ weighed_OK, full_matrices=False)
-        left = basis_OQ @ within
+        with torch.random.fork_rng([weighed_OK.device] if weighed_OK.is_cuda else []):
+            torch.manual_seed(0)  # the same factors for the same weights, in every process
+            size = min(rank + OVERSAMPLING, *weighed_OK.shape)
+            left, strength, right_KQ = torch.svd_lowrank(weighed_OK, size, sweeps)
+        right = right_KQ.T
     scale = strength[:rank].sqrt()
     factor_b = left[:, :rank] * scale
     factor_a = torch.linalg.solve_triangular(root_KK, scale[:, None] * right[:rank], upper=False, left=False)
     return factor_b, factor_a
-
-
-def _range(matrix_OK: Tensor, size: int, sweeps: int) -> Tensor:
-    """Orthonormal columns that span most of what a matrix can give, always the same for the same matrix."""
-    chance = torch.Generator().manual_seed(0)
-    start_KQ = torch.randn(matrix_OK.shape[1], size, generator=chance, dtype=matrix_OK.dtype).to(matrix_OK.device)
-    basis_OQ: Tensor = torch.linalg.qr(matrix_OK @ start_KQ).Q
-    for _ in range(sweeps):
-        basis_OQ = torch.linalg.qr(matrix_OK @ torch.linalg.qr(matrix_OK.T @ basis_OQ).Q).Q
-    return basis_OQ

@@ -194,10 +194,11 @@ class Preparation:
         if pruning.shape == "uniform":
             values = [measured(counts) for counts in starts]
             finite = [math.inf if math.isnan(value) else value for value in values]
-            nearest = sorted(range(len(starts)), key=lambda number: finite[number])[: finalists(self.recipe)]
+            order = sorted(range(len(starts)), key=lambda number: finite[number])
+            nearest = [number for number in order[: finalists(self.recipe)] if math.isfinite(finite[number])]
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
-            best = nearest[0]
-            if len(nearest) > 1 and math.isfinite(finite[best]):
+            best = order[0]
+            if len(nearest) > 1:
                 trained = self._trained([starts[number] for number in nearest], supernet, fitness)
                 best = nearest[int(np.argmin(trained))]
                 self.done.search |= {"finalists": nearest, "divergence_trained": trained}
@@ -224,7 +225,7 @@ class Preparation:
         return counts
 
     def _trained(self, candidates: Sequence[Counts], supernet: Supernet, fitness: Fitness) -> list[float]:
-        """How far each candidate is from the dense model after a short training of its adapters.
+        """How far each candidate is from the dense model after a short training of its adapters, nats a token.
 
         What comes first before training need not after it (Minitron, arXiv 2407.14679, ranks candidates so).
         """
