@@ -51,7 +51,7 @@ from regrow.recovery.learner import Learner
 from regrow.recovery.pruner import Pruner
 from regrow.structure.adapters import attach_lora
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 from regrow.structure.quantise import check_bitsandbytes, quantisable, quantise
 from regrow.structure.quantised import held_bytes
 

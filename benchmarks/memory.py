@@ -25,7 +25,7 @@ from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer
 from regrow.criteria.registry import find_criterion
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe, load_recipe
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 COMMON = {
     "training.steps": 2, "training.batch_size": 2, "training.eval_windows": 2, "pruning.calibration_batches": 2,

@@ -27,8 +27,9 @@ from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
 from regrow.settings import Training
 from regrow.structure.adapters import attach_lora
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 
 PLAIN = "no scoring"
 CRITERIA = ("lora", "lora-squared", "gate-fisher", "taylor", "magnitude")

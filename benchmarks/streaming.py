@@ -33,7 +33,7 @@ from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.tensors import write_tensors
 from regrow.planning.plan import Plan
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 TOKENIZER = Path(regrow.__file__).parent / "demo" / "model"
 WAYS = ("streamed", "in memory")

@@ -30,8 +30,9 @@ from regrow.errors import InputError
 from regrow.structure.adapters import adapter_parameters, attach_lora, is_linear, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.depth import check_depth
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.structure.trace import decoder_layers
 
 PROBE = Path(__file__).with_name("zoo_probe.py")
@@ -74,13 +75,34 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "GLM-4": lambda: hf.Glm4Config(**GQA, head_dim=12),
     "Nemotron": lambda: hf.NemotronConfig(**GQA, head_dim=12),
     "StableLM": lambda: hf.StableLmConfig(**GQA),
+    "Helium": lambda: hf.HeliumConfig(**GQA, head_dim=8),
+    "Arcee": lambda: hf.ArceeConfig(**GQA, head_dim=12),
+    "Apertus": lambda: hf.ApertusConfig(**GQA),
+    "EXAONE 4": lambda: hf.Exaone4Config(**GQA, **LOCAL, head_dim=12, sliding_window_pattern=None),
+    "ERNIE 4.5": lambda: hf.Ernie4_5Config(**GQA, head_dim=12),
+    "Seed-OSS": lambda: hf.SeedOssConfig(**GQA, head_dim=12),
+    "HunYuan": lambda: hf.HunYuanDenseV1Config(**GQA, head_dim=12),
     "Falcon (MQA)": lambda: hf.FalconConfig(**FALCON, multi_query=True),
     "Falcon (GQA)": lambda: hf.FalconConfig(**FALCON, num_kv_heads=4, new_decoder_architecture=True),
     "BLOOM": lambda: hf.BloomConfig(**TOKENS, hidden_size=64, n_layer=3, n_head=8),
     "MPT": lambda: hf.MptConfig(d_model=64, n_layers=3, n_heads=8, vocab_size=96, max_seq_len=64),
     "Mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "Qwen2-MoE": lambda: hf.Qwen2MoeConfig(
+        **GQA, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
     "Qwen3-MoE": lambda: hf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=12, moe_intermediate_size=16),
     "OLMoE": lambda: hf.OlmoeConfig(**GQA, **EXPERTS),
+    "Granite MoE": lambda: hf.GraniteMoeConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
+    "ERNIE 4.5 MoE": lambda: hf.Ernie4_5_MoeConfig(
+        **GQA, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1, moe_layer_start_index=1
+    ),
+    "GLM-4 MoE": lambda: hf.Glm4MoeConfig(
+        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1
+    ),
+    "dots1": lambda: hf.Dots1Config(
+        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1
+    ),
+    "MiniMax-M2": lambda: hf.MiniMaxM2Config(**GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "gpt-oss": lambda: hf.GptOssConfig(
         **GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 1e4}
     ),
@@ -129,10 +151,11 @@ def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
 
 
 def with_lora(model: hf.PreTrainedModel) -> Groups:
-    """Attach LoRA to all linears of the layers, both factors away from zero; the groups with the factors in them."""
+    """Attach LoRA to all linears and experts of the layers, factors away from zero; the groups with them in them."""
     path, _ = decoder_layers(model)
     linears = [name for name, each in model.named_modules() if name.startswith(path) and is_linear(each)]
-    attach_lora(model, linears, rank=3, alpha=6, dropout=0.0)
+    experts = dict.fromkeys(find_groups(model).experts, 3)
+    attach_lora(model, linears, rank=3, alpha=6, dropout=0.0, experts=experts)
     with torch.no_grad():
         for parameter in adapter_parameters(model):
             parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -161,7 +184,8 @@ def some_units(groups: Groups, widths: Mapping[str, Widths], removed: Sequence[i
     for group in groups:  # experts come before their channels
         counts = widths[group.kind].counts
         count = counts[-2] if len(counts) > 1 else group.units
-        gone = group.expert is not None and group.expert not in keep[f"layers.{group.layer}.expert"]
+        experts = keep.get(f"layers.{group.layer}.expert")
+        gone = group.expert is not None and experts is not None and group.expert not in experts
         count = 0 if gone or group.layer in removed else count
         keep[group.name] = np.sort(chance.choice(group.units, count, replace=False))
     return keep

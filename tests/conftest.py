@@ -29,7 +29,8 @@ from regrow.recipe import load_recipe
 from regrow.recovery.pruner import Pruner
 from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import Groups
 
 os.environ.setdefault("REGROW_CACHE", "")  # tests that mean it name a folder; the user's is left alone
 
@@ -91,7 +92,9 @@ def two_by_two(axis: int) -> Linear:
 
 def with_lora(model: PreTrainedModel, rank: int = 3, dropout: float = 0.0, fill: bool = True) -> Groups:
     """Attach LoRA, both factors away from zero if `fill`; the groups with the factors in them."""
-    attach_lora(model, find_groups(model).linears, rank=rank, alpha=6, dropout=dropout)
+    groups = find_groups(model)
+    experts = dict.fromkeys(groups.experts, rank)
+    attach_lora(model, groups.linears, rank=rank, alpha=6, dropout=dropout, experts=experts)
     if fill:
         with torch.no_grad():
             for parameter in adapter_parameters(model):

@@ -28,8 +28,9 @@ from regrow.planning.sensitivity import Conditions, Curve, GroupSensitivity, Pri
 from regrow.progress import Silent
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.settings import Pruning
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Group, Groups, find_groups
+from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk
 
 CONDITIONS = Conditions(

@@ -37,8 +37,9 @@ from regrow.recovery.scoring import Scorer
 from regrow.settings import Compensation, Pruning
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.structure.prefix import watching_inputs
 
 IDS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(5))

@@ -17,7 +17,7 @@ from regrow.checkpoint.verify import verify_checkpoint
 from regrow.errors import InputError
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 

@@ -21,8 +21,8 @@ from regrow.recovery.compensate import Compensator
 from regrow.settings import Compensation
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import find_groups
 from regrow.structure.prefix import LayerWalk, watching_inputs
 
 KEPT = torch.tensor([0, 2, 3, 6, 7])

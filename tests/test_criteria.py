@@ -131,7 +131,7 @@ def test_scores_are_the_float64_reference(trained_step, name: str, monkeypatch: 
 
 def test_a_linear_without_adapter_gives_the_lora_criterion_nothing() -> None:
     from regrow.structure.adapters import attach_lora
-    from regrow.structure.groups import find_groups
+    from regrow.structure.finding import find_groups
 
     model = build("llama-gqa")
     attach_lora(model, find_groups(model).linears, rank=2, alpha=4, dropout=0.0, targets=["q_proj", "down_proj"])

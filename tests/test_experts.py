@@ -1,6 +1,8 @@
 """Mixtures of experts: channels inside experts and whole experts, from the gates to the checkpoint."""
 
+import copy
 import json
+import warnings
 import weakref
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import QUICK, make_tokenizer, plan_of
+from conftest import QUICK, make_tokenizer, plan_of, with_lora
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_stream import in_memory, on_base, streamed
 from test_structure import embedding_gradient, gated_gradient, recorded, summed_losses
@@ -17,8 +20,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 from zoo import CLOSE, build, logits_of
 
+from regrow.checkpoint.load import load_model
+from regrow.checkpoint.offloaded import load_offloaded
+from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
-from regrow.checkpoint.stock import prunable_groups
+from regrow.checkpoint.stock import check_free, prunable_groups
 from regrow.checkpoint.tensors import StoredTensors
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
@@ -27,14 +33,21 @@ from regrow.planning.experts import expert_choices, expert_price, fold, unfold
 from regrow.planning.plan import Plan
 from regrow.preflight import check_experts
 from regrow.recipe import load_recipe
+from regrow.recovery.learner import attach
 from regrow.recovery.scoring import gather_evidence
+from regrow.recovery.teacher import copy_without_adapters
 from regrow.report.graph import draw_graph
 from regrow.run import prune
-from regrow.settings import Pruning
+from regrow.settings import Lora, Pruning
+from regrow.structure.adapters import adapter_names, adapter_parameters, adapters_off, lora_layers, merge_lora
 from regrow.structure.cut import cut
+from regrow.structure.experts import ADAPTED
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.graph import layer_graph
-from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Groups
+from regrow.structure.offload import Offloaded
+from regrow.structure.positions import index_map
 from regrow.structure.residual import block_cost
 
 IDS = torch.randint(3, 96, (4, 9), generator=torch.Generator().manual_seed(7))
@@ -47,7 +60,8 @@ def thinned(groups: Groups, experts: int, channels: int, seed: int = 0) -> dict[
     for group in groups:
         count = experts if group.kind == "expert" else group.units
         if group.expert is not None:
-            count = channels if group.expert in keep[f"layers.{group.layer}.expert"] else 0
+            gone = group.expert not in keep.get(f"layers.{group.layer}.expert", range(1000))
+            count = 0 if gone else channels
         keep[group.name] = np.sort(chance.choice(group.units, count, replace=False))
     return keep
 
@@ -57,7 +71,16 @@ CASES = {"channels": (4, 8), "experts": (3, 16), "all": (2, 8)}
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [("Mixtral", "channels"), ("OLMoE", "experts"), ("Mixtral", "all"), ("Qwen3-MoE", "all"), ("gpt-oss", "all")],
+    [
+        ("Mixtral", "channels"),
+        ("OLMoE", "experts"),
+        ("Mixtral", "all"),
+        ("Qwen3-MoE", "all"),
+        ("gpt-oss", "all"),
+        ("GLM-4 MoE", "channels"),
+        ("Qwen2-MoE", "all"),
+        ("ERNIE 4.5 MoE", "all"),
+    ],
 )
 def test_masked_is_cut(family: str, case: str) -> None:
     experts, channels = CASES[case]
@@ -329,18 +352,214 @@ def test_magnitude_sees_experts() -> None:
     assert torch.allclose(seen["layers.0.expert"], squares.sqrt())
 
 
-@pytest.mark.parametrize("name", ["lora", "obs", "wanda", "flap", "mini-llm", "taylor-second"])
-def test_criteria_that_look_at_adapters_or_linears_are_refused(name: str, mixtral: Groups) -> None:
-    with pytest.raises(InputError, match="experts"):
+@pytest.mark.parametrize("name", ["obs", "wanda", "flap", "mini-llm", "taylor-second"])
+def test_criteria_that_look_at_linears_are_refused(name: str, mixtral: Groups) -> None:
+    with pytest.raises(InputError, match="experts, which have no linears"):
         find_criterion(name).check_experts(mixtral, ("attention", "ffn"))
     find_criterion(name).check_experts(mixtral, ("attention", "hidden"))
 
 
-def test_offloaded_experts_are_refused(mixtral: Groups) -> None:
-    offloaded = {"training.offload": "disk"}
-    with pytest.raises(InputError, match="offload=disk does not go with pruning experts"):
-        check_experts(load_recipe("magnitude", offloaded), mixtral)
-    check_experts(load_recipe("magnitude", offloaded | {"pruning.kinds": ["attention"]}), mixtral)
+def test_criteria_that_look_at_adapters_see_channels_of_experts_that_have_some(mixtral: Groups) -> None:
+    check_experts(load_recipe("loraprune"), mixtral)
+    with pytest.raises(InputError, match="whole experts, of which adapters tell nothing"):
+        check_experts(load_recipe("loraprune", {"pruning.kinds": ["ffn", "expert"]}), mixtral)
+    for none in ({"lora.expert_rank": 0}, {"lora.targets": ["q_proj"]}):
+        with pytest.raises(InputError, match="experts, which have no adapters: set"):
+            check_experts(load_recipe("loraprune", none), mixtral)
+        check_experts(load_recipe("magnitude", none), mixtral)
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss"])
+def test_offloaded_experts_compute_the_same_to_the_bit_and_are_cut_on_the_way(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    resident = load_model(str(tmp_path))
+    away = [load_offloaded(str(tmp_path), torch.device("cpu"), place) for place in ("cpu", "disk")]
+    models = [resident, *away]
+    for model in models:
+        torch.manual_seed(5)
+        groups = with_lora(model)
+    elsewhere = {name for name, p in away[0].named_parameters() if isinstance(p, Offloaded)}
+    assert {*groups.experts} <= elsewhere
+    first = plan_of(groups, thinned(groups, 4, 16 if family == "Qwen3-MoE" else 32))
+    narrower = {name: group.keep[:8] for name, group in first.groups.items() if name.endswith("ffn")}
+    experts = {f"layers.{n}.expert": first.groups[f"layers.{n}.expert"].keep[1:] for n in range(len(groups.layers))}
+    final = first.keeping(narrower | experts)
+    evidence = [gather_evidence(m, groups.by_name("layers.1.expert2.ffn"), None, torch.Generator()) for m in models]
+    assert all(torch.equal(evidence[0].linears[0].weight, each.linears[0].weight) for each in evidence[1:])
+    for before, after in ((Plan.whole(groups), first), (first, final)):
+        keep = after.positions_within(before)
+        masked = []
+        for model in models:
+            now = find_groups(model)
+            with Gates(model, now.groups, residual=now.residual) as gates:
+                for name, units in keep.items():
+                    gates.keep(name, units.tolist())
+                masked.append(logits_of(model))
+            cut(model, now, keep)
+        assert all(torch.equal(masked[0], each) for each in masked[1:])
+        assert all(torch.equal(logits_of(resident), logits_of(model)) for model in away)
+        assert (logits_of(resident) - masked[0]).abs().max() < CLOSE
+    assert {name for name, p in away[1].named_parameters() if isinstance(p, Offloaded)} == elsewhere
+    for model in models:
+        merge_lora(model)
+    assert all(torch.equal(logits_of(resident), logits_of(model)) for model in away)
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+
+def adapted_weight(experts: torch.nn.Module, name: str) -> torch.Tensor:
+    """`W + s B A` of every expert, by hand, in the shape in which the module keeps W."""
+    a, b = (factor.detach() for factor in experts.lora.adapters[name].factors)
+    delta = torch.stack([2 * each_b @ each_a for each_a, each_b in zip(a, b, strict=True)])
+    weight = experts.get_parameter(name).detach()
+    return weight + (delta if delta.shape == weight.shape else delta.transpose(1, 2))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_every_expert_computes_with_its_own_adapter(family: str) -> None:
+    dense, model = build(family), build(family)
+    whole = logits_of(dense)
+    with_lora(model, fill=False)
+    assert (logits_of(model) - whole).abs().max() < CLOSE, "B is zero at first"
+    model = build(family)
+    groups = with_lora(model)
+    assert model.config._experts_implementation == ADAPTED
+    for ours, theirs in zip(model.model.layers, dense.model.layers, strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            theirs.mlp.experts.get_parameter(name).data = adapted_weight(ours.mlp.experts, name)
+    for name, layer in lora_layers(model).items():
+        weight = dense.get_submodule(name).weight.data
+        weight += layer.get_delta_weight("default")
+    expected, got = logits_of(dense), logits_of(model)
+    assert (got - expected).abs().max() < CLOSE < (got - whole).abs().max() / 10
+    with Gates(model, groups.groups, residual=groups.residual):
+        assert torch.equal(got, logits_of(model)), "open gates change no bit"
+    with adapters_off(model):
+        assert torch.equal(logits_of(model), whole), "and so is every teacher the dense model, to the bit"
+    assert torch.equal(logits_of(copy_without_adapters(model, None)), whole)
+    assert torch.equal(logits_of(model), got), "the copy has left the model as it was"
+    merge_lora(model)
+    assert (logits_of(model) - expected).abs().max() < CLOSE
+    assert not any(".lora" in name for name, _ in model.named_parameters())
+    assert model.config._experts_implementation == dense.config._experts_implementation
+
+
+def test_what_is_trained_of_experts_is_their_factors_alone() -> None:
+    model = build("Mixtral")
+    with_lora(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == set(adapter_names(model))
+    inside = {f"{product}.lora_{factor}" for product in ("gate_up_proj", "down_proj") for factor in "AB"}
+    assert {
+        name.partition(".lora.")[2].removesuffix(".default.weight") for name in trained if ".experts." in name
+    } == inside
+
+
+def test_the_rank_of_an_expert_by_hand(mixtral: Groups) -> None:
+    weights = [f"model.layers.{n}.mlp.experts.{name}" for n in range(3) for name in ("down_proj", "gate_up_proj")]
+    assert mixtral.experts == dict.fromkeys(weights, 2), "a token goes to two experts"
+    assert mixtral.expert_ranks(Lora(rank=9)) == dict.fromkeys(weights, 4)
+    assert mixtral.expert_ranks(Lora(rank=1)) == dict.fromkeys(weights, 1)
+    assert mixtral.expert_ranks(Lora(expert_rank=3, targets=("down_proj",))) == dict.fromkeys(weights[::2], 3)
+    assert mixtral.expert_ranks(Lora(expert_rank=0)) == {}
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss"])
+def test_adapters_and_what_an_optimizer_holds_for_them_are_cut_with_their_experts(family: str) -> None:
+    """Against a model that was cut first, and its adapters after."""
+    model = build(family)
+    groups = with_lora(model)
+    keep = thinned(groups, 3, 8) | {RESIDUAL: np.arange(3, 43)}
+    dense = merged(model)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.0, weight_decay=0.0)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
+        for name, units in keep.items():
+            gates.keep(name, units.tolist())
+        masked = logits_of(model)
+    left = cut(model, groups, keep, optimizer)
+    assert (logits_of(model) - masked).abs().max() < CLOSE
+    for parameter in adapter_parameters(model):
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert moment.shape == parameter.shape
+    assert [group.slices[0].parameter for group in left] == [g.slices[0].parameter for g in find_groups(model)]
+    cut(dense, find_groups(dense), keep)
+    assert (logits_of(merged(model)) - logits_of(dense)).abs().max() < CLOSE
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with its adapters in its weights."""
+    other = copy.deepcopy(model)
+    merge_lora(other)
+    return other
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_adapters_tell_of_an_experts_channels_what_a_linear_of_its_own_would(family: str) -> None:
+    """LoRAPrune's score (eq. 10), in float64, of the channels of one expert."""
+    model = build(family)
+    groups = with_lora(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    group = groups.by_name("layers.1.expert2.ffn")
+    evidence = gather_evidence(model, group, None, torch.Generator())
+    experts = model.model.layers[1].mlp.experts
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for piece in (s for s in group.slices if not s.is_adapter and s.parameter.endswith("proj")):
+        name = piece.parameter.rpartition(".")[2]
+        (a, b), (grad_a, grad_b) = (
+            [t[2].double() for t in pair]
+            for pair in (experts.lora.adapters[name].factors, [f.grad for f in experts.lora.adapters[name].factors])
+        )
+        weight = adapted_weight(experts, name)[2].double()
+        weight = weight if weight.shape == (len(b), a.shape[1]) else weight.T
+        product = ((grad_b @ a + b @ grad_a - grad_b @ grad_a) * weight).abs().detach()
+        sums = product.sum(0) if piece.is_input else product.sum(1)
+        values = sums[torch.from_numpy(piece.index)].sum(1)
+        total += values / values.norm()
+    assert torch.allclose(find_criterion("lora").score(evidence).double(), total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("products", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("up_proj", "down_proj")])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "GLM-4 MoE", "gpt-oss"])
+def test_peft_computes_with_experts_adapters_and_they_are_carried_to_the_full_model(
+    family: str, products: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole, small = build(family), build(family)
+    groups = find_groups(whole)
+    keep = thinned(groups, 3, 8) | {RESIDUAL: np.arange(3, 43)}
+    positions = index_map(whole, groups, keep)
+    cut(small, groups, keep)
+    base, found = copy.deepcopy(small), find_groups(small)
+    there = {name.rpartition(".")[2] for name in (*found.linears, *found.experts)}
+    lora = Lora(rank=6, alpha=12, dropout=0.0, expert_rank=2, targets=("q_proj", *(p for p in products if p in there)))
+    torch.manual_seed(3)
+    attach(small, found, lora)
+    with torch.no_grad():
+        for factor in adapter_parameters(small):
+            factor.copy_(0.1 * torch.randn_like(factor))
+    expected = logits_of(small)
+    trained = {name: p.detach() for name, p in small.named_parameters() if ".lora_" in name}
+    adapter = Adapter.of_run(trained, lora, "base", mixture=True)
+    adapter.write(tmp_path / "small")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        plain = PeftModel.from_pretrained(base, tmp_path / "small").eval()
+    assert (logits_of(plain) - expected).abs().max() < CLOSE
+    again = Adapter.read(tmp_path / "small")
+    assert again.factors.keys() == adapter.factors.keys()
+    assert all(torch.equal(again.factors[key], factor) for key, factor in adapter.factors.items())
+
+    adapter.scatter(positions, whole, "whole").write(tmp_path / "full")
+    full = PeftModel.from_pretrained(whole, tmp_path / "full").merge_and_unload()
+    with Gates(full, groups.groups, residual=groups.residual) as gates:
+        for name, units in keep.items():
+            gates.keep(name, units.tolist())
+        assert (logits_of(full) - expected).abs().max() < CLOSE
+    assert (logits_of(full) - expected).abs().max() > 1e-2
 
 
 # --- checkpoints -----------------------------------------------------------------------------------
@@ -362,9 +581,9 @@ def stored(family: str, scratch: Path, fused: bool = False, **config: object) ->
     return scratch / "whole"
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of(folder: Path, several: bool = True) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 1
+    assert (len(files) > 1) == several
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -474,3 +693,62 @@ def test_a_mixture_goes_through_the_whole_walk(mixture: Path, tmp_path: Path, te
     assert config.moe_intermediate_size % 8 == 0
     assert config.hidden_size == widths[RESIDUAL] < 64
     assert "| layer | attention | expert | ffn (experts) |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["loraprune", "lorashear"])
+def test_a_mixture_whose_weights_lie_elsewhere_comes_to_the_same(
+    recipe: str, mixture: Path, tmp_path: Path, text: Path, lean: None
+) -> None:
+    """By criteria that look at the adapters of experts, trained ones included."""
+    overrides = QUICK | {
+        "training.steps": 4, "pruning.sparsity": 0.3, "training.gradient_checkpointing": True, "pruning.warm_up": 0.25,
+        "analysis.enabled": False, "pruning.allocation": "local", "evaluation.memory": False,
+    }  # fmt: skip
+    results = [
+        prune(str(mixture), tmp_path / place, recipe, data=str(text), overrides=overrides | {"training.offload": place})
+        for place in ("none", "disk")
+    ]
+    assert results[0].plan == results[1].plan
+    assert results[0].plan.sparsity.block >= 0.3
+    ours, theirs = (tensors_of(result.model, several=False) for result in results)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    adapters = load_file(results[0].folder / "adapters.safetensors")
+    moved = [name for name, factor in adapters.items() if ".experts." in name and "lora_B" in name and factor.any()]
+    assert len(moved) == 2 * 3, "both products of every layer have learned"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_mixture_is_pruned_on_a_quantised_base(kind: str, mixture: Path, tmp_path: Path, text: Path) -> None:
+    """Its linears are; experts are as they were. It ends on the original weights."""
+    pytest.importorskip("bitsandbytes")
+    overrides = QUICK | {
+        "training.steps": 4, "pruning.kinds": ["attention", "ffn", "expert"], "pruning.sparsity": 0.4,
+        "training.quantization": kind, "training.original_share": 0.5, "evaluation.memory": False,
+    }  # fmt: skip
+    result = prune(str(mixture), tmp_path / "out", "magnitude", data=str(text), overrides=overrides)
+    assert any(name.endswith(".expert") and len(part.keep) < part.units for name, part in result.plan.groups.items())
+    assert result.results["verification"]["passed"]
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    whole = result.plan.total_parameters - result.plan.removed_parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == whole
+
+
+def test_one_key_for_two_widths_and_dense_layers_beside_those_of_experts(
+    tmp_path: Path, text: Path, lean: None
+) -> None:
+    """The experts' channels and the shared expert's go together, and the dense layer stays, in the uniform shape."""
+    model = stored("GLM-4 MoE", tmp_path, vocab_size=300)
+    groups = prunable_groups(AutoModelForCausalLM.from_pretrained(model))
+    offered = {(g.layer, g.kind, g.expert in (None, 0)): g.widths for g in groups if g.kind.startswith("ffn")}
+    assert offered[0, "ffn", True] == (40,)
+    assert offered[1, "ffn", True] == offered[1, "ffn2", True] == (8, 16)
+    with pytest.raises(InputError, match="cannot have widths of their own"):
+        check_free(AutoConfig.from_pretrained(model), find_groups(AutoModelForCausalLM.from_pretrained(model)))
+    result = prune(str(model), tmp_path / "out", "magnitude", data=str(text), steps=2, sparsity=0.3, overrides=QUICK)
+    left = {name: len(part.keep) for name, part in result.plan.groups.items()}
+    assert left["layers.0.ffn"] == 40
+    assert {n for name, n in left.items() if ".ffn" in name and "layers.0." not in name} == {8}
+    assert result.plan.sparsity.block >= 0.3
+    config = AutoConfig.from_pretrained(result.model)
+    assert (config.intermediate_size, config.moe_intermediate_size) == (40, 8)

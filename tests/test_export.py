@@ -25,7 +25,7 @@ from regrow.checkpoint.shape import describe
 from regrow.checkpoint.verify import verify_checkpoint
 from regrow.errors import InputError
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 gguf = pytest.importorskip("gguf")
 

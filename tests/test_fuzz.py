@@ -27,7 +27,7 @@ from regrow.planning.sensitivity import Conditions, GroupSensitivity, Sensitivit
 from regrow.recipe import Recipe, dump_recipe, load_recipe, parse_assignments, parse_recipe, shipped_recipes
 from regrow.settings import Pruning
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 bounded = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,

@@ -14,8 +14,8 @@ from regrow.errors import InputError
 from regrow.report.graph import draw_graph
 from regrow.report.layout import place
 from regrow.report.picture import to_svg
+from regrow.structure.finding import find_groups
 from regrow.structure.graph import LayerGraph, layer_graph
-from regrow.structure.groups import find_groups
 
 SMALL = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {

@@ -26,7 +26,7 @@ from regrow.recovery.pruner import Pruner
 from regrow.recovery.scoring import copy_factors, gather_evidence
 from regrow.settings import Pruning
 from regrow.structure.adapters import adapter_parameters, lora_factors
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 # --- saliencies -------------------------------------------------------------------------------
 

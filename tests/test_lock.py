@@ -22,7 +22,7 @@ from regrow.checkpoint.peft_folder import Adapter
 from regrow.errors import InputError
 from regrow.progress import Silent
 from regrow.reuse import report
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 SETTINGS = {
     **QUICK,

@@ -15,8 +15,8 @@ from regrow.recovery.hard_concrete import LARGEST, deterministic, open_probabili
 from regrow.recovery.learner import Learner
 from regrow.recovery.masks import Masks
 from regrow.recovery.pruner import Pruner
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import find_groups
 
 STEPS = 160
 

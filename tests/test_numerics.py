@@ -46,8 +46,9 @@ from regrow.recovery.pruner import Pruner
 from regrow.recovery.scoring import Scorer
 from regrow.settings import Compensation, Pruning
 from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 
 IDS = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(5))
 

@@ -23,7 +23,7 @@ from regrow.recovery.quantised_base import settle_offload
 from regrow.recovery.teacher import copy_without_adapters
 from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
 from regrow.structure.cut import cut
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 from regrow.structure.offload import Offloaded, convert
 from regrow.structure.quantised import held_bytes, is_quantised
 

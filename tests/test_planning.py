@@ -16,7 +16,8 @@ from regrow.planning.demand import demands, most_removed, protected_layers, sett
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import Groups
 
 GROUPS: dict[str, Groups] = {}
 

@@ -43,8 +43,9 @@ from regrow.recovery.train import train
 from regrow.structure import offload
 from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora, merge_lora
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.structure.offload import is_offloaded
 from regrow.structure.quantised import dequantised, held_bytes, is_quantised, kept_as, quantised_linears, release
 

@@ -14,7 +14,7 @@ from regrow.recovery.learner import Diverged, Learner, automatic_learning_rate, 
 from regrow.recovery.pruner import Pruner
 from regrow.settings import Training
 from regrow.structure.adapters import adapter_parameters
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 
 STEPS = 12
 

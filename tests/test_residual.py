@@ -30,8 +30,9 @@ from regrow.recovery.scoring import Scorer
 from regrow.settings import Lora, Pruning
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.structure.groups import RESIDUAL, Groups
 from regrow.structure.residual import block_cost
 
 CLOSE = 1e-4

@@ -30,10 +30,11 @@ from regrow.errors import InputError
 from regrow.interrupt import Stopped
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import train
-from regrow.structure.adapters import attach_lora
+from regrow.settings import Lora
 from regrow.structure.groups import Groups
 
 STEPS = 8
@@ -120,7 +121,7 @@ def session(name: str, folder: Path, on_step: Callable[[int], None] = lambda ste
     recipe: Recipe = load_recipe(name, {**COMMON, **RECIPES[name]})
     groups = known_groups(FAMILY[name])  # first, for it uses chance up
     model = dense(FAMILY[name])
-    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
+    attach(model, groups, Lora(rank=3, alpha=6, dropout=recipe.lora.dropout))
     progress = Calling(on_step)
     events: list[CutEvent] = []
     with storage_errors():
@@ -212,7 +213,7 @@ def test_another_layout_has_another_number(noted: dict[str, set[str]]) -> None:
         "objective.kind objective.seconds objective.steps own.history own.original_from own.ready own.seconds "
         "pruner.masks pruner.own pruner.scorer pruner/masks pruner/own pruner/scorer",
     }
-    assert (FORMAT, noted) == (2, {stage: set(names.split()) for stage, names in expected.items()})
+    assert (FORMAT, noted) == (3, {stage: set(names.split()) for stage, names in expected.items()})
 
 
 def test_the_oracle_can_fail(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ from regrow.recovery.losses import FullTarget, divergence, sampled_labels
 from regrow.recovery.preparation import Preparation
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import GateMoments, Gates
-from regrow.structure.groups import find_groups
 
 IDS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(5))
 

@@ -30,8 +30,9 @@ from regrow.reuse import texts
 from regrow.settings import Lora
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 from regrow.structure.positions import index_map
 
 SHARD = "20KB"

@@ -15,8 +15,8 @@ from regrow.structure.adapters import adapter_parameters, adapters_off, attach_l
 from regrow.structure.biases import add_missing_biases, bias_names
 from regrow.structure.channels import Value, narrower, overlap, reshape
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import GateMoments, Gates
-from regrow.structure.groups import find_groups
 from regrow.structure.operators import RULES, Walk
 from regrow.structure.positions import IndexMap
 from regrow.structure.trace import Trace, trace
@@ -365,6 +365,29 @@ def test_of_what_the_highest_were_chosen(args, kwargs) -> None:
     assert none.among is None
 
 
+@pytest.mark.parametrize("args", [(1,), (-2,), ()])
+def test_what_is_gathered_by_hand(args: tuple[int, ...]) -> None:
+    """Of those that were chosen what they have; of others nothing is known but that all go together."""
+    for chosen in (True, False):
+        walk = Walk()
+        among, others = walk.channels.new(4).reshape(1, 4, 1), walk.channels.new(3).reshape(1, 1, 3)
+        index = Value((5, 2, 3), among=among.reshape(-1) if chosen else None)
+        given = (Value((5, 4, 3), (among,)), *args, index) if args else (Value((5, 4, 3), (among,)),)
+        found = rule_of(aten.gather.default)(walk, given, {} if args else {"dim": 1, "index": index}, (5, 2, 3))
+        assert [facet.tolist() for facet in found.facets] == ([] if chosen else [[[[0]]]])
+        assert walk.channels.classes().tolist() == ([0, 1, 2, 3, 4, 5, 6] if chosen else [0, 0, 0, 0, 4, 5, 6])
+        assert not found.is_weight
+        assert others.size == 3
+
+
+def test_of_what_another_tensor_is_like_only_the_dtype_counts() -> None:
+    walk = Walk()
+    one, other = (Value((5, size), (walk.channels.new(size).reshape(1, size),)) for size in (4, 3))
+    found = rule_of(aten.type_as.default)(walk, (one, other), {}, (5, 4))
+    assert [facet.tolist() for facet in found.facets] == [[[0, 1, 2, 3]]]
+    assert walk.channels.classes().tolist() == list(range(7))
+
+
 def test_reductions_by_hand() -> None:
     """What hangs on the reduced axis alone is gone, what hangs on it and another goes together, the rest stays."""
     for name, args, kept in (("sum", ([1],), (5, 3)), ("amax", ([-2], True), (5, 1, 3))):
@@ -385,6 +408,10 @@ def test_the_highest_along_an_axis_or_of_all() -> None:
     highest, where = RULES["aten.max"](walk, (value, 1), {}, [(5,), (5,)])
     assert ([facet.tolist() for facet in highest.facets], where.facets) == ([[4, 5, 6, 7, 8]], ())
     assert RULES["aten.max"](walk, (value,), {}, ()).facets == ()
+    other = Value((5, 4), (walk.channels.new(4).reshape(1, 4),))
+    larger = RULES["aten.max"](walk, (value, other), {}, (5, 4))
+    assert len(larger.facets) == 2
+    assert walk.channels.classes().tolist()[9:] == [0, 1, 2, 3], "tied, element by element"
 
 
 def test_names_before_and_after_a_cut_by_hand() -> None:

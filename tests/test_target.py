@@ -41,7 +41,8 @@ from regrow.recovery.mixing import validation_loss
 from regrow.recovery.preparation import anything
 from regrow.settings import Pruning
 from regrow.structure.cut import cut
-from regrow.structure.groups import RESIDUAL, Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import RESIDUAL, Groups
 from regrow.text import read_text
 
 GROUPS: dict[str, Groups] = {}

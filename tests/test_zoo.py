@@ -19,14 +19,17 @@ from regrow.run import prune
 from regrow.settings import Pruning
 from regrow.structure.adapters import adapter_parameters
 from regrow.structure.cut import cut
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 
-NO_HEADS = {"GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT"}
-ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE"}
+NO_HEADS = {
+    "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium"
+}  # fmt: skip
+ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2"}
 """Families in which one norm goes over all heads."""
 NO_FFN = {"BLOOM", "MPT"}
-MIXTURES = {"Mixtral", "Qwen3-MoE", "OLMoE", "gpt-oss"}
+MIXTURES = {"Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "Granite MoE", "gpt-oss", "ERNIE 4.5 MoE"}
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,10 @@ from regrow.planning.sensitivity import Conditions
 from regrow.processes import ALONE, Processes, join
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.train import train
+from regrow.settings import Lora
 from regrow.structure.adapters import adapter_parameters, attach_lora
 
 COMMON = {
@@ -71,7 +73,7 @@ SHARDED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "regrow": ("regrow", "llama-gqa", {"search.evaluations": 3, "compensation.carrier": "adapter"}),
     "lorashear": WORK["lorashear"],
     "taught": ("random", "llama-gqa", {"distillation.weight": 0.5, "distillation.hidden_weight": 0.5}),
-    "experts": ("random", "Mixtral", {"pruning.kinds": ["attention"], "pruning.sparsity": 0.1}),
+    "experts": ("random", "Mixtral", {"pruning.kinds": ["attention", "ffn", "expert"], "pruning.sparsity": 0.4}),
     "prefix": WORK["prefix"],
 }  # fmt: skip
 """The same, with the weights in parts: everything that reads weights, or runs the model for a part of the processes."""
@@ -102,7 +104,7 @@ def session(
         model = load_offloaded(str(folder / "dense"), torch.device("cpu"), offload, processes=processes)
         recipe = recipe.override({"training.gradient_checkpointing": True, "training.offload": offload})
         torch.manual_seed(0)
-    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=recipe.lora.dropout)
+    attach(model, groups, Lora(rank=3, alpha=6, dropout=recipe.lora.dropout))
     processes.begin_alike(adapter_parameters(model), recipe.seed)
     progress = Calling(on_step)
     journal = shared(Journal(folder, progress.say) if processes.is_main else Forgetful(), processes)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from regrow.results import Result
     from regrow.reuse import apply, scatter
     from regrow.run import prune
-    from regrow.structure.groups import Group, Groups, find_groups
+    from regrow.structure.finding import find_groups
+    from regrow.structure.groups import Group, Groups
 
 _HOMES = {
     "Comparison": "regrow.comparison.run",
@@ -39,7 +40,7 @@ _HOMES = {
     "compare": "regrow.comparison.run",
     "evaluate": "regrow.measure",
     "export": "regrow.formats.export",
-    "find_groups": "regrow.structure.groups",
+    "find_groups": "regrow.structure.finding",
     "load_recipe": "regrow.recipe",
     "prune": "regrow.run",
     "scatter": "regrow.reuse",

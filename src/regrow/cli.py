@@ -154,7 +154,7 @@ def inspect(
     quiet()
     from regrow.checkpoint.load import load_skeleton
     from regrow.checkpoint.stock import choices
-    from regrow.structure.groups import find_groups
+    from regrow.structure.finding import find_groups
 
     skeleton = load_skeleton(model, trust_remote_code)
     groups = find_groups(skeleton)

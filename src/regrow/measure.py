@@ -24,14 +24,15 @@ from regrow.evaluation.speed import measure_speed, ratios
 from regrow.planning.sensitivity import Conditions, Sensitivity
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
+from regrow.recovery.learner import attach
 from regrow.recovery.quantised_base import check_criterion
 from regrow.report.graph import draw_graph
 from regrow.report.picture import check_picture_name, to_svg, write_picture
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.settings import Lora
-from regrow.structure.adapters import attach_lora
+from regrow.structure.finding import find_groups
 from regrow.structure.graph import layer_graph
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.groups import Groups
 
 SENSITIVITY = "sensitivity.json"
 
@@ -174,8 +175,7 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
     if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:
         progress.say(f"{folder / SENSITIVITY} holds this analysis already; not measured again")
         return known
-    lora = recipe.lora
-    attach_lora(loaded, find_groups(loaded).linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    attach(loaded, find_groups(loaded), recipe.lora)
     found = analyse(loaded, find_groups(loaded), recipe, held_out, calibration, conditions, progress)
     if folder is not None:
         write_json(folder / SENSITIVITY, found.to_json())
@@ -219,8 +219,7 @@ def draw_layer(model: PreTrainedModel, groups: Groups, layer: int, path: Path) -
         InputError: if there is no such layer, or the file cannot be written or is of another kind.
     """
     check_picture_name(path)
-    lora = Lora()
-    attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+    attach(model, groups, Lora())
     graph = layer_graph(model, find_groups(model), layer)
     with storage_errors():
         write_picture(path, draw_graph(graph), f"{graph.model}, decoder layer {layer}")

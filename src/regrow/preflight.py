@@ -32,7 +32,8 @@ from regrow.recovery.quantised_base import is_streamed
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
 from regrow.structure.depth import check_depth
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import Groups
 from regrow.text import training_tokens
 
 
@@ -173,17 +174,13 @@ def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def check_experts(recipe: Recipe, groups: Groups) -> None:
-    """Refuse to prune experts where the criterion cannot score them, or they are not at hand.
+    """Refuse to prune experts where the criterion cannot score them.
 
     Raises:
         InputError: naming the setting.
     """
-    find_criterion(recipe.pruning.criterion).check_experts(groups, recipe.pruning.kinds)
-    if recipe.training.offloaded and groups.in_experts(recipe.pruning.kinds):
-        raise InputError(
-            f"training.offload={recipe.training.offload} does not go with pruning experts: set pruning.kinds="
-            "[attention], or training.offload=none"
-        )
+    adapted = bool(groups.expert_ranks(recipe.lora))
+    find_criterion(recipe.pruning.criterion).check_experts(groups, recipe.pruning.kinds, adapted)
 
 
 def check_hidden(recipe: Recipe) -> None:
@@ -227,7 +224,7 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
         recipe = recipe.override({"training.offload": "none"})
     activations = torch.bfloat16 if lower else weights
-    streamed = is_streamed(model, recipe, groups)
+    streamed = is_streamed(model, recipe)
     found = estimate_memory(sizes, recipe, frozenset(needs), weights, activations, processes.count, streamed)
     free = free_memory(device)
     if free is not None and device.type == "cpu":

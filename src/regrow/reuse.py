@@ -16,7 +16,7 @@ from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
 from regrow.checkpoint.stream import check_plan, open_adapters, stream_checkpoint
 from regrow.errors import InputError
-from regrow.planning.plan import Plan
+from regrow.planning.plan import Plan, expert_of
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.report.card import model_card
@@ -24,7 +24,7 @@ from regrow.report.facts import check_finished, read_facts
 from regrow.report.markdown import write_report
 from regrow.report.page import write_page
 from regrow.settings import Output
-from regrow.structure.groups import find_groups
+from regrow.structure.finding import find_groups
 from regrow.structure.positions import index_map
 
 
@@ -129,7 +129,8 @@ def keep_adapter(
         extras={"plan.json": texts(model, recipe, plan)["plan.json"]}, progress=progress, merge=False,
     )  # fmt: skip
     factors = load_file(folder / "adapters.safetensors")
-    Adapter.of_run(factors, recipe.lora, str(folder / "base")).write(folder / "adapter")
+    mixture = any(expert_of(name) is not None for name in plan.groups)
+    Adapter.of_run(factors, recipe.lora, str(folder / "base"), mixture).write(folder / "adapter")
 
 
 def save_streamed(

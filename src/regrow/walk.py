@@ -57,6 +57,7 @@ from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.average import Average
+from regrow.recovery.learner import attach
 from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.recovery.preparation import anything
 from regrow.recovery.pruner import CutEvent
@@ -70,7 +71,7 @@ from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
 from regrow.resume import Books, where
 from regrow.reuse import keep_adapter, save_streamed, texts, write_reports
-from regrow.structure.adapters import adapter_parameters, adapters_off, attach_lora
+from regrow.structure.adapters import adapter_parameters, adapters_off
 from regrow.structure.groups import Groups
 from regrow.structure.offload import convert, let_go
 from regrow.text import Text, read_text, training_tokens
@@ -144,7 +145,7 @@ class Walk:
         verification = self.saved()
         if verification is None:
             self.books.begin("merge and save")
-            streamed = is_streamed(self.name, self.recipe, whole)
+            streamed = is_streamed(self.name, self.recipe)
             if self.recipe.training.quantized:
                 del model  # before the original takes its place
                 model = self.attach(self.load(tokenizer, "disk" if streamed else "none"), whole)
@@ -212,8 +213,7 @@ class Walk:
 
     def attach(self, model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
         """Wrap the linears with LoRA, with the same factors in all processes; from here on each has its own chance."""
-        lora = self.recipe.lora
-        attach_lora(model, groups.linears, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        attach(model, groups, self.recipe.lora)
         self.processes.begin_alike(adapter_parameters(model), self.recipe.seed)
         return model
 

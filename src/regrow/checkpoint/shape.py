@@ -22,7 +22,7 @@ FFN_KEYS = (
 )
 """Under which names configs keep an FFN's width; which of them a group's is, its number of channels tells."""
 
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Under which names they keep the number of experts."""
 
 HIDDEN_KEYS = ("hidden_size", "word_embed_proj_dim")
@@ -64,7 +64,8 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         described["head_dim"] = head_dimension(config, original)
     even = is_even(widths)
     if even:
-        described |= widths[0]
+        for layer in widths:
+            described |= layer
     else:
         described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
     heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
@@ -122,8 +123,9 @@ def added_parameters(config: PretrainedConfig) -> int:
 
 
 def is_even(widths: Sequence[dict[str, int]]) -> bool:
-    """Whether all layers have the same widths."""
-    return all(layer == widths[0] for layer in widths)
+    """Whether one config tells all layers' widths; a dense layer's is under another key than one of experts."""
+    seen: dict[str, int] = {}
+    return all(seen.setdefault(key, width) == width for layer in widths for key, width in layer.items())
 
 
 def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> list[dict[str, int]]:

@@ -8,6 +8,7 @@ have no key for a width; all of them show here.
 
 import copy
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,8 @@ from regrow.errors import InputError
 from regrow.planning.demand import UNIT_NAMES
 from regrow.settings import Pruning
 from regrow.structure.depth import check_depth, shorten
-from regrow.structure.groups import RESIDUAL, Group, Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import RESIDUAL, Group, Groups
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -55,16 +57,28 @@ def prunable_groups(model: PreTrainedModel) -> Groups:
 
 
 def with_widths(groups: Groups, widths: Mapping[str, Sequence[int]]) -> Groups:
-    """The groups with the numbers of units, by kind, that may stay in the uniform shape."""
-    return replace(groups, groups=tuple(replace(group, widths=widths[group.kind]) for group in groups))
+    """The groups with the numbers of units, by kind, that may stay in the uniform shape.
+
+    Those of a kind that are not as wide as the largest number says stay whole.
+    """
+    return replace(
+        groups,
+        groups=tuple(
+            replace(group, widths=widths[group.kind] if group.units == widths[group.kind][-1] else (group.units,))
+            for group in groups
+        ),
+    )
 
 
 def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
     """By kind of group: how many units each layer may keep, for the whole to be a checkpoint of a stock class.
 
+    Where layers differ in a kind's width (dense ones beside those of experts) it is those that hold most of it.
+
     Args:
         config: of the whole model, as the groups are.
     """
+    every = groups
     config, groups = _few_layers(config, groups)
     try:
         whole = build_empty(config)
@@ -72,12 +86,18 @@ def stock_widths(config: PretrainedConfig, groups: Groups) -> dict[str, Widths]:
         return {group.kind: Widths((group.units,), _first_line(error)) for group in groups}
     found = {}
     for kind in sorted({group.kind for group in groups}):
-        units = {group.units for group in groups if group.kind == kind}
-        if len(units) > 1:
-            found[kind] = Widths((max(units),), "layers differ in width")
-        else:
-            found[kind] = _possible(config, groups, whole, next(group for group in groups if group.kind == kind))
+        found[kind] = _possible(config, groups, whole, _widest(group for group in every if group.kind == kind))
     return found
+
+
+def _widest(groups: Iterable[Group]) -> Group:
+    """One of those that are as wide as most of what they hold."""
+    held: dict[int, int] = defaultdict(int)
+    one: dict[int, Group] = {}
+    for group in groups:
+        held[group.units] += group.units * group.cost
+        one.setdefault(group.units, group)
+    return one[max(held, key=held.__getitem__)]
 
 
 def hidden_widths(config: PretrainedConfig, groups: Groups) -> Widths:
@@ -129,20 +149,33 @@ def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedM
 def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, group: Group) -> Widths:
     kind, units = group.kind, group.units
     if kind.startswith("ffn") or kind == "expert":  # if a class takes one number it takes every number
-        fewer = range(-(-group.least // group.multiple) * group.multiple, units, group.multiple)
-        refusal = _refusal(config, groups, whole, kind, fewer[-1]) if fewer else ALONE
-        if refusal:
-            return Widths((units,), refusal)
-        return Widths((*fewer, units) if group.multiple > 1 else range(fewer[0], units + 1))
-    refusals = {count: _refusal(config, groups, whole, kind, count) for count in range(1, units)}
+        refusal = ALONE
+        for alike in (kind,), tuple(_as_wide(groups, group)):  # by itself, or with those beside it, under one key
+            multiple = max(each.multiple for each in groups if each.kind in alike and each.units == units)
+            fewer = range(-(-group.least // multiple) * multiple, units, multiple)
+            if fewer and not (refusal := _refusal(config, groups, whole, alike, units, fewer[-1])):
+                return Widths((*fewer, units) if multiple > 1 else range(fewer[0], units + 1))
+        return Widths((units,), refusal)
+    refusals = {count: _refusal(config, groups, whole, (kind,), units, count) for count in range(1, units)}
     counts = (*(count for count, refusal in refusals.items() if not refusal), units)
     reason = next((refusal for refusal in refusals.values() if refusal), "")
     return Widths(counts, reason or (ALONE if units == 1 else ""))
 
 
-def _refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, kind: str, units: int) -> str:
-    """Why the stock class cannot have so many units of a kind in every layer; empty if it can."""
-    narrow = tuple(replace(group, units=units) if group.kind == kind else group for group in groups)
+def _as_wide(groups: Groups, group: Group) -> list[str]:
+    """The kinds of FFN that lie beside one of a group's kind, and are as wide."""
+    beside = {each.layer for each in groups if each.kind == group.kind and each.units == group.units}
+    near = (each for each in groups if each.layer in beside and each.kind.startswith("ffn"))
+    return sorted({each.kind for each in near if each.units == group.units} | {group.kind})
+
+
+def _refusal(
+    config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, kinds: Sequence[str], before: int, units: int
+) -> str:
+    """Why the stock class cannot have so many units of some kinds where it had `before`; empty if it can."""
+    narrow = tuple(
+        replace(group, units=units) if group.kind in kinds and group.units == before else group for group in groups
+    )
     try:
         described = pruned_config(config, groups, replace(groups, groups=narrow))
         built = _shapes(build_empty(described))
@@ -159,8 +192,10 @@ def check_free(config: PretrainedConfig, groups: Groups) -> None:
     """
     config, groups = _few_layers(config, groups)
     left = {group.name: group.units for group in groups}
+    seen: dict[tuple[str, int, int], int] = {}
     for group in groups:
-        if group.layer == groups[0].layer and group.kind != "expert" and group.units > group.multiple:
+        first = seen.setdefault((group.kind, group.units, group.cost), group.layer) == group.layer
+        if first and group.kind != "expert" and group.units > group.multiple:
             left[group.name] -= group.multiple
     narrow = tuple(replace(group, units=left[group.name]) for group in groups)
     try:

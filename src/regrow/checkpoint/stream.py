@@ -28,10 +28,12 @@ from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
 from regrow.progress import Progress
-from regrow.structure.adapters import ADAPTER, linear_shape, merged_weight
+from regrow.structure.adapters import adapted_module, adapted_shape, merged_weight
 from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.expert_lora import ADAPTER, adapted_parameter, adapter_name
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import Groups
 from regrow.structure.positions import IndexMap, index_map
 
 SCALING = "lora_scaling"
@@ -53,7 +55,9 @@ def open_adapters(path: Path) -> StoredTensors:
     for name in factors:
         linear = name.partition(".lora_")[0]
         a, b = (factors.get(_factor(linear, factor), ()) for factor in "AB")
-        if name not in (_factor(linear, "A"), _factor(linear, "B")) or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        axes = 2 if adapted_parameter(linear) is None else 3  # experts first
+        sizes = [len(a), len(b)] == [axes, axes] and a[-2] == b[-1] and a[:-2] == b[:-2]
+        if name not in (_factor(linear, "A"), _factor(linear, "B")) or not sizes:
             raise InputError(f"{path}: {name} has no counterpart of the same rank; give a run's adapters.safetensors")
     return adapters
 
@@ -111,11 +115,11 @@ class _Change:
             tensor = self.map.gather(before, self.source.read(before))
         else:  # a bias that only the class has whose name the cut model takes
             tensor = torch.zeros(self.model.get_parameter(name).shape)
-        linear = name.removesuffix(".weight")
-        if self.adapters is not None and self.merge and (key := _factor(linear, "A")) in self.adapters.entries:
-            a, b = self.adapters.read(key), self.adapters.read(_factor(linear, "B"))
-            scaling = float(self.adapters.metadata[SCALING])
-            tensor = merged_weight(self.model.get_submodule(linear), tensor, a, b, scaling)
+        for adapter in (name.removesuffix(".weight"), adapter_name(name)):
+            if self.adapters is not None and self.merge and (key := _factor(adapter, "A")) in self.adapters.entries:
+                a, b = self.adapters.read(key), self.adapters.read(_factor(adapter, "B"))
+                scaling = float(self.adapters.metadata[SCALING])
+                tensor = merged_weight(adapted_module(self.model, adapter), tensor, a, b, scaling)
         return tensor.to(self.model.get_parameter_or_buffer(name).dtype)
 
     def _stored_name(self, parameter: str) -> str:
@@ -134,10 +138,12 @@ class _Change:
         wanted = {self._stored_name(name): tuple(p.shape) for name, p in self.model.named_parameters()}
         for key, entry in self.adapters.entries.items():
             linear, _, factor = key.partition(".lora_")
-            shape = wanted.get(f"{linear}.base_layer.weight" if factor else key)
+            shape = wanted.get((adapted_parameter(linear) or f"{linear}.base_layer.weight") if factor else key)
             if shape is not None and factor:
-                out, into = linear_shape(self.model.get_submodule(linear))
-                shape = (entry.shape[0], into) if factor.startswith("A.") else (out, entry.shape[1])
+                *experts, out, into = adapted_shape(self.model, linear)
+                shape = (
+                    (*experts, entry.shape[-2], into) if factor.startswith("A.") else (*experts, out, entry.shape[-1])
+                )
             if shape != entry.shape:
                 raise InputError(
                     f"the adapters are of another plan: {key} is {list(entry.shape)}, "

@@ -57,18 +57,34 @@ class Criterion:
                 "out of pruning.kinds, or another criterion"
             )
 
-    def check_experts(self, groups: Groups, kinds: Collection[str]) -> None:
-        """Refuse to prune experts by a criterion that knows nothing of them: they have no adapters, and of what is
-        measured at linears only the gradients of their weights are taken.
+    def check_experts(self, groups: Groups, kinds: Collection[str], adapted: bool = True) -> None:
+        """Refuse to prune experts by a criterion that knows nothing of them: of what is measured at linears only the
+        gradients of their weights are taken, and adapters tell of the channels inside, not of whole experts.
+
+        Args:
+            adapted: whether the experts have adapters.
 
         Raises:
             InputError: if it is asked to.
         """
-        elsewhere = bool(self.needs) and self.needs <= {"lora", "inputs"}
-        if groups.in_experts(kinds) and (elsewhere or self.needs & {"channels", "squares", "probes"}):
+        others = "take another (gate-fisher, taylor, magnitude), or set"
+        if not groups.in_experts(kinds):
+            return
+        from_adapters = "lora" in self.needs and self.needs <= {"lora", "inputs"}
+        if self.needs & {"channels", "squares", "probes"} or self.needs == {"inputs"}:
             raise InputError(
-                f"criterion {self.name} cannot score experts, which have no adapters and no linears of their own: take "
-                "another (gate-fisher, taylor, magnitude), or set pruning.kinds=[attention]"
+                f"criterion {self.name} cannot score experts, which have no linears of their own: {others} "
+                "pruning.kinds=[attention]"
+            )
+        if from_adapters and not adapted:
+            raise InputError(
+                f"criterion {self.name} cannot score experts, which have no adapters: set lora.expert_rank (and "
+                f"lora.targets) so that they do, {others} pruning.kinds=[attention]"
+            )
+        if from_adapters and "expert" in kinds:
+            raise InputError(
+                f"criterion {self.name} cannot score whole experts, of which adapters tell nothing: {others} "
+                "pruning.kinds=[attention,ffn]"
             )
 
 

@@ -23,8 +23,9 @@ from regrow.planning.plan import Plan
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
+from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import RESIDUAL, find_groups
+from regrow.structure.groups import RESIDUAL
 
 PROMPT_TOKENS = 16
 EVAL_BATCH = 8

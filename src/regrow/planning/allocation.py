@@ -236,9 +236,10 @@ def _uniform(demand: Demand) -> list[Counts]:
     Those that are exact, or if there are none all that reach the amount.
     """
     heads, channels = demand.of_kind(ffn=False), demand.of_kind(ffn=True)
-    for kind in (heads, channels):
-        if len({(group.units, demand.price[group.name]) for group in kind}) > 1:
+    for sizes in ({(g.units, demand.price[g.name]) for g in heads}, {g.units for g in channels}):
+        if len(sizes) > 1:
             raise InputError("the uniform shape needs a model whose layers are equally wide; use pruning.shape=free")
+    coarsest = max(channels, key=demand.step, default=None)
     found = []
     for removed in range(
         max((demand.gone[g.name] for g in heads), default=0), 1 + (demand.most(heads[0]) if heads else 0)
@@ -246,10 +247,10 @@ def _uniform(demand: Demand) -> list[Counts]:
         if heads and demand.width_ok(heads[0], removed) != removed:
             continue
         counts = dict.fromkeys((group.name for group in heads), removed)
-        if channels:
+        if coarsest is not None:
             rest = max(0, demand.amount - demand.brings(counts))
             per_layer = math.ceil(rest / sum(demand.price[group.name] for group in channels))
-            per_layer = demand.width_ok(channels[0], max(per_layer, demand.gone[channels[0].name]))
+            per_layer = demand.width_ok(coarsest, max(per_layer, *(demand.gone[group.name] for group in channels)))
             counts |= dict.fromkeys((group.name for group in channels), per_layer)
         if demand.surplus(counts) >= 0 and all(counts[g.name] <= demand.limit[g.name] for g in demand.groups):
             found.append(counts)

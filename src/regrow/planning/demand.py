@@ -158,15 +158,13 @@ def demands(
 
 
 def _one_width(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """Of FFNs side by side in a layer, such as a shared expert's and the others', those that hold most."""
-    held: dict[str, int] = defaultdict(int)
+    """Of FFNs of several widths (a shared expert's, the others', dense layers'), those of the one that holds most."""
+    held: dict[int, int] = defaultdict(int)
     for group in groups:
         if group.kind.startswith("ffn"):
-            held[group.kind] += group.units * group.cost
-    alike = len({(g.units, g.cost) for g in groups if g.kind in held}) <= 1
-    return (
-        groups if alike else tuple(g for g in groups if g.kind not in held or g.kind == max(held, key=held.__getitem__))
-    )
+            held[group.units] += group.units * group.cost
+    width = max(held, key=held.__getitem__, default=0)
+    return tuple(group for group in groups if not group.kind.startswith("ffn") or group.units == width)
 
 
 def out_of_reach(groups: Groups, demand: Demand, layers: frozenset[int], pruning: Pruning) -> InputError:

@@ -59,12 +59,14 @@ class Sizes:
         config, lora = model.config.get_text_config(), recipe.lora
         linears = {name: model.get_parameter(f"{name}.weight") for name in groups.linears}
         adapted = [w for name, w in linears.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
+        in_experts = [(rank, model.get_parameter(name).shape) for name, rank in groups.expert_ranks(lora).items()]
         consumers = [group.consumers[0] for group in groups if group.consumers and group.expert is None]
         return cls(
             parameters=groups.total_parameters,
             block_parameters=groups.block_parameters,
             matrices=sum(p.numel() for p in decoder_layers(model)[1].parameters() if p.ndim > 1),
-            adapters=sum(lora.rank * sum(weight.shape) for weight in adapted),
+            adapters=sum(lora.rank * sum(weight.shape) for weight in adapted)
+            + sum(rank * count * (one + other) for rank, (count, one, other) in in_experts),
             dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
             gram=sum(consumer.index.size**2 for consumer in consumers),
             layers=len(groups.layers),

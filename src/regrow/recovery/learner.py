@@ -15,8 +15,9 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.processes import ALONE, Processes
 from regrow.recovery.objective import Objective
-from regrow.settings import Training
-from regrow.structure.adapters import adapter_names, adapter_parameters
+from regrow.settings import Lora, Training
+from regrow.structure.adapters import adapter_names, adapter_parameters, attach_lora
+from regrow.structure.groups import Groups
 
 Recording = Callable[[float], AbstractContextManager[None]]
 """Given the factor from the loss that runs backward to summed NLL: a context for one backward pass."""
@@ -79,6 +80,14 @@ def learning_rate_factor(step: int, steps: int, training: Training) -> float:
 
 SECOND_PEAK = 0.5
 """Of the learning rate: where it begins anew when other weights have taken the place of the frozen ones."""
+
+
+def attach(model: PreTrainedModel, groups: Groups, lora: Lora) -> None:
+    """Give a model the adapters that a recipe asks for, as `attach_lora`."""
+    rank, alpha, dropout, ranks = lora.rank, lora.alpha, lora.dropout, groups.expert_ranks(lora)
+    attach_lora(
+        model, groups.linears, rank=rank, alpha=alpha, dropout=dropout, targets=lora.targets, experts=ranks
+    )  # fmt: skip
 
 
 class Learner:

@@ -18,7 +18,8 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe
 from regrow.structure.biases import add_missing_biases
 from regrow.structure.cut import cut
-from regrow.structure.groups import Groups, find_groups
+from regrow.structure.finding import find_groups
+from regrow.structure.groups import Groups
 
 ORIGINAL_SHARE = {"int8": 0.0, "nf4": 0.5}
 """What share of the steps train on the original weights by default, by how the base is kept until then."""
@@ -84,17 +85,13 @@ def settle_originals(model: str, recipe: Recipe, progress: Progress) -> Recipe:
     return recipe.override({"training.original_share": share})
 
 
-def is_streamed(model: str, recipe: Recipe, groups: Groups) -> bool:
+def is_streamed(model: str, recipe: Recipe) -> bool:
     """Whether the result is made from the original files tensor by tensor, and not of a model in memory.
 
     Args:
         model: a folder, or a repository on the hub.
-        groups: of the model.
     """
-    if recipe.training.offloaded:
-        return True
-    streamable = recipe.training.quantized and not groups.in_experts(recipe.pruning.kinds)
-    return streamable and reads_by_tensor(model)
+    return recipe.training.offloaded or (recipe.training.quantized and reads_by_tensor(model))
 
 
 def _not_written_to(recipe: Recipe, key: str, kept: str, progress: Progress) -> Recipe:

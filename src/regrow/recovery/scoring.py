@@ -26,7 +26,8 @@ from regrow.recovery.average import SPIKE, Average
 from regrow.recovery.experts import expert_evidence, weight_pieces
 from regrow.recovery.measured import Measured
 from regrow.recovery.pooling import add_gradients, add_up_at_main
-from regrow.structure.adapters import ADAPTER, is_linear, lora_factors, lora_layers
+from regrow.structure.adapters import adapted, is_linear, lora_factors
+from regrow.structure.expert_lora import ADAPTER
 from regrow.structure.gates import GateMoments, Gates
 from regrow.structure.groups import Group, Groups, Layer, Slice
 from regrow.structure.offload import Offloaded
@@ -276,7 +277,7 @@ def copy_factors(model: PreTrainedModel) -> Factors:
     """Copies of all LoRA factors."""
     return {
         name: (a.detach().clone(), b.detach().clone())
-        for name in lora_layers(model)
+        for name in adapted(model)
         for a, b in [lora_factors(model, name)]
     }
 
@@ -323,25 +324,25 @@ class Linears(Sequence[Linear]):
         if isinstance(index, slice):
             return Linears(self._model, self._pieces[index], self._start, self._measured)
         piece = self._pieces[index]
-        return linear_evidence(self._model, piece, self._start.get(piece.module), self._measured)
+        return linear_evidence(self._model, piece, self._start, self._measured)
 
 
 def linear_evidence(
     model: PreTrainedModel,
     piece: Slice,
-    start: tuple[Tensor, Tensor] | None = None,
+    start: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
     measured: Measured | None = None,
 ) -> Linear:
     """A base weight that a group has a share in, as a criterion sees it: oriented `[out, in]`, with its adapter."""
     parameter = model.get_parameter(piece.parameter)
     axis = 1 if piece.is_input else 0
     weight, gradient = parameter.detach(), parameter.grad
-    if weight.ndim == 3:
-        return expert_evidence(piece, weight, gradient)
     if kept_as(parameter):
         weight = dequantised(model.get_submodule(piece.parameter.rpartition(".")[0]))
     elif isinstance(parameter, Offloaded):
         weight = parameter.bring()
+    if weight.ndim == 3:
+        return expert_evidence(model, piece, weight, gradient, start)
     if piece.axis != axis:  # a Conv1D keeps its weight as [in, out]
         weight, gradient = weight.T, None if gradient is None else gradient.T
     positions = torch.from_numpy(piece.index).to(weight.device)
@@ -357,7 +358,7 @@ def linear_evidence(
     if not isinstance(module, LoraLayer):
         return linear
     a, b = lora_factors(model, piece.module)
-    start_a, start_b = start or (None, None)
+    start_a, start_b = start.get(piece.module, (None, None))
     return replace(
         linear,
         lora_a=a.detach(),

@@ -21,7 +21,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.recovery.losses import FullTarget, Target
-from regrow.structure.adapters import adapter_parameters, adapters_off, lora_layers
+from regrow.structure.adapters import adapter_parameters, adapters_off, take_off
 from regrow.structure.gates import Gates
 from regrow.structure.offload import Offloaded, come_and_go
 from regrow.structure.quantise import quantisable, quantise
@@ -224,8 +224,7 @@ def copy_without_adapters(model: PreTrainedModel, kept: Kept | None) -> PreTrain
             copied = parameter.detach().to(dtype or parameter.dtype, copy=True)
             memo[id(parameter)] = nn.Parameter(copied, requires_grad=False)
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
-    for name, layer in lora_layers(teacher).items():
-        teacher.set_submodule(name, layer.get_base_layer())
+    take_off(teacher)
     unhook(teacher)
     come_and_go(teacher)
     teacher.eval()

@@ -14,7 +14,14 @@ class Lora(Section):
     alpha: float = Field(default=16, gt=0, description="The adapter's output is scaled by alpha / rank.")
     dropout: Share = Field(default=0.05, description="Dropout on the adapter's input.")
     targets: tuple[str, ...] = Field(
-        default=(), description="Last parts of the names of the linears to adapt; empty: all linears of the blocks."
+        default=(),
+        description="Last parts of the names of the linears (or experts' weights) to adapt; empty: all of the blocks.",
+    )
+    expert_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="Rank of each expert's own factors, in a mixture; null: rank / (experts that a token goes to), at "
+        "least 1; 0: experts get none.",
     )
 
 

@@ -2,9 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.structure.depth import remove_layers
-from regrow.structure.experts import select
 from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
 from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
 from regrow.structure.residual import follow, narrowed
+from regrow.structure.take import take
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 """Under which names an attention, or its config, keeps how many heads it has."""
@@ -68,7 +67,7 @@ def cut(
         if len(units):
             left[group.name] = group.keep(units)
     for (name, axis), positions_EK in within_experts(model, groups, keep).items():
-        _change(model.get_parameter(name), partial(select, axis=axis, positions_EK=positions_EK), optimizer)
+        _change(model.get_parameter(name), axis, positions_EK, optimizer)
     return _cut_stream(model, _without(groups, left), keep.get(RESIDUAL), optimizer)
 
 
@@ -147,9 +146,8 @@ def _cut_stream(
         return groups
     for piece in residual.slices:
         _cut_slice(model, piece, units, optimizer)
-    for name in dict.fromkeys(piece.module for piece in residual.slices):  # routers and experts reshape by their own
-        record = vars(model.get_submodule(name))
-        record |= {key: len(units) for key in HIDDEN_SIZES if record.get(key) == residual.units}
+    for piece in residual.slices:  # routers, experts and what is around them reshape by their own
+        _tell(model, piece.module, HIDDEN_SIZES, residual.units, len(units))
     return replace(narrowed(groups, residual.units - len(units)), residual=residual.keep(units))
 
 
@@ -161,30 +159,26 @@ def _cut_slice(
     stay = np.delete(np.arange(weight_shape(parameter)[piece.axis]), gone)
     positions = torch.from_numpy(stay).to(parameter.device)
     module = model.get_submodule(piece.parameter.rpartition(".")[0])
-    if kept_as(parameter) or isinstance(parameter, Offloaded):
-        if isinstance(parameter, Offloaded):
-            parameter.cut(piece.axis, positions)
-        else:
-            cut_weight(module, piece.axis, positions)
-        _follow(module)
-        return
-
-    _change(parameter, lambda tensor: tensor.index_select(piece.axis, positions), optimizer)
+    if kept_as(parameter):
+        cut_weight(module, piece.axis, positions)
+    else:
+        _change(parameter, piece.axis, positions, optimizer)
     _follow(module)
 
 
-def _change(
-    parameter: nn.Parameter, sliced: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Cut a parameter and what an optimizer holds for it."""
+def _change(parameter: nn.Parameter, axis: int, positions: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Cut a parameter and what an optimizer holds for it; positions as `take` has them."""
+    if isinstance(parameter, Offloaded):
+        parameter.cut(axis, positions)
+        return
     before = parameter.shape
     parameter.grad = None
     if optimizer is not None and parameter in optimizer.state:
         state = optimizer.state[parameter]
         for key, moment in state.items():
             if isinstance(moment, Tensor) and moment.shape == before:
-                state[key] = sliced(moment)
-    parameter.data = sliced(parameter.data)
+                state[key] = take(moment, axis, positions)
+    parameter.data = take(parameter.data, axis, positions)
 
 
 def _follow(module: nn.Module) -> None:
@@ -214,9 +208,12 @@ def _tell_head_counts(model: nn.Module, group: Group, units: int) -> None:
 def _tell_expert_counts(model: nn.Module, group: Group, units: int) -> None:
     """Let router and experts, and all modules around them, know how many experts are left."""
     for piece in group.slices:
-        parts = piece.module.split(".")
-        for depth in range(len(parts) + 1):
-            module = model.get_submodule(".".join(parts[:depth]))
-            for name in EXPERT_COUNTS:
-                if vars(module).get(name) == group.units:
-                    setattr(module, name, units)
+        _tell(model, piece.module, EXPERT_COUNTS, group.units, units)
+
+
+def _tell(model: nn.Module, name: str, keys: Iterable[str], before: int, now: int) -> None:
+    """Let a module, and all around it, know of a count that they keep under one of these names."""
+    parts = name.split(".")
+    for depth in range(len(parts) + 1):
+        record = vars(model.get_submodule(".".join(parts[:depth])))
+        record |= {key: now for key in keys if record.get(key) == before}

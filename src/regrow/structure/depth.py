@@ -105,6 +105,11 @@ def remove_layers(
         linears=tuple(
             rename(name) for name in groups.linears if not any(name.startswith(f"{layer.name}.") for layer in removed)
         ),
+        experts={
+            rename(name): chosen
+            for name, chosen in groups.experts.items()
+            if not any(name.startswith(f"{layer.name}.") for layer in removed)
+        },
         residual=groups.residual and _without_layers(groups.residual, removed, rename),
         block_parameters=groups.block_parameters - sum(layer.block_parameters for layer in removed),
         total_parameters=groups.total_parameters - sum(layer.parameters for layer in removed),

@@ -1,7 +1,8 @@
-"""Gates inside modules that keep the weights of all experts of a layer in one tensor each.
+"""Gates and adapters inside modules that keep the weights of all experts of a layer in one tensor each.
 
-There is no linear whose input a hook could multiply, so while such a module has gates that are not all open, or whose
-derivatives are wanted, it computes here: what transformers' own implementations compute, expert by expert.
+There is no linear whose input a hook could multiply, or that LoRA could be wrapped around. So while such a module has
+adapters, or gates that are not all open or whose derivatives are wanted, it computes here: what transformers' own
+implementations compute, expert by expert.
 
 * A channel's gate sits on the input of its expert's down projection, `dL/dg = <W[e][:, unit], (dL/dW)[e][:, unit]>`.
 * An expert's gate sits on what the expert adds, routing weight included: `dL/dg = <y, dL/dy>`. At 0 the expert is
@@ -19,17 +20,91 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from regrow.structure.expert_lora import loras_of
+from regrow.structure.offload import returned
+from regrow.structure.take import take
 
 Sink = Callable[[str, Tensor], None]
 """Takes a group's name and the gate gradients of one batch, `[B, U]` float32, unscaled."""
 
+Gating = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Takes rows `[S, …]`, the expert of each and the token of each `[S]`; gives the rows gated."""
+
 TOLD = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
 """What transformers writes on every module of experts that takes other implementations than its own."""
+
+ADAPTED = "regrow_lora"
+"""The name under which transformers knows how modules of experts with adapters compute."""
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module computes experts in the way that transformers' `use_experts_implementation` lays down."""
     return vars(module).keys() >= TOLD
+
+
+def run_experts(
+    experts: Any,
+    x_ND: Tensor,
+    expert_NK: Tensor,
+    weight_NK: Tensor,
+    gate_channels: Gating | None = None,
+    gate_outputs: Gating | None = None,
+) -> Tensor:
+    """What a module of experts computes, its adapters included.
+
+    Args:
+        expert_NK: the experts chosen for each token.
+        weight_NK: the routing weights of each.
+        gate_channels: sees the inputs of the down projections.
+        gate_outputs: sees what each expert adds, routing weight included.
+    """
+    chosen = expert_NK.shape[-1]
+    expert_S, order_S = torch.sort(expert_NK.reshape(-1), stable=True)
+    token_S = order_S // chosen
+    up_SF = _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_ND[token_S], expert_S)
+    h_SF = experts._apply_gate(up_SF) if experts.has_gate else experts.act_fn(up_SF)
+    if gate_channels is not None:
+        h_SF = gate_channels(h_SF, expert_S, token_S)
+    y_SD = _product(experts, "down_proj", h_SF, expert_S)
+    if experts.has_post_expert_norm:
+        y_SD = experts.post_expert_norm(y_SD)
+    y_SD = y_SD * weight_NK.reshape(-1)[order_S, None]
+    if gate_outputs is not None:
+        y_SD = gate_outputs(y_SD, expert_S, token_S)
+    back_S = torch.argsort(order_S)
+    return y_SD[back_S].view(len(x_ND), chosen, -1).sum(1).to(x_ND.dtype)
+
+
+def _product(experts: Any, name: str, x_SI: Tensor, expert_S: Tensor) -> Tensor:
+    weights = experts.get_parameter(name).unbind()
+    counts = torch.bincount(expert_S, minlength=len(weights)).tolist()
+    biases = experts.get_parameter(f"{name}_bias").unbind() if experts.has_bias else (None,) * len(weights)
+    loras = loras_of(experts)
+    lora = loras.adapters.get(name) if loras is not None and loras.enabled else None
+    a, b = (factor.unbind() for factor in lora.factors) if lora else ((), ())
+    found = []
+    for expert, x in enumerate(torch.split(x_SI, counts)):
+        if len(x):
+            weight = weights[expert].T if experts.is_transposed else weights[expert]
+            y = nn.functional.linear(x, weight, biases[expert])
+            found.append(y + lora(x, a[expert], b[expert]).to(y.dtype) if lora else y)
+    return torch.cat(found)
+
+
+def _run_adapted(experts: Any, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+    """How transformers computes a module with adapters; while they are off, as it did before."""
+    loras = loras_of(experts)
+    if loras is None or loras.enabled:  # others of the model's modules may have some
+        return run_experts(experts, x_ND, index_NK, weight_NK)
+    own = type(experts).forward.__wrapped__
+    plain = ALL_EXPERTS_FUNCTIONS.get_interface(loras.former, own)
+    output: Tensor = plain(experts, x_ND, index_NK, weight_NK)
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register(ADAPTED, _run_adapted)
 
 
 class _RowGate(torch.autograd.Function):
@@ -65,23 +140,24 @@ class _RowGate(torch.autograd.Function):
 
 @dataclass
 class Router:
-    """A module that scores experts, and its parameters that hold a row for each."""
+    """A module that scores experts, and its parameters that hold a row for each, or a column."""
 
     module: nn.Module
-    parameters: Sequence[str]
+    parameters: Mapping[str, int]
+    """By name: along which axis."""
     whole: dict[str, nn.Parameter] = field(default_factory=dict)
     """Those that are replaced while the module computes."""
 
     def narrow(self, kept_E: Tensor) -> None:
         """Let the module know of these experts only."""
-        for name in self.parameters:
+        for name, axis in self.parameters.items():
             self.whole[name] = self.module.get_parameter(name)
-            rows = self.whole[name].index_select(0, kept_E.to(self.whole[name].device))
+            rows = take(self.whole[name], axis, kept_E)
             self.module._parameters[name] = rows  # type: ignore[assignment]
 
     def widen(self) -> None:
         """Let it know of all again."""
-        self.module._parameters.update(self.whole)
+        self.module._parameters.update({name: returned(whole) for name, whole in self.whole.items()})
         self.whole.clear()
 
 
@@ -139,14 +215,19 @@ class ExpertGates:
         name, members = self.whole
         return members[self.value(name) != 0].flatten()
 
-    def _gates(self, channels: int) -> tuple[Tensor, Tensor]:
-        """`[E, F]` and `[E, 1]`, on the CPU."""
-        gate_EF, gate_E1 = torch.ones(self._count, channels), torch.ones(self._count, 1)
+    def _channel_gates(self, channels: int) -> Tensor:
+        """`[E, F]`, on the CPU."""
+        gate_EF = torch.ones(self._count, channels)
         for expert, (name, positions) in self.channels.items():
             gate_EF[expert, positions] = self.value(name)[:, None]
+        return gate_EF
+
+    def _expert_gates(self) -> Tensor:
+        """`[E, 1]`, on the CPU."""
+        gate_E1 = torch.ones(self._count, 1)
         if self.whole is not None:
             gate_E1[self.whole[1], 0] = self.value(self.whole[0])[:, None]
-        return gate_EF, gate_E1
+        return gate_E1
 
     def _is_open(self) -> bool:
         names = [name for name, _ in (*self.channels.values(), *([self.whole] if self.whole else ()))]
@@ -156,37 +237,22 @@ class ExpertGates:
         sink = self.sink() if torch.is_grad_enabled() else None
         if sink is None and self._is_open():
             return plain(x_ND, index_NK, weight_NK)
-        experts: Any = self.experts
-        chosen, kept_E = index_NK.shape[-1], self._kept()
+        kept_E = self._kept()
         assert self._narrowed == (len(kept_E) < self._count), "the router is not called as a module"
-        expert_S = kept_E.to(index_NK.device)[index_NK].reshape(-1)
-        expert_S, order_S = torch.sort(expert_S, stable=True)
-        token_S = order_S // chosen
-        where = expert_S, token_S // (len(x_ND) // self._sequences)
-        up_SF = self._product("gate_up_proj" if experts.has_gate else "up_proj", x_ND[token_S], expert_S)
-        h_SF = experts._apply_gate(up_SF) if experts.has_gate else experts.act_fn(up_SF)
-        gate_EF, gate_E1 = self._gates(h_SF.shape[1])
-        h_SF = self._gated(h_SF, gate_EF, where, sink and partial(self._report_channels, sink))
-        y_SD = self._product("down_proj", h_SF, expert_S)
-        if experts.has_post_expert_norm:
-            y_SD = experts.post_expert_norm(y_SD)
-        y_SD = y_SD * weight_NK.reshape(-1)[order_S, None]
-        y_SD = self._gated(y_SD, gate_E1, where, sink and self.whole and partial(self._report_experts, sink))
-        back_S = torch.argsort(order_S)
-        return y_SD[back_S].view(len(x_ND), chosen, -1).sum(1).to(x_ND.dtype)
+        per_sequence = len(x_ND) // self._sequences
 
-    def _product(self, name: str, x_SI: Tensor, expert_S: Tensor) -> Tensor:
-        experts: Any = self.experts
-        counts = torch.bincount(expert_S, minlength=self._count).tolist()
-        weights = experts.get_parameter(name).unbind()
-        biases = experts.get_parameter(f"{name}_bias").unbind() if experts.has_bias else (None,) * len(weights)
-        return torch.cat(
-            [
-                nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)
-                for x, weight, bias in zip(torch.split(x_SI, counts), weights, biases, strict=True)
-                if len(x)
-            ]
-        )
+        def gate_channels(h_SF: Tensor, expert_S: Tensor, token_S: Tensor) -> Tensor:
+            where = expert_S, token_S // per_sequence
+            report = sink and partial(self._report_channels, sink)
+            return self._gated(h_SF, self._channel_gates(h_SF.shape[1]), where, report)
+
+        def gate_outputs(y_SD: Tensor, expert_S: Tensor, token_S: Tensor) -> Tensor:
+            where = expert_S, token_S // per_sequence
+            report = sink and self.whole and partial(self._report_experts, sink)
+            return self._gated(y_SD, self._expert_gates(), where, report)
+
+        expert_NK = kept_E.to(index_NK.device)[index_NK]
+        return run_experts(self.experts, x_ND, expert_NK, weight_NK, gate_channels, gate_outputs)
 
     def _gated(
         self, x_SC: Tensor, gate_EC: Tensor, where: tuple[Tensor, Tensor], report: Callable[[Tensor], None] | None
@@ -215,11 +281,3 @@ def _give_back(module: nn.Module, forward: Callable[..., Tensor] | None) -> None
     del vars(module)["forward"]
     if forward is not None:
         module.forward = forward
-
-
-def select(tensor: Tensor, axis: int, positions_EK: Tensor) -> Tensor:
-    """Of a tensor whose first axis is the experts: other positions along `axis` for each of them."""
-    positions_EK = positions_EK.to(tensor.device)
-    return torch.stack(
-        [part.index_select(axis - 1, positions) for part, positions in zip(tensor, positions_EK, strict=True)]
-    )

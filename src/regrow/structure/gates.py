@@ -184,8 +184,9 @@ class Gates:
             pieces = [piece for piece in group.slices if piece.module == experts]
             if pieces and group.kind == "expert":
                 whole = group.name, torch.from_numpy(pieces[0].index)
-                parameters = [s.parameter.rpartition(".") for s in group.slices if s.module != experts]
-                routers = [Router(self.model.get_submodule(module), [last]) for module, _, last in parameters]
+                others = [s for s in group.slices if s.module != experts and not s.is_adapter]
+                places = [(*s.parameter.rpartition("."), s.axis) for s in others]
+                routers = [Router(self.model.get_submodule(name), {last: axis}) for name, _, last, axis in places]
             for piece in pieces:
                 if piece.is_input and piece.expert is not None:
                     channels[piece.expert] = group.name, torch.from_numpy(piece.index)

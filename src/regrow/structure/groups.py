@@ -1,23 +1,14 @@
 """Groups: what can be removed from a model, unit by unit, and what each unit costs."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from regrow.errors import InputError
-from regrow.structure.adapters import is_linear
-from regrow.structure.experts import is_experts
-from regrow.structure.quantised import weight_count, weight_shape
-from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, skeleton, trace
-
-MULTIPLE = 8
-"""Channels of experts stay in multiples of this: the kernels that compute all experts at once want rows of 16 bytes."""
+from regrow.settings import Lora
 
 RESIDUAL = "residual"
 """Name of the group of hidden channels."""
@@ -137,6 +128,8 @@ class Groups(Sequence[Group]):
     residual: Group | None = None
     """The hidden channels, coupled through all layers, embeddings, norms and head: a group that crosses all others, so
     that costs of it and of them multiply rather than add. None if the model has no such stream to narrow."""
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """The prunable weights of experts -> how many experts a token goes to: LoRA goes there as well."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -181,220 +174,15 @@ class Groups(Sequence[Group]):
         of_experts = (group for group in self if group.expert is not None or group.kind == "expert")
         return any(group.kind.rstrip("0123456789") in kinds for group in of_experts)
 
+    def expert_ranks(self, lora: Lora) -> dict[str, int]:
+        """The weights of experts that are to be adapted -> the rank of an expert's own factors."""
+        rank, targets = lora.expert_rank, lora.targets
+        return {
+            name: max(1, lora.rank // chosen) if rank is None else rank
+            for name, chosen in self.experts.items()
+            if rank != 0 and (not targets or name.rpartition(".")[2] in targets)
+        }
+
     @cached_property
     def _by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
-
-
-def find_groups(model: PreTrainedModel) -> Groups:
-    """Find the minimally removable structures of a decoder-only language model by tracing it.
-
-    Works on any device, dtype and size (the trace holds no weights), before and after LoRA is attached, before
-    and after a cut. LoRA factors belong to the groups of the linear they are wrapped around: B is cut with the
-    rows, A with the columns, the rank axis never.
-
-    Raises:
-        InputError: if the model cannot be traced; the message names the module and the operator.
-    """
-    path, layers = decoder_layers(model)
-    alike = distinct_layers(layers)
-    found = trace(skeleton(model, [numbers[0] for numbers in alike]))
-
-    inside = [axis for axis in found.axes if axis.parameter.startswith(f"{path}.")]
-    outside = {int(c) for axis in found.axes if axis not in inside for c in np.unique(axis.classes)}
-    groups = []
-    for position, numbers in enumerate(alike):
-        prefix = f"{path}.{position}."
-        own = [axis for axis in inside if axis.parameter.startswith(prefix)]
-        for part in _groups_of_layer(own, outside, found):
-            for number in numbers:
-                moved = tuple(
-                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in part.slices
-                )
-                name, cost = f"layers.{number}.{part.name}", _cost(model, moved)
-                group = replace(part, name=name, layer=number, slices=moved, cost=cost)
-                if _takes_gates(model, group):
-                    groups.append(group)
-    if not groups:
-        raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
-    residual = _residual(model, found, path, alike)
-    groups = [replace(group, hidden=_crossing(model, group, residual)) for group in groups]
-    groups = _count_channels_once(sorted(groups, key=lambda group: (group.layer, group.kind)))
-
-    base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    pieces = [s for group in groups for s in group.slices if not s.is_adapter]
-    sliced = {s.module for s in pieces}
-    adapted = {s.module for group in groups if group.kind != "expert" for s in group.slices}
-    linears = sorted({name for name in adapted if is_linear(model.get_submodule(name))}, key=_natural)
-    block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
-
-    def inside_layer(number: int, sizes: Mapping[str, int]) -> int:
-        return sum(size for name, size in sizes.items() if name.startswith(f"{path}.{number}."))
-
-    every = {name: weight_count(p) for name, p in base.items()}
-    along = [] if residual is None else [s for s in residual.slices if not s.is_adapter]
-    on_channel = {s.parameter: _count(model, s) for s in along}
-    block_on_channel = {name: count for name, count in on_channel.items() if _module_of(name) in sliced}
-    return Groups(
-        groups=tuple(groups),
-        layers=tuple(
-            Layer(
-                f"{path}.{i}", i, inside_layer(i, every), inside_layer(i, block),
-                inside_layer(i, on_channel), inside_layer(i, block_on_channel),
-            )
-            for i in range(len(layers))
-        ),
-        linears=tuple(linears),
-        block_parameters=sum(block.values()),
-        total_parameters=sum(every.values()),
-        residual=residual,
-    )  # fmt: skip
-
-
-def _takes_gates(model: PreTrainedModel, group: Group) -> bool:
-    """Whether there is a place for the gates: the input of a linear, or within a module of experts."""
-    if group.kind == "expert":
-        return any(is_experts(model.get_submodule(s.module)) for s in group.slices)
-    if group.expert is not None:
-        return all(is_experts(model.get_submodule(s.module)) for s in group.consumers)
-    return all(is_linear(model.get_submodule(s.module)) for s in group.consumers)
-
-
-def _count_channels_once(groups: Sequence[Group]) -> list[Group]:
-    """Take what the channels' own groups count off the costs of experts."""
-    found = []
-    for group in groups:
-        if group.kind == "expert":
-            inside = [g for g in groups if g.layer == group.layer and g.expert is not None]
-            cost, hidden = sum(g.units * g.cost for g in inside), sum(g.units * g.hidden for g in inside)
-            group = replace(group, cost=group.cost - cost // group.units, hidden=group.hidden - hidden // group.units)
-        found.append(group)
-    return found
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0].removesuffix(".base_layer")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _cost(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
-    return sum(_count(model, piece) for piece in slices if not piece.is_adapter)
-
-
-def _count(model: PreTrainedModel, piece: Slice) -> int:
-    """Numbers of a parameter that one unit owns."""
-    parameter = model.get_parameter(piece.parameter)
-    shape = weight_shape(parameter)
-    among = shape[piece.axis] * (1 if piece.expert is None else shape[0])
-    return int(piece.index.shape[1]) * weight_count(parameter) // among
-
-
-def _crossing(model: PreTrainedModel, group: Group, residual: Group | None) -> int:
-    """Numbers that lie both in a unit of a group and on a hidden channel."""
-    along = {} if residual is None else {s.parameter: s for s in residual.slices if not s.is_adapter}
-    crossed = [(s, along[s.parameter]) for s in group.slices if s.parameter in along]
-    count = 0
-    for s, other in crossed:
-        if other.axis != s.axis:
-            size = weight_shape(model.get_parameter(s.parameter))[other.axis]
-            count += _count(model, s) * int(other.index.shape[1]) // size
-    return count
-
-
-def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[Sequence[int]]) -> Group | None:
-    """The classes that the layers both read and write, and that reach outside of them.
-
-    None where they do not all own alike: there is then no one number that says how wide the stream is.
-    """
-    first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
-    for number, axis in enumerate(found.axes):
-        for c, positions in axis.owners():
-            owners[c][number] = positions
-
-    def has(owned: Mapping[int, object], inside: bool, is_input: bool | None = None) -> bool:
-        axes = [found.axes[n] for n in owned if ".lora_" not in found.axes[n].parameter]
-        return any(
-            axis.parameter.startswith(f"{path}.") == inside and is_input in (None, axis.is_input) for axis in axes
-        )
-
-    stream = [
-        owned
-        for c, owned in owners.items()
-        if c != -1 and c not in found.attention
-        if has(owned, False) and has(owned, True, True) and has(owned, True, False)
-    ]
-    if len({tuple((n, len(p)) for n, p in sorted(owned.items())) for owned in stream}) != 1:
-        return None
-    stream.sort(key=lambda owned: int(owned[min(owned)][0]))
-    slices: dict[tuple[str, int], Slice] = {}
-    for n in sorted(stream[0]):
-        axis, index = found.axes[n], np.stack([owned[n] for owned in stream])
-        for name in _replicated(axis.parameter, path, alike):
-            name = first.get(id(model.get_parameter(name)), name)
-            slices.setdefault((name, axis.axis), Slice(name, axis.axis, axis.is_input, index))
-    found_slices = tuple(slices.values())
-    return Group(RESIDUAL, -1, "hidden", len(stream), found_slices, _cost(model, found_slices))
-
-
-def _replicated(parameter: str, path: str, alike: Sequence[Sequence[int]]) -> list[str]:
-    """The parameters of the whole model that one of the skeleton stands for."""
-    if not parameter.startswith(f"{path}."):
-        return [parameter]
-    position, _, rest = parameter.removeprefix(f"{path}.").partition(".")
-    return [f"{path}.{number}.{rest}" for number in alike[int(position)]]
-
-
-def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> Iterator[Group]:
-    """Put the classes that own the same number of positions on the same axes into one group.
-
-    Names, layer and costs are left to fill in. Channels of experts, which the trace cannot tell apart, are a group for
-    each expert.
-    """
-    owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
-    for number, axis in enumerate(axes):
-        for c, positions in axis.owners():
-            owners[c][number] = positions
-
-    alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for c, owned in owners.items():
-        if c == -1 or c in outside:
-            continue
-        base = [number for number in owned if ".lora_" not in axes[number].parameter]
-        both = any(axes[n].is_input for n in base) and any(not axes[n].is_input for n in base)
-        if both or c in found.experts:
-            alike[tuple((n, len(p)) for n, p in sorted(owned.items()))].append(c)
-
-    slabs = {
-        axis.parameter: len(axis.classes)
-        for axis in axes
-        if axis.axis == 0 and all(c in found.experts for c in axis.classes.tolist())
-    }
-    seen: dict[str, int] = defaultdict(int)
-    for signature, members in alike.items():
-        routed = members[0] in found.experts
-        first = next(n for n, _ in signature if axes[n].is_input or routed)
-        members.sort(key=lambda c: int(owners[c][first][0]))
-        kind = "expert" if routed else "attention" if members[0] in found.attention else "ffn"
-        seen[kind] += 1
-        slices = tuple(
-            Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
-            for n, _ in signature
-        )
-        if members[0] in found.normed and not routed:  # none can go without changing the others: one unit, all of them
-            slices = tuple(replace(s, index=s.index.reshape(1, -1)) for s in slices)
-        kind = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
-        group = Group(kind, -1, kind, len(slices[0].index), slices, 0)
-        if routed and slices[0].index.shape[1] == 1:
-            yield replace(group, least=found.experts[members[0]])
-        elif routed:
-            continue  # the router chooses groups of experts first, say: none can go without others
-        elif all(s.parameter in slabs for s in slices):
-            for expert in range(slabs[slices[0].parameter]):
-                own = tuple(replace(s, expert=expert) for s in slices)
-                yield replace(group, name=f"expert{expert}.{kind}", slices=own, expert=expert, multiple=MULTIPLE)
-        else:
-            yield group

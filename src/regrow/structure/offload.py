@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.sharding import Held
+from regrow.structure.take import take
 
 Place = Literal["cpu", "disk", "shards"]
 
@@ -32,7 +33,7 @@ class Store(Protocol):
         """The weight as it is now, on any device."""
 
     def cut(self, axis: int, positions: Tensor) -> "Store":
-        """The same with some positions of an axis only."""
+        """The same with some positions of an axis only, given as to `take`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class InMemory:
 
     def cut(self, axis: int, positions: Tensor) -> "InMemory":
         """See `Store`."""
-        return InMemory(self.tensor.index_select(axis, positions))
+        return InMemory(take(self.tensor, axis, positions))
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,25 @@ class InFile:
     whole: Callable[[], Tensor]
     """Reads all of it."""
     kept: Mapping[int, Tensor] = field(default_factory=dict)
-    """Axis -> positions that are left of it."""
+    """Axis -> positions that are left of it; those of the experts that are left where experts differ."""
 
     def read(self) -> Tensor:
         """See `Store`."""
         tensor = self.whole()
         for axis, positions in sorted(self.kept.items()):
-            tensor = tensor.index_select(axis, positions)
+            tensor = take(tensor, axis, positions)
         return tensor
 
     def cut(self, axis: int, positions: Tensor) -> "InFile":
         """See `Store`."""
+        kept = dict(self.kept)
+        if axis == 0:  # where others differ between experts, their rows go with them
+            kept = {other: rows[positions] if rows.ndim == 2 else rows for other, rows in kept.items()}
         before = self.kept.get(axis)
-        return InFile(self.whole, {**self.kept, axis: positions if before is None else before[positions]})
+        if before is not None:
+            positions = before[positions] if before.ndim == 1 else take(before, 1, positions)
+        kept[axis] = positions
+        return InFile(self.whole, kept)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class InParts:
     def cut(self, axis: int, positions: Tensor) -> "InParts":
         """See `Store`."""
         whole = self.read()
-        left = whole.index_select(axis, positions.to(whole.device))
+        left = take(whole, axis, positions)
         return InParts(self.hold(left), self.hold, self.origin.cut(axis, positions))
 
 
@@ -118,10 +125,10 @@ class Offloaded(nn.Parameter):
         return (self.merge(tensor) if self.merge else tensor).to(self.dtype)
 
     def cut(self, axis: int, positions: Tensor) -> None:
-        """Keep some rows (axis 0) or columns (axis 1)."""
+        """Keep some positions of an axis, given as to `take`."""
         self.store = self.store.cut(axis, positions.cpu())
         shape = list(self.shape)
-        shape[axis] = len(positions)
+        shape[axis] = positions.shape[-1]
         self.data = _nothing(torch.Size(shape), self.dtype, self.device)
 
     def retype(self, dtype: torch.dtype) -> None:
@@ -155,7 +162,12 @@ def _bring(module: nn.Module, args: Any) -> None:
 def _take_away(module: nn.Module, args: Any, output: Any) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         if isinstance(parameter, _Brought):
-            setattr(module, name, parameter.away)
+            setattr(module, name, returned(parameter))
+
+
+def returned(parameter: nn.Parameter) -> nn.Parameter:
+    """What stands in the place of a weight while it is not here; a weight that is always here itself."""
+    return parameter.away if isinstance(parameter, _Brought) else parameter
 
 
 def come_and_go(model: nn.Module) -> None:

@@ -38,6 +38,8 @@ class Walk:
         """Facets that some of the highest are taken of, and how many are."""
         self.experts: list[Facet] = []
         """The first axis of weights of which the rows that were chosen compute: one matrix for each expert."""
+        self.fixed: list[Facet] = []
+        """Facets of buffers that checkpoints hold."""
 
     def elementwise(self, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
         """Tie every two facets that name the same elements; keep the widest of each such set."""
@@ -118,6 +120,10 @@ def _values(arguments: Any) -> list[Value]:
 
 def _elementwise(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     return walk.elementwise(_values(args), shape)
+
+
+def _like(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return walk.elementwise(args[:1], shape)  # of the other only the dtype counts
 
 
 def _rearranged(change: Callable[[Facet, tuple[int, ...], Sequence[Any], dict[str, Any], Any], Facet]) -> Rule:
@@ -294,9 +300,25 @@ def _top(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -
     return [walk.reduce(value, [axis], shapes[0]), Value(shapes[1], among=next(iter(whole), None))]
 
 
+def _gather(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    value = args[0]
+    axis = (args[1] if len(args) > 1 else kwargs["dim"]) % len(value.shape)
+    index = args[2] if len(args) > 2 else kwargs["index"]
+    facets = []
+    for facet in value.facets:
+        if _is_chosen(facet, axis, index):
+            continue  # what those that were chosen have, as of `topk`
+        first = facet.take([0], axis)
+        walk.channels.tie(facet, first)  # which positions are meant is not known here: all go together
+        facets.append(first)
+    return Value(shape, tuple(facets))
+
+
 def _max(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> Any:
     if len(args) == 1:
         return _reduce(walk, args, kwargs, shapes)
+    if isinstance(args[1], Value):  # the larger of two
+        return _elementwise(walk, args, kwargs, shapes)
     return [walk.reduce(args[0], [args[1]], shapes[0]), Value(shapes[1])]
 
 
@@ -332,12 +354,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         _names(
             "add sub mul div pow neg abs exp log sqrt rsqrt reciprocal square sigmoid tanh silu gelu relu mish "
-            "softplus erf sin cos clamp clamp_min clamp_max maximum minimum where masked_fill to type_as float "
-            "_to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax hardswish "
-            "leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
+            "softplus erf sin cos expm1 clamp clamp_min clamp_max maximum minimum where masked_fill to float gt ge lt "
+            "le eq ne _to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax "
+            "hardswish leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
         ),
         _elementwise,
     ),
+    "aten.type_as": _like,
     **dict.fromkeys(_names("view reshape _unsafe_view flatten unflatten unsqueeze squeeze"), _rearranged(_reshape)),
     **dict.fromkeys(_names("transpose t swapaxes numpy_T"), _rearranged(_transpose)),
     "aten.permute": _rearranged(_permute),
@@ -359,6 +382,7 @@ RULES: dict[str, Rule] = {
     "aten.stack": _stack,
     "aten.index": _index,
     "aten.topk": _top,
+    "aten.gather": _gather,
     **dict.fromkeys(_names("max min"), _max),
     **dict.fromkeys(("transformers.grouped_mm_fallback", "aten._grouped_mm"), _grouped_mm),
     "_operator.getitem": _pick,

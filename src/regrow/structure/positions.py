@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.structure.cut import emptied_layers, within_experts
-from regrow.structure.experts import select
 from regrow.structure.groups import Groups, Slice
+from regrow.structure.take import take
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,26 @@ class Kept:
     positions: Tensor
     """Those that stay, ascending; int64. Where they differ between experts, a row for each expert that stays."""
 
+    @property
+    def left(self) -> int:
+        """How many positions stay, in each expert that does."""
+        return self.positions.shape[-1]
+
     def gather(self, tensor: Tensor, axis: int) -> Tensor:
         """The positions that stay, of a tensor that has this axis whole (and only the experts that stay)."""
-        if self.positions.ndim == 2:
-            return select(tensor, axis, self.positions)
-        return tensor.index_select(axis, self.positions)
+        return take(tensor, axis, self.positions)
 
     def scatter(self, tensor: Tensor, axis: int) -> Tensor:
         """A tensor that has the axis whole, zero at the positions that went."""
-        assert tensor.shape[axis] == len(self.positions)
+        assert tensor.shape[axis] == self.left
         shape = list(tensor.shape)
         shape[axis] = self.size
-        return tensor.new_zeros(shape).index_copy(axis, self.positions, tensor)
+        whole = tensor.new_zeros(shape)
+        if self.positions.ndim == 1:
+            return whole.index_copy(axis, self.positions, tensor)
+        for part, positions, into in zip(tensor, self.positions, whole, strict=True):
+            into.index_copy_(axis - 1, positions, part)
+        return whole
 
 
 @dataclass(frozen=True)

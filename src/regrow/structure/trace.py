@@ -55,6 +55,8 @@ class Trace:
     """Classes of which a norm takes the mean of several: removing one changes what is left of the others."""
     experts: Mapping[int, int] = field(default_factory=dict)
     """Classes that a router chooses among -> how many of them it chooses for a token."""
+    fixed: frozenset[int] = frozenset()
+    """Classes that own a part of a buffer that checkpoints hold: cuts change parameters only."""
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -147,6 +149,8 @@ def trace(bones: PreTrainedModel) -> Trace:
         names[str(id(parameter))].append(name)
     facets: dict[str, tuple[Facet, ...]] = {}
     values: dict[torch.fx.Node, Any] = {}
+    buffers = program.graph_signature.inputs_to_buffers
+    stored = bones.state_dict().keys()
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in parameters:
             parameter = parameters[node.name]
@@ -155,6 +159,11 @@ def trace(bones: PreTrainedModel) -> Trace:
                 for alias in names[str(id(bones.get_parameter(parameter)))]:
                     facets[alias] = fresh
             values[node] = Value(tuple(node.meta["val"].shape), facets[parameter], is_weight=True)
+        elif node.op == "placeholder" and buffers.get(node.name) in stored:
+            values[node] = Value(
+                tuple(node.meta["val"].shape), _weight_facets(walk, node.meta["val"].shape), is_weight=True
+            )
+            walk.fixed += [facet for facet in values[node].facets if facet.size > 1]
         elif node.op == "call_function":
             values[node] = _apply(walk, node, values)
         elif node.op != "output":
@@ -252,4 +261,5 @@ def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
             channels = facet.reshape(-1)
             is_input = int(channels[0]) in walk.contracted
             found.append(Axis(parameter, axis, is_input, removable[channels]))
-    return Trace(tuple(found), frozenset(attention), frozenset(normed), experts)
+    fixed = frozenset(int(c) for facet in walk.fixed for c in np.unique(classes[facet]))
+    return Trace(tuple(found), frozenset(attention), frozenset(normed), experts, fixed)
