@@ -114,3 +114,21 @@ def test_a_small_llama_is_trained_on_a_file(tmp_path: Path, monkeypatch: pytest.
     assert found["tokens"]["test"] == len(tokens)
     assert found["tokens"]["held out"] < found["tokens"]["train"] / 8
     assert found["perplexity"]["test"] == pytest.approx(perplexity(model, tokens), rel=1e-3)
+
+
+# --- upcycle.py ----------------------------------------------------------------------------------
+
+
+def test_a_mixture_computes_what_its_dense_model_did(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is one that transformers loads from its files."""
+    maker = benchmark("upcycle", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["x", str(checkpoint), "--out", str(tmp_path / "m"), "--experts", "3"])
+    maker.main()
+    dense, mixture = (AutoModelForCausalLM.from_pretrained(folder) for folder in (checkpoint, tmp_path / "m"))
+    ids = torch.arange(3, 20)[None]
+    assert (mixture(ids).logits - dense(ids).logits).abs().max() < 1e-4
+    assert mixture.config.num_local_experts == 3
+    assert mixture.num_parameters() > dense.num_parameters()
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").vocab_size == mixture.config.vocab_size

@@ -276,7 +276,13 @@ def reloaded(model: PreTrainedModel, folder: Path, ids: Tensor) -> Verification:
                 "distillation.teacher": "auto",
             },
         ),
-        ("int8", {"search.evaluations": 0, "compensation.windows": 4, "distillation.teacher": "model"}),
+        (
+            "int8",
+            {
+                "search.evaluations": 0, "compensation.windows": 4, "distillation.teacher": "model",
+                "training.original_share": 0.0,
+            },
+        ),
     ],
 )  # fmt: skip
 def test_the_default_recipe_ends_in_a_plain_checkpoint(
@@ -699,7 +705,9 @@ def test_what_share_it_is_and_which_checkpoints_it_can_be_had_of(folder: Path, t
     assert default
     assert default > 0
     assert not said
-    assert settled(folder, quantization="int8") == (0.0, [])
+    assert settled(folder, quantization="int8") == (default, []), "the recipe has a refit"
+    without = load_recipe("regrow", {"training.quantization": "int8", "compensation.method": "none"})
+    assert settle_originals(str(folder), without, Calling()).training.original_share == 0.0
     assert settled(folder) == (None, [])
     assert not load_recipe("regrow", {"training.original_share": 0.3}).training.ends_on_originals
     assert settled(folder, quantization="int8", original_share=0.3) == (0.3, [])

@@ -21,8 +21,8 @@ from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import Groups
 
-ORIGINAL_SHARE = {"int8": 0.0, "nf4": 0.5}
-"""What share of the steps train on the original weights by default, by how the base is kept until then."""
+ORIGINAL_SHARE = 0.5
+"""What share of the steps train on the original weights if the recipe does not say and it pays."""
 
 
 def settle_quantization(recipe: Recipe, progress: Progress) -> Recipe:
@@ -73,7 +73,9 @@ def settle_originals(model: str, recipe: Recipe, progress: Progress) -> Recipe:
     if not recipe.training.quantized:
         return recipe
     asked = recipe.training.original_share
-    share = ORIGINAL_SHARE[recipe.training.quantization] if asked is None else asked
+    refitted = recipe.compensation.method == "least-squares"  # on the original weights then
+    pays = recipe.training.quantization == "nf4" or refitted
+    share = (ORIGINAL_SHARE if pays else 0.0) if asked is None else asked
     if share:
         try:
             Source(model, weights_folder(model))

@@ -45,7 +45,7 @@ class Training(Section):
         description="With a quantization: share of the steps, the last ones, that train on the original weights, "
         "brought layer by layer from the checkpoint's files (see offload). Until then removed units stay behind closed "
         "gates. If not 0, scores measured before training, a refit and a cached teacher use them, too. null: 0.5 with "
-        "nf4, 0 with int8.",
+        "nf4; with int8 where there is a refit (compensation.method=least-squares); else 0.",
     )
     offload: Literal["none", "cpu", "disk", "shards"] = Field(
         default="none",
