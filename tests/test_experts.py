@@ -20,25 +20,30 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 from zoo import CLOSE, build, logits_of
 
+import regrow
 from regrow.checkpoint.load import load_model
 from regrow.checkpoint.offloaded import load_offloaded
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.source import Source
 from regrow.checkpoint.stock import check_free, prunable_groups
 from regrow.checkpoint.tensors import StoredTensors
+from regrow.compensation.moments import InputMoments
+from regrow.compensation.solve import least_squares
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.experts import expert_choices, expert_price, fold, unfold
 from regrow.planning.plan import Plan
 from regrow.preflight import check_experts
+from regrow.progress import Silent
 from regrow.recipe import load_recipe
+from regrow.recovery.compensate import Compensator
 from regrow.recovery.learner import attach
 from regrow.recovery.scoring import gather_evidence
 from regrow.recovery.teacher import copy_without_adapters
 from regrow.report.graph import draw_graph
 from regrow.run import prune
-from regrow.settings import Lora, Pruning
+from regrow.settings import Compensation, Lora, Pruning
 from regrow.structure.adapters import adapter_names, adapter_parameters, adapters_off, lora_layers, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.experts import ADAPTED
@@ -560,6 +565,83 @@ def test_peft_computes_with_experts_adapters_and_they_are_carried_to_the_full_mo
             gates.keep(name, units.tolist())
         assert (logits_of(full) - expected).abs().max() < CLOSE
     assert (logits_of(full) - expected).abs().max() > 1e-2
+
+
+# --- compensation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carrier", ["base", "adapter"])
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_a_refit_makes_the_best_of_the_tokens_that_come_to_an_expert(
+    family: str, carrier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighted by the router; against moments taken by hand. And the layer is nearer to what it was than merely cut."""
+    monkeypatch.setattr("regrow.recovery.compensate.GRAMS", 8 * 40**2 * 2)  # two experts at a time
+    model = build(family)
+    groups = with_lora(model, rank=40, fill=False)
+    keep = {n: u for n, u in thinned(groups, 4, 8).items() if n.startswith("layers.0.") and n.endswith(".ffn")}
+    experts, seen = model.model.layers[0].mlp.experts, []
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    outputs = []
+    layer = model.model.layers[0].mlp.register_forward_hook(lambda _, args, output: outputs.append(output))
+    whole = copy.deepcopy(experts.down_proj)
+    with Gates(model, groups.groups, residual=groups.residual) as gates:
+        for chosen in (None, "plain", "refit"):
+            gates.open()
+            if chosen == "refit":
+                settings = Compensation(method="least-squares", selection="criterion", carrier=carrier)
+                done = Compensator(model, gates, settings).run(groups, keep, [IDS], Silent())
+                assert done.repaired.keys() == keep.keys()
+                assert all(share > 0 for share in done.repaired.values())
+            for name, units in keep.items() if chosen else ():
+                gates.keep(name, units.tolist())
+            outputs.clear()
+            model(input_ids=IDS)
+            outputs[0] = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+            if chosen is None:
+                dense = outputs[0]
+            elif chosen == "plain":
+                plain = (outputs[0] - dense).square().sum()
+            else:
+                assert (outputs[0] - dense).square().sum() < plain
+    handle.remove()
+    layer.remove()
+    x, index, weight = seen[0]
+    for expert in range(4):
+        up = x @ (experts.gate_up_proj[expert] if experts.is_transposed else experts.gate_up_proj[expert].T)
+        up = up + (experts.gate_up_proj_bias[expert] if experts.has_bias else 0)
+        moments = InputMoments.zeros(up.shape[1] // 2)
+        moments.add((experts._apply_gate(up) * (weight * (index == expert)).sum(1, keepdim=True)).detach())
+        kept = torch.from_numpy(keep[f"layers.0.expert{expert}.ffn"])
+        before, after = (w[expert].detach() for w in (whole, experts.down_proj))
+        if carrier == "adapter":
+            assert torch.equal(before, after)
+            a, b = (factor[expert].detach() for factor in experts.lora.adapters["down_proj"].factors)
+            after = after + (6 / 40) * (b @ a if not experts.is_transposed else (b @ a).T)
+        before, after = (w.T if experts.is_transposed else w for w in (before, after))
+        fitted = least_squares(before, moments, kept, Compensation().damping)
+        assert (after[:, kept] - fitted).abs().max() < 1e-3 * fitted.abs().max()
+
+
+def test_the_default_recipe_refits_experts_and_leaves_what_it_says(
+    mixture: Path, tmp_path: Path, text: Path, lean: None
+) -> None:
+    """From the files alone comes what the run has saved, refitted experts and adapters included."""
+    overrides = QUICK | {
+        "lora.rank": 4, "search.evaluations": 2, "search.windows": 4, "search.judge_windows": 4,
+        "compensation.windows": 4, "pruning.calibration_batches": 2,
+    }  # fmt: skip
+    result = prune(str(mixture), tmp_path / "out", data=str(text), sparsity=0.3, steps=4, overrides=overrides)
+    assert result.results["verification"]["passed"]
+    assert 0 < result.results["training"]["compensation"]["repaired"] < 1
+    left = load_file(result.folder / "adapters.safetensors")
+    assert {name for name in left if name.endswith("experts.down_proj")} == {
+        f"model.layers.{n}.mlp.experts.down_proj" for n in range(3)
+    }
+    again = regrow.apply(str(mixture), tmp_path / "again", run=result.folder)
+    ours, theirs = (tensors_of(folder, several=False) for folder in (result.model, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

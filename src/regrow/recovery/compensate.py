@@ -4,6 +4,8 @@ One group at a time, in the order of the forward pass, on the inputs that the al
 moments of the consumer's input, taken while the units are still there; selection, if wanted; the refit; then the
 gates close and the walk goes on. Targets are the outputs of the weights as they are (adapters included) on the
 pruned prefix, not the dense model's: chasing the dense outputs does harm once the residual stream has drifted.
+
+An expert's down projection is refitted on the tokens that are sent to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,8 @@ from regrow.structure.quantised import kept_as, weight_shape
 
 Units = NDArray[np.int64]
 
+GRAMS = 2 * 2**30
+"""Bytes of moments of experts' inputs that are taken at once, or those of one expert."""
 SWEEPS = 2
 """Of the factors that an adapter would carry in a candidate of a search."""
 
@@ -95,6 +99,8 @@ class Compensator:
         self.criterion = criterion
         self.gates = gates
         self.settings = settings
+        self._ahead: dict[str, InputMoments] = {}
+        """Group name -> what has been measured along with another expert's."""
 
     def make_room(self, groups: Groups) -> None:
         """Give every consumer that can have one a bias of zero, if biases are what compensates."""
@@ -122,21 +128,23 @@ class Compensator:
         numbers = [layer.number for layer in groups.layers if layer.number <= last]
         progress.stage("compensate", len(numbers))
         for number in numbers:
-            for group in (group for group in groups if group.layer == number and group.name in keep):
-                self._treat(group, keep[group.name], walk, done)
+            here = [group for group in groups if group.layer == number and group.name in keep]
+            for group in here:
+                self._treat(group, keep[group.name], walk, done, here)
             walk.advance()
             progress.advance()
         return done
 
-    def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated) -> None:
+    def _treat(self, group: Group, keep: Units, walk: LayerWalk, done: Compensated, here: Sequence[Group]) -> None:
         if self.settings.selection == "prefix" and 0 < len(keep) < group.units:
             keep = self._without(group, self.lowest(group, walk, group.units - len(keep)))
         if self.treats(group) and len(keep):
-            moments = self.measure(group, walk)
-            if self.settings.selection == "obs":
+            moments = self.measure(group, walk) if group.expert is None else self._of_expert(group, walk, here)
+            if self.settings.selection == "obs" and moments.tokens:
                 count = group.units - len(keep)
                 keep = self._without(group, self.order(group, moments, count))
-            done.repaired[group.name] = self._refit(group, keep, moments, done)
+            if moments.tokens:  # no token may have come to an expert
+                done.repaired[group.name] = self._refit(group, keep, moments, done)
         done.keep[group.name] = keep
         self.gates.keep(group.name, keep)
 
@@ -155,9 +163,19 @@ class Compensator:
         only = self.settings.method == "bias" or self.settings.carrier == "adapter"
         return frozenset({"bias"} if only else {"weight", "bias"})
 
+    def parameters(self, group: Group) -> set[str]:
+        """The names of the parameters of a group's consumer that a refit may write to."""
+        consumer = group.consumers[0]
+        if group.expert is not None:
+            return {consumer.parameter} if "weight" in self.written else set()
+        module = consumer.parameter.rpartition(".")[0]
+        there = dict(self.model.get_submodule(module).named_parameters(recurse=False))
+        return {f"{module}.{name}" for name in there.keys() & self.written}
+
     def treats(self, group: Group) -> bool:
-        """Whether the recipe wants a refit, and there is one consumer that can be given it: a linear of its own."""
-        return self.settings.method != "none" and len(group.consumers) == 1 and group.expert is None
+        """Whether the recipe wants a refit, and there is one consumer that can be given it; no biases in experts."""
+        method = self.settings.method
+        return method != "none" and len(group.consumers) == 1 and (group.expert is None or method != "bias")
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""
@@ -173,6 +191,33 @@ class Compensator:
                 "in the weights, or set compensation.method=none"
             )
         return moments
+
+    def _of_expert(self, group: Group, walk: LayerWalk, here: Sequence[Group]) -> InputMoments:
+        """As `measure`, times the routing weights: so does an error come into the layer's output.
+
+        Experts beside one another feel nothing of each other's cuts: as many as fit are measured in one run.
+
+        Args:
+            here: the groups of the layer that lose units, in their order.
+        """
+        if group.name not in self._ahead:
+            consumer = group.consumers[0]
+            weight = self.model.get_parameter(consumer.parameter)
+            channels = weight.shape[consumer.axis]
+            rest = [each for each in here if each.expert is not None and each.consumers[0].module == consumer.module]
+            together = rest[rest.index(group) :][: max(1, GRAMS // (8 * channels**2))]
+            found = {each.consumers[0].expert: InputMoments.zeros(channels, weight.device) for each in together}
+
+            def see(h_SF: Tensor, expert_S: Tensor, weight_S: Tensor) -> None:
+                weighted_SF = h_SF.detach() * weight_S.detach()[:, None]
+                for expert, moments in found.items():
+                    moments.add(weighted_SF[expert_S == expert])
+
+            with self.gates.watching(consumer.module, see):
+                walk.run()
+            self._ahead = {each.name: found[each.consumers[0].expert] for each in together}
+            add_up(self.processes, list(found.values()))
+        return self._ahead.pop(group.name)
 
     def lowest(self, group: Group, walk: LayerWalk, count: int) -> Units:
         """The `count` units of least score on the pruned prefix; the walk stands before the group's layer."""
@@ -227,10 +272,14 @@ class Compensator:
         elif self.settings.method == "least-squares":
             change_OC = torch.zeros_like(weight_OC)
             change_OC[:, kept_K] = change_OK
-            self._add(parameter, change_OC if group.consumers[0].axis == 1 else change_OC.T, done)
+            expert, axis = group.consumers[0].expert, group.consumers[0].axis
+            if expert is None:
+                self._add(parameter, change_OC if axis == 1 else change_OC.T, done)
+            else:
+                self._add(parameter[expert], change_OC if axis == 2 else change_OC.T, done)
         return 1 - after / before
 
-    def _add(self, parameter: nn.Parameter, change: Tensor, done: Compensated) -> None:
+    def _add(self, parameter: Tensor, change: Tensor, done: Compensated) -> None:
         assert kept_as(parameter) is None, "a quantised weight is not written to"
         change = change.to(parameter.dtype)
         parameter.add_(change)
@@ -298,5 +347,7 @@ class Compensator:
         done.blend = share
 
     def _bias(self, group: Group) -> nn.Parameter | None:
+        if group.expert is not None:
+            return None
         module = self.model.get_submodule(group.consumers[0].parameter.rpartition(".")[0])
         return module.get_parameter("bias") if module.bias is not None else None

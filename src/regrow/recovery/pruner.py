@@ -237,18 +237,11 @@ class Pruner:
         """Copies of the base parameters that compensation has written to, by their present names, on the CPU."""
         if self.preparation is None:
             return {}
-        names = self.preparation.compensator.written
-        modules = {
-            group.consumers[0].parameter.rpartition(".")[0]
-            for group in self.groups
-            if group.name in self.preparation.refitted
-        }
-        return {
-            f"{module}.{name}": parameter.detach().cpu().clone()
-            for module in sorted(modules)
-            for name, parameter in self.model.get_submodule(module).named_parameters(recurse=False)
-            if name in names
-        }
+        compensator, found = self.preparation.compensator, set()
+        for group in self.groups:
+            if group.name in self.preparation.refitted:
+                found |= compensator.parameters(group)
+        return {name: self.model.get_parameter(name).detach().cpu().clone() for name in sorted(found)}
 
     def state(self) -> State:
         """Plans, gates, scores, and the base weights that are not those of the checkpoint any more."""

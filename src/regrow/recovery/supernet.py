@@ -85,7 +85,9 @@ class Supernet:
 
     def _prepare(self, group: Group, wanted: Sequence[int], scores_U: Tensor, walk: LayerWalk) -> dict[int, Rung]:
         settings = self.compensator.settings
-        moments = self.compensator.measure(group, walk) if self.compensator.treats(group) else None
+        # A refit of every expert at every rung would take a multiple of the model.
+        treated = group.expert is None and self.compensator.treats(group)
+        moments = self.compensator.measure(group, walk) if treated else None
         if moments and settings.selection == "obs":
             order = self.compensator.order(group, moments, max(wanted))
         else:

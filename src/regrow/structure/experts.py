@@ -29,8 +29,22 @@ from regrow.structure.take import take
 Sink = Callable[[str, Tensor], None]
 """Takes a group's name and the gate gradients of one batch, `[B, U]` float32, unscaled."""
 
-Gating = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes rows `[S, …]`, the expert of each and the token of each `[S]`; gives the rows gated."""
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes what flows into the down projections `[S, F]`, gates included; expert and routing weight of each row."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows are that experts compute with."""
+
+    expert_S: Tensor
+    token_S: Tensor
+    weight_S: Tensor
+    """With what each goes into the sum over its token's experts."""
+
+
+Gating = Callable[[Tensor, Rows], Tensor]
+"""Takes what rows hold, `[S, …]`; gives it gated."""
 
 TOLD = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
 """What transformers writes on every module of experts that takes other implementations than its own."""
@@ -62,17 +76,17 @@ def run_experts(
     """
     chosen = expert_NK.shape[-1]
     expert_S, order_S = torch.sort(expert_NK.reshape(-1), stable=True)
-    token_S = order_S // chosen
-    up_SF = _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_ND[token_S], expert_S)
+    rows = Rows(expert_S, order_S // chosen, weight_NK.reshape(-1)[order_S])
+    up_SF = _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_ND[rows.token_S], expert_S)
     h_SF = experts._apply_gate(up_SF) if experts.has_gate else experts.act_fn(up_SF)
     if gate_channels is not None:
-        h_SF = gate_channels(h_SF, expert_S, token_S)
+        h_SF = gate_channels(h_SF, rows)
     y_SD = _product(experts, "down_proj", h_SF, expert_S)
     if experts.has_post_expert_norm:
         y_SD = experts.post_expert_norm(y_SD)
-    y_SD = y_SD * weight_NK.reshape(-1)[order_S, None]
+    y_SD = y_SD * rows.weight_S[:, None]
     if gate_outputs is not None:
-        y_SD = gate_outputs(y_SD, expert_S, token_S)
+        y_SD = gate_outputs(y_SD, rows)
     back_S = torch.argsort(order_S)
     return y_SD[back_S].view(len(x_ND), chosen, -1).sum(1).to(x_ND.dtype)
 
@@ -177,6 +191,8 @@ class ExpertGates:
     """The gates of a group now, `[units]`."""
     sink: Callable[[], Sink | None]
     """Who takes derivatives now."""
+    watch: Watch | None = None
+    """Who looks on."""
     _sequences: int = 1
     _narrowed: bool = False
     """Whether the router has just chosen among those experts only whose gates are not closed."""
@@ -235,19 +251,22 @@ class ExpertGates:
 
     def _forward(self, plain: Callable[..., Tensor], x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
         sink = self.sink() if torch.is_grad_enabled() else None
-        if sink is None and self._is_open():
+        if sink is None and self.watch is None and self._is_open():
             return plain(x_ND, index_NK, weight_NK)
         kept_E = self._kept()
         assert self._narrowed == (len(kept_E) < self._count), "the router is not called as a module"
         per_sequence = len(x_ND) // self._sequences
 
-        def gate_channels(h_SF: Tensor, expert_S: Tensor, token_S: Tensor) -> Tensor:
-            where = expert_S, token_S // per_sequence
+        def gate_channels(h_SF: Tensor, rows: Rows) -> Tensor:
+            where = rows.expert_S, rows.token_S // per_sequence
             report = sink and partial(self._report_channels, sink)
-            return self._gated(h_SF, self._channel_gates(h_SF.shape[1]), where, report)
+            gated_SF = self._gated(h_SF, self._channel_gates(h_SF.shape[1]), where, report)
+            if self.watch is not None:
+                self.watch(gated_SF, rows.expert_S, rows.weight_S)
+            return gated_SF
 
-        def gate_outputs(y_SD: Tensor, expert_S: Tensor, token_S: Tensor) -> Tensor:
-            where = expert_S, token_S // per_sequence
+        def gate_outputs(y_SD: Tensor, rows: Rows) -> Tensor:
+            where = rows.expert_S, rows.token_S // per_sequence
             report = sink and self.whole and partial(self._report_experts, sink)
             return self._gated(y_SD, self._expert_gates(), where, report)
 

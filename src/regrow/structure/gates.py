@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from regrow.structure.experts import ExpertGates, Router, Sink, is_experts
+from regrow.structure.experts import ExpertGates, Router, Sink, Watch, is_experts
 from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
 from regrow.structure.residual import mask_hooks, writers
 from regrow.structure.trace import decoder_layers
@@ -133,6 +133,7 @@ class Gates:
         self._values = {group.name: torch.ones(group.units) for group in self._every} | _open(layers)
         self._sink: Sink | None = None
         self._undo: list[Callable[[], None]] = []
+        self._within: dict[str, ExpertGates] = {}
 
     @property
     def _every(self) -> list[Group]:
@@ -151,6 +152,7 @@ class Gates:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self._within.clear()
 
     def _hook(self) -> None:
         self.__exit__()
@@ -166,7 +168,8 @@ class Gates:
             module = self.model.get_submodule(layer.name)
             self._undo.append(module.register_forward_hook(partial(self._gate_layer, layer.unit)).remove)
         for name in dict.fromkeys(s.module for s in self._slices() if is_experts(self.model.get_submodule(s.module))):
-            self._undo += self._gates_within(name).attach()
+            self._within[name] = self._gates_within(name)
+            self._undo += self._within[name].attach()
         if self._residual is not None:
             masks = mask_hooks(self.model, self._residual, lambda: self._values[RESIDUAL])
             self._undo += [handle.remove for handle in (*masks, *self._stream_hooks(self._residual))]
@@ -286,6 +289,15 @@ class Gates:
     def open(self) -> None:
         """All gates at 1."""
         self._values = {name: torch.ones_like(value) for name, value in self._values.items()}
+
+    @contextmanager
+    def watching(self, experts: str, see: Watch) -> Iterator[None]:
+        """Show `see` what flows into the down projections of a module of experts, by its dotted name."""
+        self._within[experts].watch = see
+        try:
+            yield
+        finally:
+            self._within[experts].watch = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
