@@ -39,7 +39,7 @@ from regrow.progress import Silent
 from regrow.recipe import load_recipe
 from regrow.recovery.compensate import Compensator
 from regrow.recovery.learner import attach
-from regrow.recovery.scoring import gather_evidence
+from regrow.recovery.scoring import copy_factors, gather_evidence
 from regrow.recovery.teacher import copy_without_adapters
 from regrow.report.graph import draw_graph
 from regrow.run import prune
@@ -526,6 +526,40 @@ def test_adapters_tell_of_an_experts_channels_what_a_linear_of_its_own_would(fam
         values = sums[torch.from_numpy(piece.index)].sum(1)
         total += values / values.norm()
     assert torch.allclose(find_criterion("lora").score(evidence).double(), total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_whole_experts_are_seen_with_what_their_adapters_have_done(
+    family: str, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRAShear's cosine, in float64, over all that an expert owns; rows in blocks that end within experts."""
+    monkeypatch.setattr("regrow.criteria.evidence.ROWS_AT_ONCE", 23)
+    model = build(family)
+    groups = with_lora(model)
+    start = copy_factors(model) if begun else {}
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    group = groups.by_name("layers.1.expert")
+    evidence = gather_evidence(model, group, None, torch.Generator(), start)
+    layer = model.model.layers[1].mlp
+    router = next(s.parameter for s in group.slices if s.parameter.endswith("weight") and "lora" not in s.parameter)
+    squares = model.get_parameter(router).detach().double().square().sum(1)
+    moved, shared = torch.zeros(4).double(), torch.zeros(4).double()
+    for name in ("gate_up_proj", "down_proj"):
+        now = adapted_weight(layer.experts, name).double() - layer.experts.get_parameter(name).detach().double()
+        then = torch.zeros_like(now)
+        if begun:
+            a, b = (factor.double() for factor in start[f"model.layers.1.mlp.experts.lora.{name}"])
+            then = 2 * b @ a
+            then = then.mT if layer.experts.is_transposed else then
+        x, d = layer.experts.get_parameter(name).detach().double() + then, now - then
+        squares = squares + x.square().sum((1, 2))
+        moved = moved + d.square().sum((1, 2))
+        shared = shared + (x * d).sum((1, 2))
+    expected = 1 + shared / (squares.sqrt() * moved.sqrt())
+    assert torch.allclose(find_criterion("lhspg-cosine").score(evidence).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("products", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("up_proj", "down_proj")])
