@@ -150,7 +150,7 @@ def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, 
     kind, units = group.kind, group.units
     if kind.startswith("ffn") or kind == "expert":  # if a class takes one number it takes every number
         refusal = ALONE
-        for alike in (kind,), tuple(_as_wide(groups, group)):  # by itself, or with those beside it, under one key
+        for alike in dict.fromkeys([(kind,), _as_wide(groups, group)]):  # or with those beside it, under one key
             multiple = max(each.multiple for each in groups if each.kind in alike and each.units == units)
             fewer = range(-(-group.least // multiple) * multiple, units, multiple)
             if fewer and not (refusal := _refusal(config, groups, whole, alike, units, fewer[-1])):
@@ -162,11 +162,11 @@ def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, 
     return Widths(counts, reason or (ALONE if units == 1 else ""))
 
 
-def _as_wide(groups: Groups, group: Group) -> list[str]:
-    """The kinds of FFN that lie beside one of a group's kind, and are as wide."""
-    beside = {each.layer for each in groups if each.kind == group.kind and each.units == group.units}
-    near = (each for each in groups if each.layer in beside and each.kind.startswith("ffn"))
-    return sorted({each.kind for each in near if each.units == group.units} | {group.kind})
+def _as_wide(groups: Groups, group: Group) -> tuple[str, ...]:
+    """A group's kind; of an FFN also the kinds that lie beside one of its kind and are as wide."""
+    alike = [each for each in groups if each.kind.startswith("ffn") and each.units == group.units]
+    beside = {each.layer for each in alike if each.kind == group.kind}
+    return tuple(sorted({each.kind for each in alike if each.layer in beside} | {group.kind}))
 
 
 def _refusal(
