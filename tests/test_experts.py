@@ -861,10 +861,15 @@ def test_one_key_for_two_widths_and_dense_layers_beside_those_of_experts(
     assert offered[1, "ffn", True] == offered[1, "ffn2", True] == (8, 16)
     with pytest.raises(InputError, match="cannot have widths of their own"):
         check_free(AutoConfig.from_pretrained(model), find_groups(AutoModelForCausalLM.from_pretrained(model)))
-    result = prune(str(model), tmp_path / "out", "magnitude", data=str(text), steps=2, sparsity=0.3, overrides=QUICK)
+    overrides = {**QUICK, "output.keep_adapter": True}
+    result = prune(
+        str(model), tmp_path / "out", "magnitude", data=str(text), steps=2, sparsity=0.3, overrides=overrides
+    )
     left = {name: len(part.keep) for name, part in result.plan.groups.items()}
     assert left["layers.0.ffn"] == 40
     assert {n for name, n in left.items() if ".ffn" in name and "layers.0." not in name} == {8}
     assert result.plan.sparsity.block >= 0.3
     config = AutoConfig.from_pretrained(result.model)
     assert (config.intermediate_size, config.moe_intermediate_size) == (40, 8)
+    merged = AutoModelForCausalLM.from_pretrained(result.model)
+    assert (logits_of(on_base(result.folder)) - logits_of(merged)).abs().max() < 1e-5, "no linear is left out"
