@@ -46,7 +46,7 @@ class Rows:
 Gating = Callable[[Tensor, Rows], Tensor]
 """Takes what rows hold, `[S, …]`; gives it gated."""
 
-TOLD = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
+TOLD = {"has_gate", "has_bias", "is_concatenated", "is_transposed"}
 """What transformers writes on every module of experts that takes other implementations than its own."""
 
 ADAPTED = "regrow_lora"
@@ -82,7 +82,7 @@ def run_experts(
     if gate_channels is not None:
         h_SF = gate_channels(h_SF, rows)
     y_SD = _product(experts, "down_proj", h_SF, expert_S)
-    if experts.has_post_expert_norm:
+    if vars(experts).get("has_post_expert_norm"):  # which older versions know nothing of
         y_SD = experts.post_expert_norm(y_SD)
     y_SD = y_SD * rows.weight_S[:, None]
     if gate_outputs is not None:
