@@ -657,6 +657,16 @@ def test_a_refit_makes_the_best_of_the_tokens_that_come_to_an_expert(
         assert (after[:, kept] - fitted).abs().max() < 1e-3 * fitted.abs().max()
 
 
+def test_experts_without_adapters_are_not_refitted_where_adapters_carry_the_refit(mixtral: Groups) -> None:
+    model = build("Mixtral")
+    attach(model, mixtral, Lora(expert_rank=0))
+    with Gates(model, mixtral.groups) as gates:
+        for carrier, treated in (("base", True), ("adapter", False)):
+            compensator = Compensator(model, gates, Compensation(method="least-squares", carrier=carrier))
+            assert compensator.treats(mixtral.by_name("layers.0.expert1.ffn")) == treated
+            assert compensator.treats(mixtral.by_name("layers.0.attention"))
+
+
 def test_the_default_recipe_refits_experts_and_leaves_what_it_says(
     mixture: Path, tmp_path: Path, text: Path, lean: None
 ) -> None:

@@ -37,6 +37,7 @@ from regrow.recovery.pooling import add_up
 from regrow.recovery.scoring import gather_evidence, linear_evidence
 from regrow.settings import Compensation
 from regrow.structure.biases import add_bias
+from regrow.structure.expert_lora import lora_of
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk, watching_inputs
@@ -173,9 +174,17 @@ class Compensator:
         return {f"{module}.{name}" for name in there.keys() & self.written}
 
     def treats(self, group: Group) -> bool:
-        """Whether the recipe wants a refit, and there is one consumer that can be given it; no biases in experts."""
-        method = self.settings.method
-        return method != "none" and len(group.consumers) == 1 and (group.expert is None or method != "bias")
+        """Whether the recipe wants a refit, and there is one consumer that can be given it.
+
+        Experts are given none by biases, nor by adapters that they do not have (`lora.expert_rank=0`).
+        """
+        if self.settings.method == "none" or len(group.consumers) != 1:
+            return False
+        if group.expert is None:
+            return True
+        consumer = group.consumers[0]
+        adapter = lora_of(self.model.get_submodule(consumer.module), consumer.parameter.rpartition(".")[2])
+        return self.settings.method != "bias" and (self.settings.carrier == "base" or adapter is not None)
 
     def measure(self, group: Group, walk: LayerWalk) -> InputMoments:
         """Moments of the input of a group's consumer; the walk stands before the group's layer."""

@@ -188,9 +188,10 @@ def take_off(model: PreTrainedModel) -> None:
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
     experts = expert_loras(model)
-    for name, loras in experts.items():
+    for name in experts:
         del model.get_submodule(name)._modules[LORA]
-        model.set_experts_implementation(loras.former)
+    for former in {loras.former for loras in experts.values()}:
+        model.set_experts_implementation(former)
 
 
 @torch.no_grad()
