@@ -4,7 +4,7 @@ One run to the end; then again and again a run that is killed, resumed, sometime
 The moments are spread evenly over the time of the whole run, by chance within their share of it. Every run is a process
 of its own, forked from one that has imported everything: so no kill is wasted on the imports. Nor on those of the fresh
 process that checks the checkpoint, most of so short a run: it is left out unless `--verify` asks for it. The SHA-256 is
-of all weight files of the result.
+of all weight files of the result. On a CPU, whatever else there is.
 
     python benchmarks/kill.py MODEL --data TRAIN --eval-data TEST --recipe regrow --kills 20 --out kills/ \
         --set training.steps=40 search.evaluations=16
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU cannot be used in a fork: tests/test_cuda.py kills runs on one
 
 import regrow.report.terminal
 import regrow.run

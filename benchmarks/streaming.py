@@ -59,11 +59,10 @@ def write_dense(arguments: argparse.Namespace, folder: Path) -> None:
     shards = split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=arguments.shard_size)
     for file, names in shards.filename_to_tensors.items():
         contents = {name: shapes[name] for name in names}
-        write_tensors(
-            folder / file,
-            contents,
-            lambda name: torch.empty(shapes[name][1], dtype=torch.bfloat16).normal_(0, 0.02, generator=chance),
+        values = (
+            torch.empty(shapes[name][1], dtype=torch.bfloat16).normal_(0, 0.02, generator=chance) for name in names
         )
+        write_tensors(folder / file, contents, zip(names, values, strict=True))
     index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     write_json(folder / "model.safetensors.index.json", index)
 

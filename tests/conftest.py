@@ -12,6 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# The oracles are of a CPU's arithmetic; test_cuda.py gives its processes the GPUs back. Workers inherit both.
+os.environ.setdefault("REGROW_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 from transformers import (
     AutoModelForCausalLM,

@@ -55,7 +55,6 @@ def test_every_kind_of_step_is_measured(case: str, rank: int, kept: float, gpu: 
     assert held / inside == pytest.approx(kept, rel=0.15), "bytes of a weight, scales among them"
     assert found["batch"] == (1 if case == "65b nf4" else 2)
     assert found["tokens_per_second"] == pytest.approx(found["batch"] * 16 / found["seconds"])
-    assert found["peak_bytes"] > 0
 
 
 def test_cut_models_are_as_small_as_they_should_be(gpu: ModuleType) -> None:
@@ -73,10 +72,7 @@ def test_a_case_that_fails_does_not_end_the_others(gpu: ModuleType, monkeypatch:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert gpu.run("lora", 10) == {"failed": "ended with 1"}
     monkeypatch.setattr(gpu, "run_here", lambda given: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    said: list[str] = []
-    monkeypatch.setattr("builtins.print", said.append)
-    gpu.child(arguments(child="lora"))
-    assert json.loads(said[0]) == {"failed": "out of memory"}
+    assert gpu.attempt(arguments(child="lora")) == {"failed": "out of memory"}
 
 
 def test_without_a_gpu_there_is_one_clear_line(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,8 @@ def test_size_equals_a_count_by_hand(tied: bool) -> None:
     rotary = 2 * HEAD_DIM // 2  # transformers keeps the inverse frequencies twice, as buffers
     assert size.bytes == 4 * (size.total + rotary)
     attention = 2 * HEADS * HEAD_DIM * length  # per token: scores and weighted sum over all positions
-    assert size.macs_per_token == LAYERS * (BLOCK_LINEARS + attention) + EMBEDDING
+    products = LAYERS * (BLOCK_LINEARS + attention) + EMBEDDING
+    assert size.macs_per_token in (products, products + HEAD_DIM // 2)  # older transformers: rotary angles are one, too
     assert size.length == length
 
 

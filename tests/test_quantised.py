@@ -47,6 +47,7 @@ from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.offload import is_offloaded
+from regrow.structure.quantise import quantise
 from regrow.structure.quantised import dequantised, held_bytes, is_quantised, kept_as, quantised_linears, release
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -719,3 +720,14 @@ def test_what_share_it_is_and_which_checkpoints_it_can_be_had_of(folder: Path, t
     assert "extra" in told
     with pytest.raises(InputError, match="extra"):
         settled(tmp_path, quantization="nf4", original_share=0.2)
+
+
+@BOTH
+def test_autocast_leaves_a_bias_its_digits(kind: str) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64)
+    exact = plain.bias.detach().clone()
+    linear = quantise(plain, kind, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.randn(2, 64).bfloat16())
+    assert torch.equal(linear.bias, exact)

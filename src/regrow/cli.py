@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a repository on the hub.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto: the first GPU, else the CPU.")]
+DEVICE_HELP = "cpu, cuda, cuda:1, …; auto: the first GPU, else the CPU."
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data set on the hub (wikitext, c4)."
 
 
@@ -98,6 +99,7 @@ def prune(
             "or in parts, one with each process (shards; with torchrun)."
         ),
     ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key.path=value", help="Change anything in the recipe; may be repeated."),
@@ -126,6 +128,7 @@ def prune(
         "output.keep_adapter": keep_adapter or None,
         "training.quantization": quantize,
         "training.offload": offload,
+        "device": device,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
     chosen = load_recipe(recipe, settings)

@@ -5,8 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from regrow.checkpoint.files import check_folder, storage_errors
 from regrow.checkpoint.lock import alone_in
+from regrow.checkpoint.state import same_bits
 from regrow.errors import InputError
 from regrow.processes import join
 from regrow.progress import Progress, Silent
@@ -84,5 +87,7 @@ def prune(
             check_folder(folder)
             if together.is_main:
                 until_the_end.enter_context(alone_in(folder))
+        if chosen.training.deterministic and chosen.device != "cpu" and torch.cuda.is_available():
+            until_the_end.enter_context(same_bits())
         result = Walk(model, folder, chosen, told, fresh, argv, together).walk()
         return everywhere(result, folder, together)

@@ -1,5 +1,9 @@
 """What a part of a run has to know in order to go on: plain values and tensors, never pickled."""
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,3 +60,24 @@ def set_chance(states: dict[str, Tensor]) -> None:
             torch.mps.set_rng_state(state)
         elif int(device.removeprefix("cuda:")) < torch.cuda.device_count():  # perhaps it is another machine
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def same_bits() -> Iterator[None]:
+    """Within this context CUDA computes the same bits every time, where torch has an algorithm that does.
+
+    cuBLAS reads its part of it when it is first used: another use in this process must not have come before.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic: Any = torch.utils.deterministic
+    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False  # nothing reads what it has not written
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*determinis", UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+        deterministic.fill_uninitialized_memory = filled

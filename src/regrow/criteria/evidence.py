@@ -12,7 +12,9 @@ from regrow.compensation.moments import ChannelMoments, InputMoments
 from regrow.structure.gates import GateMoments
 
 ROWS_AT_ONCE = 256
-"""Scores that need a weight-shaped intermediate compute it for this many rows at a time."""
+"""Scores that need a weight-shaped intermediate compute it for this many rows at a time on a CPU, in its caches."""
+ENTRIES_AT_ONCE = 2**24
+"""An accelerator takes so many entries, and more rows: launching a kernel costs it as much as a small one does."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class Linear:
     """What forward passes alone tell of the gradient, if the criterion needs it."""
 
     def row_blocks(self) -> Iterator[slice]:
-        """Slices of rows that cover the weight, `ROWS_AT_ONCE` at a time."""
-        for start in range(0, self.weight.shape[0], ROWS_AT_ONCE):
-            yield slice(start, start + ROWS_AT_ONCE)
+        """Slices of rows that cover the weight, `ROWS_AT_ONCE` at a time or `ENTRIES_AT_ONCE`."""
+        rows, columns = self.weight.shape
+        many = ROWS_AT_ONCE if self.weight.is_cpu else max(ENTRIES_AT_ONCE // columns, 1)
+        for start in range(0, rows, many):
+            yield slice(start, start + many)
 
     def effective_weight(self, rows: slice) -> Float[Tensor, "rows in"]:
         """`W + s B A` of some rows, float32: what the layer computes with. A copy: criteria work on it in place."""

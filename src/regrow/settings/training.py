@@ -61,6 +61,11 @@ class Training(Section):
         default=True,
         description="Refuse a run whose memory, by a coarse estimate, is more than what is free; false: only say so.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="On CUDA, take algorithms that give the same bits every time where torch has them, so that a "
+        "resumed run comes to what an uninterrupted one does. Attention in float32 has none.",
+    )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
     checkpoint_interval: Count | None = Field(
         default=None, description="Steps between checkpoints that an interrupted run goes on from; null: eval_interval."

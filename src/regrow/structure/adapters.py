@@ -74,6 +74,11 @@ def merged_weight(module: nn.Module, weight: Tensor, a: Tensor, b: Tensor, scali
     return (delta.mT if is_turned(module) else delta).add_(weight)
 
 
+def _cast_input_unless_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Of autocast linears with one input the backward pass keeps that one; of casts each would keep its own."""
+    module.cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)  # type: ignore[assignment]
+
+
 def attach_lora(
     model: PreTrainedModel,
     linears: Sequence[str],
@@ -112,6 +117,8 @@ def attach_lora(
         )  # fmt: skip
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
         del layers.peft_config
+        for name in chosen:
+            model.get_submodule(name).register_forward_pre_hook(_cast_input_unless_autocast)
     _attach_to_experts(model, experts, alpha / rank, dropout)
     for parameter in adapter_parameters(model):
         parameter.data = parameter.data.float()

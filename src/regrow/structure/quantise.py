@@ -64,12 +64,12 @@ def quantise(linear: nn.Module, kind: Quantization, compute: torch.dtype) -> nn.
     if isinstance(linear.weight, Offloaded):
         weight = linear.weight.bring()
     assert kept_as(weight) is None, "a weight is rounded once"
-    device, values = weight.device, (weight.T if isinstance(linear, Conv1D) else weight).contiguous().cpu()
+    device, values = weight.device, (weight.T if isinstance(linear, Conv1D) else weight).contiguous()
     bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
     made: nn.Module
     if kind == "int8":
         made = bnb.nn.Linear8bitLt(columns, rows, bias is not None, has_fp16_weights=False, device="meta")
-        made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(device)
+        made.weight = bnb.nn.Int8Params(values.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
         made = bnb.nn.Linear4bit(
             columns, rows, bias is not None, compute, compress_statistics=True, quant_type="nf4", device="meta"

@@ -60,6 +60,19 @@ def settle(model: nn.Module) -> None:
         else:
             linear.support_avx512bf16_for_cpu = False
             linear.weight.module = None  # a cycle: the model would outlive its last use
+        if linear.bias is not None:
+            linear.register_forward_pre_hook(_remember_bias)
+            linear.register_forward_hook(_restore_bias)
+
+
+def _remember_bias(linear: Any, args: Any) -> None:
+    linear.exact_bias = linear.bias.data
+
+
+def _restore_bias(linear: Any, args: Any, output: Any) -> None:
+    """In the place of a bias bitsandbytes puts one of its input's dtype: under autocast, of fewer digits."""
+    linear.bias.data = linear.exact_bias
+    del linear.exact_bias
 
 
 @torch.no_grad()
