@@ -19,19 +19,16 @@ from typing import Any
 import torch
 from environment import describe_machine
 from gpu import SHAPES, run
-from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import AutoModelForCausalLM, LlamaConfig
+from random_checkpoint import write_random_checkpoint
+from transformers import LlamaConfig
 
 import regrow
-from regrow.checkpoint.files import write_json
-from regrow.checkpoint.load import compute_dtype, load_config, load_skeleton, load_tokenizer
-from regrow.checkpoint.tensors import write_tensors
+from regrow.checkpoint.load import compute_dtype, load_config, load_skeleton
 from regrow.criteria.registry import find_criterion
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe, load_recipe, parse_assignments
 from regrow.structure.finding import find_groups
 
-TOKENIZER = Path(regrow.__file__).parent / "demo" / "model"
 CASES = ["regrow", "regrow int8", "regrow nf4", "loraprune", "loraprune int8", "loraprune nf4"]
 SETTINGS: dict[str, Any] = {
     "pruning.sparsity": 0.5, "training.steps": 8, "training.batch_size": 2, "training.eval_windows": 4,
@@ -72,32 +69,6 @@ class Parts:
         """Keep it, and pass it on."""
         self.told.append(message)
         print(message, file=sys.stderr, flush=True)
-
-
-def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
-    """Random weights, a tensor at a time, and the demo's tokenizer."""
-    if (folder / "model.safetensors.index.json").is_file():
-        return
-    config = LlamaConfig(**SHAPES[shape], vocab_size=32000, max_position_embeddings=2048, dtype="bfloat16")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    load_tokenizer(str(TOKENIZER)).save_pretrained(folder)
-    torch.manual_seed(0)
-    shapes = {name: (torch.bfloat16, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    shards = split_torch_state_dict_into_shards(model.state_dict(), max_shard_size="4GB")
-    for file, names in shards.filename_to_tensors.items():
-        made = ((name, values(shapes[name][1], device)) for name in names)
-        write_tensors(folder / file, {name: shapes[name] for name in names}, made)
-    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    write_json(folder / "model.safetensors.index.json", index)
-
-
-def values(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Of a norm ones, of a matrix what a model begins with."""
-    made = torch.ones(shape, dtype=torch.bfloat16, device=device)
-    return (made if len(shape) == 1 else made.normal_(0, 0.02)).cpu()
 
 
 def recipe_of(case: str, arguments: argparse.Namespace) -> Recipe:
@@ -165,7 +136,10 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(run_here(arguments), default=str))
         return
-    write_checkpoint(arguments.shape, arguments.folder / "dense", torch.device(arguments.device))
+    dense = arguments.folder / "dense"
+    if not (dense / "model.safetensors.index.json").is_file():
+        config = LlamaConfig(**SHAPES[arguments.shape], vocab_size=32000, dtype="bfloat16")
+        write_random_checkpoint(config, dense, "4GB", arguments.device)
     found, began = {}, time.monotonic()
     for case in arguments.cases:
         found[case] = run(case, arguments.seconds - (time.monotonic() - began), __file__)

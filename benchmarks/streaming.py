@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import describe_machine, peak_resident, resident
-from huggingface_hub import split_torch_state_dict_into_shards
+from random_checkpoint import TOKENIZER, write_random_checkpoint
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 import regrow
 from regrow.checkpoint.files import write_json
@@ -30,41 +30,19 @@ from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import save_checkpoint, weight_bytes
 from regrow.checkpoint.shape import pruned_config
 from regrow.checkpoint.stream import SCALING
-from regrow.checkpoint.tensors import write_tensors
 from regrow.planning.plan import Plan
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 
-TOKENIZER = Path(regrow.__file__).parent / "demo" / "model"
 WAYS = ("streamed", "in memory")
 
 
-def describe(arguments: argparse.Namespace) -> PreTrainedModel:
+def write_dense(arguments: argparse.Namespace, folder: Path) -> None:
     config = LlamaConfig(
         hidden_size=arguments.hidden, intermediate_size=arguments.channels, num_hidden_layers=arguments.layers,
         num_attention_heads=32, num_key_value_heads=4, vocab_size=32000, dtype="bfloat16",
     )  # fmt: skip
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def write_dense(arguments: argparse.Namespace, folder: Path) -> None:
-    """A random checkpoint, never in memory."""
-    model = describe(arguments)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    load_tokenizer(str(TOKENIZER)).save_pretrained(folder)
-    chance = torch.Generator().manual_seed(0)
-    shapes = {name: (torch.bfloat16, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    shards = split_torch_state_dict_into_shards(model.state_dict(), max_shard_size=arguments.shard_size)
-    for file, names in shards.filename_to_tensors.items():
-        contents = {name: shapes[name] for name in names}
-        values = (
-            torch.empty(shapes[name][1], dtype=torch.bfloat16).normal_(0, 0.02, generator=chance) for name in names
-        )
-        write_tensors(folder / file, contents, zip(names, values, strict=True))
-    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_random_checkpoint(config, folder, arguments.shard_size)
 
 
 def half(folder: Path) -> tuple[PreTrainedModel, Plan]:

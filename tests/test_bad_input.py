@@ -320,6 +320,7 @@ SETTINGS = [
     case("shape", nothing, PRUNE + "--shape sideways", "pruning.shape = 'sideways'", "'uniform' or 'free'"),
     case("device", nothing, EVALUATE + "--device abacus", "device 'abacus'", "choose cpu"),
     case("device that is not there", nothing, "bench LLAMA --device cuda:77", "device 'cuda:77'", "choose cpu"),
+    case("device to prune on", nothing, PRUNE + "--device cuda:77", "device 'cuda:77'", "choose cpu"),
     case("device without values", nothing, EVALUATE + "--device meta", "device 'meta'", "choose cpu"),
     case("device in a recipe", nothing, PRUNE + "--set device=abacus", "device 'abacus'", "choose cpu"),
     case("window 1", nothing, EVALUATE + "--window 1", "--window 1", "at least 2 tokens"),

@@ -5,7 +5,7 @@ import torch
 from conftest import build, two_by_two, with_lora
 from torch import Tensor
 
-from regrow.criteria.evidence import Evidence, Linear
+from regrow.criteria.evidence import ROWS_AT_ONCE, Evidence, Linear
 from regrow.criteria.lora import lora, lora_gradient, lora_squared
 from regrow.criteria.registry import CRITERIA, find_criterion
 from regrow.criteria.simple import magnitude, random
@@ -249,3 +249,11 @@ def test_a_criterion_that_gives_too_few_scores_is_refused(tmp_path) -> None:
 def test_an_unknown_criterion_says_what_there_is(name: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         find_criterion(name)
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 40), ("meta", 3)])
+def test_an_accelerator_takes_more_rows_at_once(device: str, blocks: int) -> None:
+    weight = torch.empty(40 * ROWS_AT_ONCE, 4096, device=device, dtype=torch.uint8)
+    found = list(Linear("m", weight, 0, torch.zeros(1, 1, dtype=torch.long)).row_blocks())
+    assert len(found) == blocks
+    assert sum(len(range(*rows.indices(len(weight)))) for rows in found) == len(weight)

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from conftest import build, go_through, logits, with_lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from regrow.data.tokens import Batch
 from regrow.planning.plan import Plan
@@ -13,7 +15,7 @@ from regrow.recipe import Recipe, load_recipe
 from regrow.recovery.learner import Diverged, Learner, automatic_learning_rate, learning_rate_factor
 from regrow.recovery.pruner import Pruner
 from regrow.settings import Training
-from regrow.structure.adapters import adapter_parameters
+from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.finding import find_groups
 
 STEPS = 12
@@ -190,3 +192,20 @@ def test_whole_plan_is_what_a_run_starts_from() -> None:
     model = build("llama-gqa")
     groups = with_lora(model)
     assert Plan.whole(groups).sparsity.block == 0
+
+
+def test_linears_with_one_input_keep_one_copy_of_it_under_autocast() -> None:
+    def kept(casting: bool) -> int:
+        model = build("llama-mha-tied").bfloat16()
+        attach_lora(model, find_groups(model).linears, rank=2, alpha=2, dropout=0.0)
+        if casting:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module._forward_pre_hooks.clear()  # what leaves the cast to autocast
+        held: dict[int, Tensor] = {}
+        looking = torch.autograd.graph.saved_tensors_hooks(lambda x: held.setdefault(x.data_ptr(), x), lambda x: x)
+        with looking, torch.autocast("cpu", torch.bfloat16):
+            model.train()(input_ids=torch.arange(48).view(2, 24))
+        return sum(tensor.nbytes for tensor in held.values())
+
+    assert kept(casting=False) < 0.95 * kept(casting=True)

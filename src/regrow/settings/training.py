@@ -63,8 +63,8 @@ class Training(Section):
     )
     deterministic: bool = Field(
         default=False,
-        description="On CUDA, take algorithms that give the same bits every time where torch has them, so that a "
-        "resumed run comes to what an uninterrupted one does. Attention in float32 has none.",
+        description="On CUDA, take algorithms that give the same bits every time, where torch has them (for attention "
+        "in float32 it has none).",
     )
     eval_interval: Count = Field(default=50, description="Steps between validation losses; the best adapters are kept.")
     checkpoint_interval: Count | None = Field(

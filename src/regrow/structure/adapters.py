@@ -75,7 +75,7 @@ def merged_weight(module: nn.Module, weight: Tensor, a: Tensor, b: Tensor, scali
 
 
 def _cast_input_unless_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Of autocast linears with one input the backward pass keeps that one; of casts each would keep its own."""
+    """Leave the cast to autocast: PEFT's would give each of q, k and v a copy of one input to keep for backward."""
     module.cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)  # type: ignore[assignment]
 
 
