@@ -9,10 +9,11 @@ from conftest import build, plan_of, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
-from regrow.planning.demand import demands, most_removed, protected_layers, settle_counts
+from regrow.planning.demand import demands, kernel_multiple, most_removed, protected_layers, settle_counts
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cubic_sparsity, cut_events
 from regrow.settings import Pruning
@@ -309,3 +310,27 @@ def test_ratios_by_hand() -> None:
     assert plan.sparsity.block == removed / groups.block_parameters
     assert plan.sparsity.total == removed / groups.total_parameters
     assert plan.sparsity.units == 1 - sum(map(len, keep.values())) / sum(g.units for g in groups)
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple"), [(512, 1), (1023, 1), (1024, 8), (2047, 8), (2048, 16), (5504, 32), (8192, 64), (28672, 64)]
+)
+def test_what_wide_matrices_are_cut_to(width: int, multiple: int) -> None:
+    assert kernel_multiple(width) == multiple
+
+
+@pytest.mark.parametrize("shape", ["uniform", "free"])
+def test_wide_ffns_keep_widths_that_kernels_like_unless_told_otherwise(shape: str) -> None:
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=1100, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        vocab_size=64,
+    )  # fmt: skip
+    groups = find_groups(AutoModelForCausalLM.from_config(config))
+    scores = scores_of(groups, 0)
+    plan, fine = (
+        choose(groups, Plan.whole(groups), scores, Pruning(sparsity=0.3, shape=shape, multiple=multiple))
+        for multiple in (None, 1)
+    )
+    assert all(len(group.keep) % 8 == 0 for name, group in plan.groups.items() if name.endswith("ffn"))
+    assert any(len(group.keep) % 8 for name, group in fine.groups.items() if name.endswith("ffn"))
+    assert 0.3 <= fine.sparsity.block <= plan.sparsity.block < 0.3 + 8 / 1100

@@ -197,7 +197,7 @@ def test_the_target_is_reached_exactly_and_counted_as_it_is(pruning: Pruning, tr
     whole = Plan.whole(groups)
     plan = choose(groups, whole, flat_scores(groups), pruning)
     assert plan.narrows
-    assert len(plan.residual.keep) % (pruning.multiple if pruning.multiple > 1 else 8) == 0
+    assert len(plan.residual.keep) % (pruning.multiple or 8) == 0
     if pruning.hidden:
         assert plan.residual.removed == 8, "of 48, the first multiple of 8 that is at least 15 %"
     left = cut(model, groups, plan.positions_within(whole))
@@ -210,7 +210,7 @@ def test_the_target_is_reached_exactly_and_counted_as_it_is(pruning: Pruning, tr
     ffn = [group for group in left if group.kind == "ffn"]
     total = groups.total_parameters if pruning.basis == "total" else groups.block_parameters
     hidden = left.residual.cost if pruning.basis == "total" else block_cost(left)
-    step = sum(g.cost for g in ffn) * pruning.multiple if "ffn" in pruning.kinds else 8 * hidden
+    step = sum(g.cost for g in ffn) * (pruning.multiple or 1) if "ffn" in pruning.kinds else 8 * hidden
     if pruning.basis != "units":
         assert (reached - pruning.sparsity) * total < step
     assert Plan.parse(json.dumps(plan.to_json())) == plan

@@ -205,8 +205,9 @@ def _ways(
     if not ways and short:
         raise out_of_reach(groups, short[0], layers, pruning)
     if not ways:
+        multiple = "so many" if pruning.multiple is None else pruning.multiple
         raise InputError(
-            f"no multiples of {pruning.multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
+            f"no multiples of {multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
         )
     return ways
 

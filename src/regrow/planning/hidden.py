@@ -24,7 +24,7 @@ def removals(groups: Groups, pruning: Pruning, gone: int = 0) -> list[int]:
     residual = groups.residual
     if residual is None:
         return [0]
-    units, step = residual.units, pruning.multiple if pruning.multiple > 1 else STEP
+    units, step = residual.units, pruning.multiple or STEP
     least = max(1, math.ceil(pruning.floor * units), units - int(pruning.cap * units))
     possible = range(1, units + 1) if residual.widths is None else residual.widths
     left = {width for width in possible if width >= least and width % step == 0} | {units}

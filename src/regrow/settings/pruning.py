@@ -79,8 +79,10 @@ class Pruning(Section):
     cap: float = Field(
         default=1.0, gt=0, le=1, description="Largest share of a group's units, and of the layers, that may go."
     )
-    multiple: Count = Field(
-        default=1, description="FFN and hidden widths are multiples of this (hidden: of 8 if it is 1)."
+    multiple: Count | None = Field(
+        default=None,
+        description="FFN and hidden widths: multiples of this. null: in FFNs of 1,024 channels and more of what GPUs "
+        "like: 8 to 64, the largest power of two within 1/128 of the width; hidden: of 8.",
     )
     protect_first: Share = Field(
         default=0.0,
