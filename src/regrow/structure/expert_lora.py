@@ -36,9 +36,9 @@ class ExpertLora(nn.Module):
     ) -> None:
         """Take E, O, I, r, what the product of the factors is multiplied by, s, and the dropout on inputs."""
         super().__init__()
-        a = torch.empty(experts, rank, into, device=device)
+        a = torch.empty(experts, rank, into)  # drawn on the CPU, as PEFT draws: the same ones on every device
         nn.init.kaiming_uniform_(a.view(experts * rank, into), a=math.sqrt(5))
-        self.lora_A = nn.ModuleDict({ADAPTER: _Factor(a)})
+        self.lora_A = nn.ModuleDict({ADAPTER: _Factor(a.to(device))})
         self.lora_B = nn.ModuleDict({ADAPTER: _Factor(torch.zeros(experts, out, rank, device=device))})
         self.dropout = nn.Dropout(dropout)
         self.scaling = scaling
