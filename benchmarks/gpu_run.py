@@ -38,7 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
     "loraprune": {"pruning.interval": 2},
     "regrow": {
         "pruning.calibration_batches": 4, "search.evaluations": 8, "search.windows": 4, "search.judge_windows": 8,
-        "compensation.windows": 16,
+        "search.trial_steps": 4,         "compensation.windows": 16,
     },
 }  # fmt: skip
 
@@ -55,11 +55,13 @@ class Parts:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Close the books of the part before."""
-        print(f"{time.monotonic() - self._began:7.1f} s  {name} …", file=sys.stderr, flush=True)
+        told = f"{time.monotonic() - self._began:7.1f} s  {name} …"
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             self.peaks[self._part] = max(self.peaks.get(self._part, 0), peak)
             torch.cuda.reset_peak_memory_stats(self.device)
+            told += f" ({self._part or 'before'}: {peak / 1e9:.2f} GB)"
+        print(told, file=sys.stderr, flush=True)
         self._part = name
 
     def advance(self, steps: int = 1, note: str = "") -> None:

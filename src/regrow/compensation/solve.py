@@ -24,7 +24,7 @@ def least_squares(weight_OC: Tensor, moments: InputMoments, kept_K: Tensor, damp
 
     The damping pulls towards the weights as they are: an infinite one gives the plain cut.
     """
-    return _solve(weight_OC, moments.second_CC, kept_K, damping)
+    return _solve(weight_OC, moments, kept_K, damping, centred=False)
 
 
 def least_squares_with_bias(
@@ -34,7 +34,7 @@ def least_squares_with_bias(
 
     With infinite damping: FLAP's bias (`bias_only`).
     """
-    fitted_OK = _solve(weight_OC, moments.covariance_CC, kept_K, damping)
+    fitted_OK = _solve(weight_OC, moments, kept_K, damping, centred=True)
     mean_C = moments.mean_C
     return fitted_OK, weight_OC.double() @ mean_C - fitted_OK @ mean_C[kept_K]
 
@@ -46,13 +46,15 @@ def bias_only(weight_OC: Tensor, moments: InputMoments, kept_K: Tensor) -> Tenso
     return weight_OC[:, removed_C].double() @ moments.mean_C[removed_C]
 
 
-def _solve(weight_OC: Tensor, second_CC: Tensor, kept_K: Tensor, damping: float) -> Tensor:
+def _solve(weight_OC: Tensor, moments: InputMoments, kept_K: Tensor, damping: float, centred: bool) -> Tensor:
+    """With second moments, or those about the mean."""
     weight_OC = weight_OC.double()
-    strength = damping * second_CC.diagonal().mean().clamp(min=0)
-    kept_KK = second_CC[kept_K][:, kept_K]
+    strength = damping * moments.energies_C(centred).mean().clamp(min=0)
+    kept_KK = moments.block(kept_K, centred)
     kept_KK.diagonal().add_(strength)
     factor_KK, ridge = _cholesky(kept_KK)
-    target_OK = weight_OC @ second_CC[:, kept_K] + (strength + ridge) * weight_OC[:, kept_K]
+    del kept_KK  # of wide layers these matrices are what fills a GPU
+    target_OK = moments.times(weight_OC, centred)[:, kept_K] + (strength + ridge) * weight_OC[:, kept_K]
     fitted_OK: Tensor = torch.cholesky_solve(target_OK.T, factor_KK).T
     return fitted_OK
 
@@ -61,9 +63,8 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
     """The factor of a positive semidefinite matrix with a ridge, and the ridge: the least, by powers of 16, that does.
 
     Channels that never speak, or always say the same, make a moment matrix singular, and rounding may then make it
-    indefinite.
+    indefinite. The matrix is given up: its diagonal is written to.
     """
-    matrix = matrix.clone()
     diagonal = matrix.diagonal()
     wanted = max(torch.finfo(matrix.dtype).eps * len(matrix) * float(diagonal.mean()), 1e-300)
     ridge = 0.0
@@ -82,7 +83,7 @@ def output_error(
     """`E‖W x − V x_k − b‖²` over the tokens seen."""
     change_OC = weight_OC.double().clone()
     change_OC[:, kept_K] -= fitted_OK.double()
-    error = ((change_OC @ moments.second_CC) * change_OC).sum()
+    error = (moments.times(change_OC) * change_OC).sum()
     if bias_O is not None:
         mean_O = change_OC @ moments.mean_C
         error = error - 2 * (bias_O * mean_O).sum() + bias_O.square().sum()
@@ -92,7 +93,7 @@ def output_error(
 def cut_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor) -> Tensor:
     """`tr(W_u H_uu W_uᵀ)`: the output error of cutting each unit alone, nothing repaired; float64 `[U]`."""
     weight_UOP = weight_OC.double()[:, units_UP].transpose(0, 1)
-    return _quadratic(weight_UOP, _blocks(moments.second_CC, units_UP))
+    return _quadratic(weight_UOP, _blocks(moments.gram_CC, units_UP) / moments.tokens)
 
 
 def repaired_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor, damping: float) -> Tensor:
@@ -103,9 +104,9 @@ def repaired_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor, 
 
 
 def _damped(second_CC: Tensor, damping: float) -> Tensor:
-    damped = second_CC.clone()
-    damped.diagonal().add_(damping * second_CC.diagonal().mean())
-    return damped
+    """The matrix itself, its diagonal now the higher."""
+    second_CC.diagonal().add_(damping * second_CC.diagonal().mean())
+    return second_CC
 
 
 def _blocks(matrix_CC: Tensor, units_UP: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def low_rank(
         sweeps: how often a random subspace of some more dimensions is turned towards the factors' (Halko et al.,
             0909.4061, alg. 4.4): nearly as good, and for large weights much cheaper. None: exact.
     """
-    root_KK = _cholesky(_damped(moments.second_CC[kept_K][:, kept_K], 1e-9))[0]
+    root_KK = _cholesky(_damped(moments.block(kept_K), 1e-9))[0]
     weighed_OK = change_OK.double() @ root_KK
     if sweeps is None:
         left, strength, right = torch.linalg.svd(weighed_OK, full_matrices=False)

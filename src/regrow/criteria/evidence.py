@@ -13,7 +13,7 @@ from regrow.structure.gates import GateMoments
 
 ROWS_AT_ONCE = 256
 """Scores that need a weight-shaped intermediate compute it for this many rows at a time on a CPU, in its caches."""
-ENTRIES_AT_ONCE = 2**24
+ENTRIES_AT_ONCE = 2**26
 """An accelerator takes so many entries, and more rows: launching a kernel costs it as much as a small one does."""
 
 

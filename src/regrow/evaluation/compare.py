@@ -1,6 +1,6 @@
 """Dense against pruned: the same text, windows, prompts and clock for both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from regrow.evaluation.generate import complete
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
-from regrow.evaluation.speed import measure_speed, ratios
+from regrow.evaluation.speed import Speed, measure_speed, ratios
 from regrow.evaluation.tasks import run_tasks
 from regrow.planning.plan import Plan
 from regrow.processes import ALONE, Processes
@@ -106,53 +106,75 @@ def compare(
     """
     wanted = recipe.evaluation
     protocols = protocol_windows(documents, tokenizer, source, recipe)
-    own_code = needs_remote_code(Path(pruned_name))
-    offload = recipe.training.offload_alone
-    dense = load(dense_name, device, offload=offload)
-    pruned = load(pruned_name, device, offload=offload, trust_remote_code=own_code)
     prompts = wanted.prompts or [start_of(text, tokenizer) for text in documents[: wanted.completions]]
-    quality: dict[str, Any] = {}
+    folders = {"dense": (dense_name, False), "pruned": (pruned_name, needs_remote_code(Path(pruned_name)))}
+    found: dict[str, dict[str, Any]] = {"perplexity": {}, "size": {}, "tasks": {}}
     completions: dict[str, list[str]] = {}
-    contenders = (
-        ("dense", dense, nullcontext()),
-        ("cut", dense, plan_as_gates(dense, plan)),
-        ("pruned", pruned, nullcontext()),
-    )
-    for kind, model, around in contenders:
-        with around:
-            quality[kind] = measure_perplexities(model, protocols, progress)
-            completions[kind] = [complete(model, tokenizer, prompt) for prompt in prompts]
-    results: dict[str, Any] = {
-        "perplexity": quality,
-        "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
-        "size": {"dense": asdict(measure_size(dense)), "pruned": asdict(measure_size(pruned))},
-    }
+    for name, (checkpoint, own_code) in folders.items():  # one at a time: together they may be too large
+        model = _load_somehow(checkpoint, device, recipe, own_code, progress)
+        for kind in ("dense", "cut") if name == "dense" else ("pruned",):
+            with plan_as_gates(model, plan) if kind == "cut" else nullcontext():
+                found["perplexity"][kind] = measure_perplexities(model, protocols, progress)
+                completions[kind] = [complete(model, tokenizer, prompt) for prompt in prompts]
+        found["size"][name] = asdict(measure_size(model))
+        if wanted.tasks:
+            progress.stage("tasks")
+            scores = run_tasks(model, tokenizer, wanted.tasks, limit=wanted.task_limit)
+            found["tasks"][name] = {task: asdict(score) for task, score in scores.items()}
+        del model
+    results: dict[str, Any] = {part: each for part, each in found.items() if each}
+    results["tokenizer"] = {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)}
     results["completions"] = [
         {"prompt": prompt, **{kind: texts[number] for kind, texts in completions.items()}}
         for number, prompt in enumerate(prompts)
     ]
-    if wanted.tasks:
-        progress.stage("tasks")
-        results["tasks"] = {
-            name: {
-                task: asdict(score)
-                for task, score in run_tasks(model, tokenizer, wanted.tasks, limit=wanted.task_limit).items()
-            }
-            for name, model in (("dense", dense), ("pruned", pruned))
-        }
-    if wanted.speed:
-        progress.stage("speed")
-        speed = measure_speed({"dense": dense, "pruned": pruned}, batches=wanted.speed_batches)
+    if wanted.speed and (speed := _speeds(folders, device, recipe, progress)):
         results["speed"] = {name: [asdict(one) for one in each] for name, each in speed.items()}
         results["speedup"] = [asdict(one) for one in ratios(speed["dense"], speed["pruned"])]
-    del dense, pruned
     if wanted.memory:
         progress.stage("memory")
         results["memory"] = {
-            "dense": asdict(measure_memory(local_folder(dense_name))),
-            "pruned": asdict(measure_memory(Path(pruned_name), trust_remote_code=own_code)),
+            name: asdict(measure_memory(local_folder(checkpoint), trust_remote_code=own_code))
+            for name, (checkpoint, own_code) in folders.items()
         }
     return results
+
+
+def _load_somehow(
+    name: str, device: torch.device, recipe: Recipe, own_code: bool, progress: Progress
+) -> PreTrainedModel:
+    """A checkpoint as it is, however much smaller what was trained of it (a quantised base, say) may have been."""
+    offload = recipe.training.offload_alone
+    try:
+        return load(name, device, offload=offload, trust_remote_code=own_code)
+    except torch.OutOfMemoryError:
+        progress.say(f"{name} does not fit {device}: evaluated layer by layer from its files")
+    torch.cuda.empty_cache()  # not before: the exception held on to what there was
+    return load(name, device, offload="disk", trust_remote_code=own_code)
+
+
+def _speeds(
+    folders: Mapping[str, tuple[str, bool]], device: torch.device, recipe: Recipe, progress: Progress
+) -> dict[str, tuple[Speed, ...]]:
+    """Of all models in turns, or one after another where they do not fit at once; of none if one does not fit."""
+    offload, batches = recipe.training.offload_alone, recipe.evaluation.speed_batches
+    for together in (list(folders),), tuple([name] for name in folders):
+        progress.stage("speed")
+        speeds: dict[str, tuple[Speed, ...]] = {}
+        try:
+            for names in together:
+                models = {
+                    name: load(folders[name][0], device, offload=offload, trust_remote_code=folders[name][1])
+                    for name in names
+                }
+                speeds |= measure_speed(models, batches=batches)
+                models = {}
+            return speeds
+        except torch.OutOfMemoryError:
+            models = {}
+        torch.cuda.empty_cache()  # not before: the exception held on to what there was
+    progress.say(f"speed is not measured: the models do not fit {device}")
+    return {}
 
 
 def local_folder(name: str) -> Path:

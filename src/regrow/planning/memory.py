@@ -8,12 +8,14 @@ size, F FFN width, V vocabulary, b_a bytes of an activation):
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
     teacher      b_t P for a copy of the model, and its logits, T V b_a
+    refits       24 C² + 24 C O for the consumer with the most inputs C, and its O outputs: moments, what is solved,
+                 weights, in float64; 2 b_a d for each token of the windows that are walked through
     the rest     128 MiB: what tracing and the libraries take once they are at work
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
 for one that never holds T × T scores. On small LLaMAs on a CPU, which the constant was fitted to, scoring and training
-were 0.83 to 1.01 of what was measured (`benchmarks/memory.py`); nothing larger has been compared, and searching and
-compensation are left out. Take it for the order of magnitude that tells a run that fits from one that does not.
+were 0.83 to 1.01 of what was measured (`benchmarks/memory.py`); finalists' training and experts' moments are left out.
+Take it for the order of magnitude that tells a run that fits from one that does not.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from transformers import PreTrainedModel
 
 from regrow.recipe import Recipe
 from regrow.settings import Pruning
-from regrow.structure.groups import Groups
+from regrow.structure.groups import Groups, Slice
+from regrow.structure.quantised import weight_shape
 from regrow.structure.trace import decoder_layers
 
 ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
@@ -48,6 +51,8 @@ class Sizes:
     """Inputs of the adapted linears, summed up: what dropout keeps a second time, for each token."""
     gram: int
     """Squared inputs of every layer's consumers, summed up: what moments of inputs are kept in."""
+    consumer: tuple[int, int]
+    """Inputs and outputs of the consumer with the most inputs."""
     layers: int
     hidden: int
     channels: int
@@ -69,6 +74,7 @@ class Sizes:
             + sum(rank * count * (one + other) for rank, (count, one, other) in in_experts),
             dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
             gram=sum(consumer.index.size**2 for consumer in consumers),
+            consumer=max(((each.index.size, _outputs(model, each)) for each in consumers), default=(0, 0)),
             layers=len(groups.layers),
             hidden=config.hidden_size,
             channels=max((group.units for group in groups if group.kind.startswith("ffn")), default=0),
@@ -95,7 +101,7 @@ def estimate_memory(
         streamed: whether the result is made from the original files tensor by tensor.
 
     Returns:
-        `score`, `train` and `save`, of the stages that the recipe has.
+        `score`, `compensate` (the search included), `train` and `save`, of the stages that the recipe has.
     """
     b_w, b_a = weights.itemsize, activations.itemsize
     tokens = recipe.training.batch_size * recipe.data.sequence_length
@@ -113,6 +119,12 @@ def estimate_memory(
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
         found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
+    if recipe.compensation.method != "none" and sizes.consumer[0]:
+        inputs, outputs = sizes.consumer
+        walked = max(recipe.compensation.windows, recipe.search.windows if recipe.search.evaluations else 0)
+        found["compensate"] = whole + one_layer + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters
+        found["compensate"] += 24 * inputs * (inputs + outputs)
+        found["compensate"] += 2 * b_a * walked * recipe.data.sequence_length * sizes.hidden
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals
     present = left if cut_at_once and not stays_whole else whole
@@ -133,6 +145,11 @@ def estimate_memory(
         ending = estimate_memory(sizes, offloaded, frozenset(), weights, activations)["train"]
         found["train"] = max(found["train"], ending - OVERHEAD)
     return {stage: size + OVERHEAD for stage, size in found.items()}
+
+
+def _outputs(model: PreTrainedModel, consumer: Slice) -> int:
+    shape = weight_shape(model.get_parameter(consumer.parameter))
+    return shape[1 - consumer.axis]
 
 
 def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int, processes: int) -> int:

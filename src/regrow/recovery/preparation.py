@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ class Preparation:
         held_out: Callable[[], float],
         progress: Progress,
         journal: Forgetful,
+        scratch: Path,
         processes: Processes = ALONE,
         true_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         allows: Allows = anything,
@@ -99,6 +101,7 @@ class Preparation:
             batches: token ids, each `[B, T]`; as many windows as `windows_wanted` says.
             held_out: mean NLL of the model as it is, on text that is not in `batches`.
             journal: knows whether the search is done.
+            scratch: a folder where a search may put things aside.
             processes: those that share the batches.
             true_weights: a context in which a quantised model is refitted with the weights it was rounded from.
             allows: what else the search has to mind, if any plan that it begins with does.
@@ -112,6 +115,7 @@ class Preparation:
         self.held_out = held_out
         self.progress = progress
         self.journal = journal
+        self.scratch = scratch
         criterion = find_criterion(recipe.pruning.criterion)
         self.compensator = Compensator(model, gates, recipe.compensation, criterion, processes)
         self.done = Prepared()
@@ -180,7 +184,7 @@ class Preparation:
             ways = [final_counts(folded, gone, worst, way, prior) for way in _allocations(pruning, prior)]
             amount = min(sum(g.cost * counts[g.name] for g in folded) for counts in ways)
             starts = [ladder.nearest(counts, amount) for counts in ways]
-        supernet = Supernet(self.model, groups, self.gates, self.compensator)
+        supernet = Supernet(self.model, groups, self.gates, self.compensator, self.scratch)
         rungs = {g.name: ladder.rungs.get(g.name, ladder.rungs.get(folded_name(g), ())) for g in groups}
         supernet.build(rungs, scores, self.batches[: self._batches_of(settings.windows)], self.progress)
         fitness = Fitness(supernet, self.batches[-self._batches_of(settings.judge_windows) :])
@@ -312,6 +316,7 @@ def preparer(
     corpus: Corpus,
     progress: Progress,
     journal: Forgetful,
+    scratch: Path,
     processes: Processes,
     originals: Originals | None,
     allows: Allows,
@@ -326,5 +331,5 @@ def preparer(
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar
     return lambda gates: Preparation(
         model, gates, recipe, batches, lambda: validation_loss(model, corpus, recipe, processes), shown, journal,
-        processes, partial(originals.borrowed, model, gates) if originals else nullcontext, allows,
+        scratch, processes, partial(originals.borrowed, model, gates) if originals else nullcontext, allows,
     )  # fmt: skip

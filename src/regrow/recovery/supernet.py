@@ -6,12 +6,13 @@ go, and are made up for as the recipe would: a candidate is judged as what it wi
 dense prefix: good enough to compare candidates; the chosen one is refitted properly, on its own pruned prefix,
 afterwards. Where compensation goes into the adapters, it does so here, too, by factors that are nearly the best.
 
-Memory: every refitted rung keeps one consumer weight (`O × K` of it), in the weight's own dtype on its device, or one
-adapter.
+Memory: every refitted rung keeps one consumer weight (`O × K` of it) in the weight's own dtype, or one adapter; of a
+large model they come to more than itself, so they lie in a file, see `Shelf`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from regrow.progress import Progress
 from regrow.recovery.cached import top_distribution
 from regrow.recovery.compensate import Compensator, Units, Write
 from regrow.recovery.losses import TopTarget, divergence
+from regrow.recovery.shelf import Shelf
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Group, Groups
 from regrow.structure.prefix import LayerWalk
@@ -36,18 +38,34 @@ class Rung:
     """A group with so many units fewer."""
 
     keep: Units
-    refit: Sequence[Write] = ()
+    refit: Sequence["Aside"] = ()
     """What becomes of the consumer's parameters, which are whole otherwise."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A write whose values lie on a shelf."""
+
+    write: Write
+    """Without its values."""
+    read: Callable[[], Tensor]
+
+    def do(self) -> None:
+        """See `Write`."""
+        replace(self.write, values=self.read()).do()
 
 
 class Supernet:
     """A dense model whose groups can be set to any rung of a ladder, and back."""
 
-    def __init__(self, model: PreTrainedModel, groups: Groups, gates: Gates, compensator: Compensator) -> None:
+    def __init__(
+        self, model: PreTrainedModel, groups: Groups, gates: Gates, compensator: Compensator, scratch: Path
+    ) -> None:
         """Take charge of a dense model.
 
         Args:
             gates: on the model. If they have those of whole layers, a layer all of whose units go is closed.
+            scratch: a folder with room for the refits.
         """
         self.model = model
         self.groups = groups
@@ -55,8 +73,9 @@ class Supernet:
         self.compensator = compensator
         self._groups = {group.name: group for group in groups}
         self._rungs: dict[str, dict[int, Rung]] = {group.name: {} for group in groups}
-        self._whole: dict[str, list[Write]] = {}
+        self._whole: dict[str, list[Aside]] = {}
         """Group name -> what makes the parameters whole again that its refits write to."""
+        self._shelf = Shelf(scratch)
         self._now: Counts = dict.fromkeys(self._groups, 0)
 
     def build(
@@ -97,25 +116,29 @@ class Supernet:
             return {count: Rung(keep) for count, keep in keeps.items()}
         everything = (slice(None),)
         self._whole[group.name] = [
-            Write(parameter, everything, parameter.clone()) for parameter in self.compensator.written_to(group)
+            self._aside(Write(parameter, everything, parameter)) for parameter in self.compensator.written_to(group)
         ]
-        return {count: Rung(keep, self.compensator.writes(group, keep, moments)) for count, keep in keeps.items()}
+        return {
+            count: Rung(keep, [self._aside(write) for write in self.compensator.writes(group, keep, moments)])
+            for count, keep in keeps.items()
+        }
+
+    def _aside(self, write: Write) -> Aside:
+        return Aside(replace(write, values=torch.empty(0)), self._shelf.put(write.values))
 
     def set(self, counts: Mapping[str, int]) -> None:
         """Let every group named have lost so many units: one of its rungs, 0 (whole again) or all (with its layer)."""
         for name, count in counts.items():
             if count == self._now[name]:
                 continue
-            group = self._groups[name]
-            for write in self._whole.get(name, ()):
-                write.do()
-            keep = np.arange(group.units if count == 0 else 0)
-            if 0 < count < group.units:
+            units = self._groups[name].units
+            # A refit sets all that its units use; what others use meets closed gates.
+            rung = Rung(np.arange(units), self._whole.get(name, ())) if count == 0 else Rung(np.arange(0))
+            if 0 < count < units:
                 rung = self._rungs[name][count]
-                keep = rung.keep
-                for write in rung.refit:
-                    write.do()
-            self.gates.keep(name, keep)
+            for write in rung.refit:
+                write.do()
+            self.gates.keep(name, rung.keep)
             self._now[name] = count
         emptied = emptied_layers(self.groups, self._now)
         for layer in self.gates.layers:

@@ -78,7 +78,7 @@ def train(
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     # What has been cut is not replaced by its original either.
     early = not (recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals)
-    prepare = preparer(model, recipe, corpus, progress, journal, processes, originals, allows)
+    prepare = preparer(model, recipe, corpus, progress, journal, teacher_folder.parent, processes, originals, allows)
     with Pruner(
         model,
         groups,
