@@ -38,7 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
     "loraprune": {"pruning.interval": 2},
     "regrow": {
         "pruning.calibration_batches": 4, "search.evaluations": 8, "search.windows": 4, "search.judge_windows": 8,
-        "search.trial_steps": 4,         "compensation.windows": 16,
+        "search.trial_steps": 4, "compensation.windows": 16,
     },
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Frozen weights that lie elsewhere: a run that brings them layer by layer is the run that has them all."""
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ from regrow.recovery.teacher import copy_without_adapters
 from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
-from regrow.structure.offload import Offloaded, convert
+from regrow.structure.offload import Offloaded, Store, convert, staying
+from regrow.structure.prefix import LayerWalk
 from regrow.structure.quantised import held_bytes, is_quantised
 
 CPU = torch.device("cpu")
@@ -103,6 +106,40 @@ def test_a_pass_that_is_cut_short_leaves_nothing_behind(tmp_path: Path) -> None:
     elsewhere = {name for name, p in away.named_parameters() if isinstance(p, Offloaded)}
     gradients(away)  # recomputations stop early
     assert {name for name, p in away.named_parameters() if isinstance(p, Offloaded)} == elsewhere != set()
+
+
+def test_a_walk_brings_a_layer_once_for_all_batches(tmp_path: Path) -> None:
+    build("llama-gqa").save_pretrained(tmp_path)
+    resident, away = load_model(str(tmp_path)), load_offloaded(str(tmp_path), CPU, "disk")
+    read = Counter[str]()
+    for name, parameter in away.named_parameters():
+        if isinstance(parameter, Offloaded):
+            parameter.store = Counted(name, parameter.store, read)
+    batches = list(torch.randint(64, (6, 9), generator=torch.Generator().manual_seed(0)).split(2))
+    walks = [LayerWalk(model, batches) for model in (resident, away)]
+    for layer in range(2):
+        read.clear()
+        for one, other in zip(*(walk.run() for walk in walks), strict=True):
+            assert torch.equal(one, other)
+        assert set(read.values()) == {1}
+        assert read.keys() == {name for name, _ in away.named_parameters() if f".{layer}." in name and "proj" in name}
+        for walk in walks:
+            walk.advance()
+    assert all(isinstance(p, Offloaded) for name, p in away.named_parameters() if "proj" in name)
+    with pytest.raises(RuntimeError, match="on the way"), staying(away.model.layers[0]):
+        raise RuntimeError("on the way")
+    assert all(isinstance(p, Offloaded) for name, p in away.named_parameters() if "proj" in name)
+
+
+@dataclass
+class Counted:
+    name: str
+    store: Store
+    read_of: Counter[str]
+
+    def read(self) -> Tensor:
+        self.read_of[self.name] += 1
+        return self.store.read()
 
 
 def test_a_teacher_stays_whole_when_its_student_is_cut(tmp_path: Path) -> None:

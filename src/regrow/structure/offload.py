@@ -13,7 +13,8 @@ A cut is made on the way: rows and columns that are gone are not brought. So is 
 Not covered: writing to such a weight, and gradients of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -149,20 +150,34 @@ class _Brought(nn.Parameter):
     """A weight that is here for now."""
 
     away: Offloaded
+    stays: bool
+    """Whether it is here for longer than one forward pass."""
 
 
-def _bring(module: nn.Module, args: Any) -> None:
+def _bring(module: nn.Module, args: Any, stays: bool = False) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         if isinstance(parameter, Offloaded):
             brought = _Brought(parameter.bring(), requires_grad=False)
-            brought.away = parameter
+            brought.away, brought.stays = parameter, stays
             setattr(module, name, brought)
 
 
-def _take_away(module: nn.Module, args: Any, output: Any) -> None:
+def _take_away(module: nn.Module, args: Any, output: Any, stays: bool = False) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if isinstance(parameter, _Brought):
+        if isinstance(parameter, _Brought) and parameter.stays == stays:
             setattr(module, name, returned(parameter))
+
+
+@contextmanager
+def staying(layer: nn.Module) -> Iterator[None]:
+    """Within this context a layer's offloaded weights are here, brought once for however many forward passes."""
+    try:
+        for module in layer.modules():
+            _bring(module, (), stays=True)
+        yield
+    finally:
+        for module in layer.modules():
+            _take_away(module, (), None, stays=True)
 
 
 def returned(parameter: nn.Parameter) -> nn.Parameter:

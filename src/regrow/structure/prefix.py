@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regrow.processes import ALONE, Processes
+from regrow.structure.offload import staying
 from regrow.structure.trace import decoder_layers
 
 
@@ -46,7 +47,7 @@ class LayerWalk:
 
     def run(self) -> list[Any]:
         """Run the layer stood before on all batches (hooks on its modules fire); its outputs."""
-        with self.processes.uneven():
+        with self.processes.uneven(), staying(self.layers[self.position]):
             return [self._run(number) for number in range(len(self.batches))]
 
     def advance(self) -> None:
