@@ -144,6 +144,9 @@ def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_
         assert fitness(dict.fromkeys((g.name for g in groups), 0)) == pytest.approx(0, abs=1e-6)
         some, more = fitness({"layers.1.ffn": 5}), fitness({"layers.1.ffn": 20})
         assert 0 < some < more
+        assert fitness({"layers.1.ffn": 5}) == some, "whatever was tried before"
+        supernet.close()
+        assert fitness({"layers.1.ffn": 20}) == more
         with torch.no_grad():
             told_apart = float(divergence(model(IDS).logits, FullTarget(dense, 1.0), 1.0))
         assert more == pytest.approx(told_apart, rel=1e-4), "all 64 tokens are among the likeliest"

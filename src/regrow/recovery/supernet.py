@@ -132,10 +132,12 @@ class Supernet:
             if count == self._now[name]:
                 continue
             units = self._groups[name].units
-            # A refit sets all that its units use; what others use meets closed gates.
-            rung = Rung(np.arange(units), self._whole.get(name, ())) if count == 0 else Rung(np.arange(0))
-            if 0 < count < units:
-                rung = self._rungs[name][count]
+            rung = Rung(np.arange(units - count)) if count in (0, units) else self._rungs[name][count]
+            # In a weight a refit sets all that its units use, and what others use meets closed gates; but of an adapter
+            # it may need fewer ranks than the one before.
+            if count == 0 or self.compensator.settings.carrier == "adapter":
+                for write in self._whole.get(name, ()):
+                    write.do()
             for write in rung.refit:
                 write.do()
             self.gates.keep(name, rung.keep)
