@@ -253,7 +253,7 @@ def test_an_unknown_criterion_says_what_there_is(name: str, words: str) -> None:
 
 @pytest.mark.parametrize(("device", "blocks"), [("cpu", 40), ("meta", 3)])
 def test_an_accelerator_takes_more_rows_at_once(device: str, blocks: int) -> None:
-    weight = torch.empty(40 * ROWS_AT_ONCE, 4096, device=device, dtype=torch.uint8)
+    weight = torch.empty(40 * ROWS_AT_ONCE, 16384, device=device, dtype=torch.uint8)
     found = list(Linear("m", weight, 0, torch.zeros(1, 1, dtype=torch.long)).row_blocks())
     assert len(found) == blocks
     assert sum(len(range(*rows.indices(len(weight)))) for rows in found) == len(weight)
