@@ -2,8 +2,8 @@
 
 A random LLaMA is pruned a little, on the text of Python's own library, on a CPU, each recipe in a process of its own;
 the kernel's record of the process's peak is read and reset wherever a stage begins. What the process held before the
-model was loaded is taken off, as the estimate does. Saving is not compared: it happens in two processes; searching,
-compensating and asking the teacher are measured, but not estimated.
+model was loaded is taken off, as the estimate does. Saving is not compared: it happens in two processes; asking the
+teacher is measured, but not estimated; of what compensates, in a search or after it, there is one estimate.
 
     python benchmarks/memory.py --threads 1
 """
@@ -121,7 +121,7 @@ def main() -> None:
     print("| recipe | stage | estimated MiB | measured MiB | ÷ |\n|---|---|---:|---:|---:|")
     for case, one in found.items():
         for stage, measured in one["measured"].items():
-            size = one["estimated"].get(stage)
+            size = one["estimated"].get("compensate" if "search" in stage else stage)
             row = ["", f"{measured / 2**20:.0f}", ""]
             if size is not None:
                 row = [f"{size / 2**20:.0f}", f"{measured / 2**20:.0f}", f"{size / measured:.2f}"]
