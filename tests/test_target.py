@@ -11,6 +11,7 @@ from conftest import QUICK, CommandLine, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import regrow
 from regrow.aim import Aim
@@ -289,6 +290,22 @@ def test_the_table_of_an_additive_machine_is_exact(family: str, monkeypatch: pyt
             expected = additive(model.config)
             assert table.seconds("prefill", kept) == pytest.approx(expected[0])
             assert table.seconds("decode", kept) == pytest.approx(expected[1])
+
+
+def test_wide_ffns_are_measured_at_widths_that_kernels_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "measure_speed", machine_that_adds)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        hidden_size=48, intermediate_size=1100, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        vocab_size=64,
+    ))  # fmt: skip
+    table = measure_latency(model, find_groups(model), {"machine": "paper"}, lambda name: None)
+    *cut, whole = [point.units for point in table.savings["ffn"]]
+    assert whole == 1100
+    assert len(cut) == len(FRACTIONS)
+    assert all(
+        units % 8 == 0 and abs(units - fraction * 1100) <= 8
+        for units, fraction in zip(cut, sorted(FRACTIONS), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", ["uniform", "free"])

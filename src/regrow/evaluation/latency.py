@@ -7,7 +7,7 @@ narrowed at a time, and interpolated between; the fixed part is what remains of 
 What is measured are models of random weights, of the same class, device and dtype, only as deep as it takes to
 outgrow the caches: a whole copy of a large model would not fit beside it.
 
-Not covered: steps between the measured widths (kernels like multiples of 64), batches, and models of which not all
+Not covered: steps between the measured widths, batches, and models of which not all
 layers are equally wide.
 """
 
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from regrow.checkpoint.shape import pruned_config
 from regrow.errors import InputError
 from regrow.evaluation.speed import measure_speed
+from regrow.planning.demand import kernel_multiple
 from regrow.structure.groups import Group, Groups
 
 Phase = Literal["prefill", "decode"]
@@ -159,8 +160,11 @@ def _kinds(groups: Groups) -> dict[str, Group]:
 
 
 def _points(group: Group) -> list[int]:
-    """Widths to measure, ascending, the whole not among them: the nearest that the model's class can have."""
-    possible = range(1, group.units + 1) if group.widths is None else group.widths
+    """Widths to measure, ascending, the whole not among them: the nearest that a plan can come to."""
+    step = kernel_multiple(group.units) if group.kind.startswith("ffn") else 1
+    possible = [
+        units for units in group.widths or range(1, group.units + 1) if units % step == 0 or units == group.units
+    ]
     wanted = [max(1, round(fraction * group.units)) for fraction in FRACTIONS]
     return sorted({min(possible, key=lambda units: abs(units - each)) for each in wanted} - {group.units})
 
