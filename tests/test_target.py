@@ -401,6 +401,12 @@ def test_a_run_for_speed(checkpoint: Path, text: Path, tmp_path: Path, monkeypat
     again = run(checkpoint, text, tmp_path / "out", "regrow", 1, fresh=True, pruning__allocation="global", **fast)
     assert len(tables) == 1  # the second run, whose widths hang on scores, found the table
     assert again.results["target"]["predicted"] >= 1.25
+    monkeypatch.setattr(compare, "_speeds", lambda *given: {})  # as where the models do not fit the device
+    blind = run(checkpoint, text, tmp_path / "out", steps=1, fresh=True, **fast)
+    assert blind.results["target"]["reached"] is None
+    said = (blind.folder / "report.md").read_text()
+    assert f"latency table {blind.results['target']['predicted']:.2f}×, not measured" in said
+    assert "Whether the speed-up is the target's was not measured." in said
 
 
 def test_a_table_of_another_machine_is_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

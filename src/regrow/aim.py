@@ -182,7 +182,7 @@ class Aim:
                 left = seconds({name: len(group.keep) for name, group in plan.groups.items()})
                 told |= {"phase": phase, "predicted": whole / left}
                 measured = (one[phase] for one in results.get("speedup", ()) if one["batch"] == 1)
-                told["reached"] = next(measured, told["predicted"])  # no speed if the models do not fit
+                told["reached"] = next(measured, None)  # there is none if the models do not fit
             case "perplexity":
                 best = smallest(self.trials)
                 told |= {"limit": self.target.most_perplexity(best.dense), "dense": best.dense}

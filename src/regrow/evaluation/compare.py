@@ -111,7 +111,7 @@ def compare(
     found: dict[str, dict[str, Any]] = {"perplexity": {}, "size": {}, "tasks": {}}
     completions: dict[str, list[str]] = {}
     for name, (checkpoint, own_code) in folders.items():  # one at a time: together they may be too large
-        model = _load_somehow(checkpoint, device, recipe, own_code, progress)
+        model = _load_or_offload(checkpoint, device, recipe, own_code, progress)
         for kind in ("dense", "cut") if name == "dense" else ("pruned",):
             with plan_as_gates(model, plan) if kind == "cut" else nullcontext():
                 found["perplexity"][kind] = measure_perplexities(model, protocols, progress)
@@ -140,7 +140,7 @@ def compare(
     return results
 
 
-def _load_somehow(
+def _load_or_offload(
     name: str, device: torch.device, recipe: Recipe, own_code: bool, progress: Progress
 ) -> PreTrainedModel:
     """A checkpoint as it is, however much smaller what was trained of it (a quantised base, say) may have been."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regrow.errors import InputError
 from regrow.planning.curves import by_curves
-from regrow.planning.demand import Counts, Demand, demands, out_of_reach, settle_counts
+from regrow.planning.demand import Counts, Demand, demands, kernel_multiple, out_of_reach, settle_counts
 from regrow.planning.depth import emptied_layers, layer_choices, layer_damage, least_damaging
 from regrow.planning.experts import (
     expert_choices,
@@ -205,7 +205,9 @@ def _ways(
     if not ways and short:
         raise out_of_reach(groups, short[0], layers, pruning)
     if not ways:
-        multiple = "so many" if pruning.multiple is None else pruning.multiple
+        multiple = pruning.multiple or max(
+            (kernel_multiple(group.units) for group in groups if group.kind.startswith("ffn")), default=1
+        )
         raise InputError(
             f"no multiples of {multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"
         )

@@ -14,8 +14,8 @@ size, F FFN width, V vocabulary, b_a bytes of an activation):
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
 for one that never holds T × T scores. On small LLaMAs on a CPU, which the constant was fitted to, scoring and training
-were 0.83 to 1.01 of what was measured (`benchmarks/memory.py`); finalists' training and experts' moments are left out.
-Take it for the order of magnitude that tells a run that fits from one that does not.
+came to 0.82 to 0.94 of what was measured, refits to 1.17 (`benchmarks/memory.py`); finalists' training and experts'
+moments are left out. Take it for the order of magnitude that tells a run that fits from one that does not.
 """
 
 from dataclasses import dataclass

@@ -50,8 +50,8 @@ GRAMS = 2 * 2**30
 SWEEPS = 2
 """Of the factors that an adapter would carry in a candidate of a search."""
 EXACT, MANY_SWEEPS = 1024, 16
-"""Up to so many rows or columns the chosen candidate's are exact. In larger matrices, of which all singular vectors
-would take minutes each, they come within some thousandths of that after these sweeps."""
+"""Up to so many rows or columns the chosen candidate's are exact. Of larger matrices all singular vectors take long;
+after these sweeps the factors take away the same share of the error, to some thousandths."""
 
 
 @dataclass

@@ -49,7 +49,10 @@ def _quality(results: dict[str, Any]) -> Iterator[str]:
         yield "The validation loss was still falling at the last step: training longer would probably help."
     if training["skipped_updates"]:
         yield f"{training['skipped_updates']} updates were skipped because they were not finite."
-    if results.get("target", {}).get("kind") == "speedup" and results["target"]["reached"] < results["target"]["limit"]:
+    target = results.get("target", {})
+    if target.get("kind") == "speedup" and target["reached"] is None:
+        yield "Whether the speed-up is the target's was not measured."
+    elif target.get("kind") == "speedup" and target["reached"] < target["limit"]:
         yield "The measured speed-up is short of the target."
 
 

@@ -83,11 +83,11 @@ def target_line(target: dict[str, Any]) -> str:
         case "size":
             return f"{said}; the weight files have {reached:,} bytes, at most {limit:,.0f} asked for."
         case "speedup":
+            said += f"; predicted from this machine's latency table {target['predicted']:.2f}×, "
+            if reached is None:
+                return f"{said}not measured, for the models do not fit the device."
             short = "" if reached >= limit else ", which is **short of the target**"
-            return (
-                f"{said}; predicted from this machine's latency table {target['predicted']:.2f}×, measured "
-                f"{reached:.2f}× ({target['phase']}, one text at a time){short}."
-            )
+            return f"{said}measured {reached:.2f}× ({target['phase']}, one text at a time){short}."
         case _:
             trials = ", ".join(
                 f"{one['sparsity']:.3f} → {one['recovered']:.3f} ({'holds' if one['holds'] else 'too much'})"
