@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from mmap import ALLOCATIONGRANULARITY
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,7 +140,8 @@ def test_a_supernet_computes_what_a_compensated_first_group_does_and_gets_whole_
     scores = {group.name: torch.arange(group.units).float().flip(0) for group in groups}
     with Gates(model, groups.groups) as gates:
         supernet = Supernet(model, groups, gates, Compensator(model, gates, settings), tmp_path)
-        supernet.build({"layers.0.attention": [1], "layers.1.ffn": [5, 20]}, scores, [IDS], Silent())
+        rungs = {"layers.0.attention": [1], "layers.1.ffn": [5, 20]}
+        supernet.build(rungs, scores, [IDS], Silent())
         assert torch.equal(logits(model), whole)
         fitness = Fitness(supernet, [IDS])
         assert fitness(dict.fromkeys((g.name for g in groups), 0)) == pytest.approx(0, abs=1e-6)
@@ -361,6 +364,25 @@ def test_a_trial_that_was_refitted_is_built_anew_as_it_was(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def test_a_search_that_would_fill_the_disk_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and what is left of it at each rung: hidden 48, 40 channels of which 30 or 10 stay, float32."""
+    model = build("llama-gqa")
+    groups, settings = with_lora(model), Compensation(method="least-squares")
+    rungs = {"layers.1.ffn": [0, 10, 30, 40]}
+    scores = {group.name: torch.arange(group.units).float() for group in groups}
+    with Gates(model, groups.groups) as gates:
+        supernet = Supernet(model, groups, gates, Compensator(model, gates, settings), tmp_path)
+        supernet.build(rungs, scores, [IDS], Silent())
+        needed = 4 * 48 * (40 + 30 + 10)
+        assert supernet.room(rungs) == needed
+        assert needed <= supernet._shelf._file.seek(0, 2) < needed + 3 * ALLOCATIONGRANULARITY
+        monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=needed - 1))
+        with pytest.raises(InputError, match=r"search's refits will take about 0 MiB of disk, .* search.evaluations=0"):
+            supernet.build(rungs, scores, [IDS], Silent())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

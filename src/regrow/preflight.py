@@ -1,12 +1,12 @@
 """Before a run: whether its settings go together, and whether memory and files will do."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from regrow.checkpoint.files import amount, check_room
 from regrow.checkpoint.load import (
     check_length,
     compute_dtype,
@@ -17,6 +17,7 @@ from regrow.checkpoint.load import (
     weights_folder,
 )
 from regrow.checkpoint.source import Source
+from regrow.checkpoint.stock import check_fewer_layers
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
@@ -31,7 +32,6 @@ from regrow.recovery.distillation import check_distillation
 from regrow.recovery.quantised_base import is_streamed
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
-from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import Groups
 from regrow.text import training_tokens
@@ -162,7 +162,7 @@ def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     config = load_config(model)
     if "layer" in recipe.pruning.kinds:
-        check_depth(config)
+        check_fewer_layers(config)
     for length in (recipe.data.sequence_length, *recipe.evaluation.windows):
         check_length(config, length)
     tokenizer = load_tokenizer(model)
@@ -234,11 +234,11 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
     stage = max(found, key=lambda stage: found[stage])
     if free is not None and found[stage] > free and recipe.training.check_memory:
         raise InputError(
-            f"{stage} will need about {_amount(found[stage])} of memory, {device} has {_amount(free)} free: "
+            f"{stage} will need about {amount(found[stage])} of memory, {device} has {amount(free)} free: "
             f"{_advice(recipe, stage, device, processes.count)}; or training.check_memory=false to try all the same"
         )
-    told = ", ".join(f"{stage} {_amount(size)}" for stage, size in found.items())
-    return f"memory, estimated: {told}" + (f"; {_amount(free)} free on {device}" if free is not None else "")
+    told = ", ".join(f"{stage} {amount(size)}" for stage, size in found.items())
+    return f"memory, estimated: {told}" + (f"; {amount(free)} free on {device}" if free is not None else "")
 
 
 def check_disk(folder: Path, config: PretrainedConfig, recipe: Recipe, windows: int) -> None:
@@ -256,13 +256,12 @@ def check_disk(folder: Path, config: PretrainedConfig, recipe: Recipe, windows: 
     training, top_k = recipe.training, min(recipe.distillation.top_k, config.get_text_config().vocab_size)
     drawn = min(training.steps * training.accumulate * training.batch_size, windows)
     size = cache_bytes(drawn, recipe.data.sequence_length, top_k)
-    place = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.is_dir())
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise InputError(
-            f"the teacher's answers will take about {_amount(size)} of disk, {place} has {_amount(free)} free: choose "
-            "another --out, a smaller distillation.top_k, or distillation.teacher=auto, which takes memory instead"
-        )
+    check_room(
+        folder,
+        size,
+        "the teacher's answers",
+        "a smaller distillation.top_k, or distillation.teacher=auto, which takes memory instead",
+    )
 
 
 def check_files(model: str, recipe: Recipe) -> None:
@@ -290,7 +289,7 @@ def _check_host(size: int, recipe: Recipe) -> None:
     free = free_memory(torch.device("cpu"))
     if free is not None and size > free and recipe.training.check_memory:
         raise InputError(
-            f"the offloaded weights take {_amount(size)} of memory, {_amount(free)} are free: give --offload disk; or "
+            f"the offloaded weights take {amount(size)} of memory, {amount(free)} are free: give --offload disk; or "
             "training.check_memory=false to try all the same"
         )
 
@@ -310,7 +309,3 @@ def _advice(recipe: Recipe, stage: str, device: torch.device, processes: int) ->
     if stage != "save" and training.batch_size > 1:
         advice.append("a smaller training.batch_size, with more training.accumulate")
     return "try " + (", ".join(advice) or "a smaller data.sequence_length or a larger machine")
-
-
-def _amount(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -74,6 +74,32 @@ def parse_json(text: str, told: str) -> Any:
         raise InputError(f"{told}: not valid JSON ({error})") from error
 
 
+def amount(size: int) -> str:
+    """Bytes for a reader."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def check_room(folder: Path, size: int, what: str, otherwise: str) -> None:
+    """Refuse to begin what would fill the disk.
+
+    Args:
+        folder: where it would be written; it need not be there yet.
+        size: bytes.
+        what: in the plural.
+        otherwise: what to do instead.
+
+    Raises:
+        InputError: if it would.
+    """
+    place = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.is_dir())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError(
+            f"{what} will take about {amount(size)} of disk, {place} has {amount(free)} free: choose another --out, "
+            f"{otherwise}"
+        )
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when everything is in it, and vanishes on an error."""

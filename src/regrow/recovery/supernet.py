@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.files import check_room
 from regrow.planning.depth import emptied_layers
 from regrow.planning.search import Counts
 from regrow.progress import Progress
@@ -75,6 +76,7 @@ class Supernet:
         self._rungs: dict[str, dict[int, Rung]] = {group.name: {} for group in groups}
         self._whole: dict[str, list[Aside]] = {}
         """Group name -> what makes the parameters whole again that its refits write to."""
+        self.scratch = scratch
         self._shelf = Shelf(scratch)
         self._now: Counts = dict.fromkeys(self._groups, 0)
 
@@ -91,7 +93,16 @@ class Supernet:
             rungs: group name -> numbers of units removed to prepare for.
             scores: group name -> one per unit, for the groups whose order is the criterion's.
             batches: calibration token ids, each `[B, T]`.
+
+        Raises:
+            InputError: if the refits would fill the disk.
         """
+        check_room(
+            self.scratch,
+            self.room(rungs),
+            "the search's refits",
+            "a smaller search.levels, or search.evaluations=0, which goes without a search",
+        )
         walk = LayerWalk(self.model, batches, self.compensator.processes)
         progress.stage("prepare search", len(self.groups.layers))
         for layer in self.groups.layers:
@@ -102,11 +113,23 @@ class Supernet:
             walk.advance()
             progress.advance()
 
+    def room(self, rungs: Mapping[str, Sequence[int]]) -> int:
+        """Bytes of disk that the refits of `rungs` will take, the whole weights beside them included."""
+        total = 0.0
+        for group in self.groups:
+            wanted = [count for count in rungs.get(group.name, ()) if 0 < count < group.units]
+            if wanted and self._treats(group):
+                size = sum(each.numel() * each.element_size() for each in self.compensator.written_to(group))
+                total += size * (1 + sum(1 - count / group.units for count in wanted))
+        return round(total)
+
+    def _treats(self, group: Group) -> bool:
+        # A refit of every expert at every rung would take a multiple of the model.
+        return group.expert is None and self.compensator.treats(group)
+
     def _prepare(self, group: Group, wanted: Sequence[int], scores_U: Tensor, walk: LayerWalk) -> dict[int, Rung]:
         settings = self.compensator.settings
-        # A refit of every expert at every rung would take a multiple of the model.
-        treated = group.expert is None and self.compensator.treats(group)
-        moments = self.compensator.measure(group, walk) if treated else None
+        moments = self.compensator.measure(group, walk) if self._treats(group) else None
         if moments and settings.selection == "obs":
             order = self.compensator.order(group, moments, max(wanted))
         else:
