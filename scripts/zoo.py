@@ -23,17 +23,16 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from regrow.checkpoint.offer import ranges
 from regrow.checkpoint.save import name_the_class
 from regrow.checkpoint.shape import describe
-from regrow.checkpoint.stock import Widths, check_free, ranges, stock_widths
+from regrow.checkpoint.stock import Widths, check_fewer_layers, check_free, stock_widths
 from regrow.errors import InputError
-from regrow.structure.adapters import adapter_parameters, attach_lora, is_linear, merge_lora
+from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
 from regrow.structure.cut import cut
-from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
-from regrow.structure.trace import decoder_layers
 
 PROBE = Path(__file__).with_name("zoo_probe.py")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -49,6 +48,19 @@ GPT2 = {"n_layer": 3, "n_embd": 64, "n_head": 8, "n_positions": 64, "n_inner": 4
 FALCON = {**TOKENS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "ffn_hidden_size": 40}
 LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}  # fmt: skip
+"""Attention through latents, and experts in groups."""
+FOUR = {**GQA, "num_hidden_layers": 4}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+DELTA = {
+    "head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+CONVOLUTIONS = ["conv", "full_attention"] * 2
 
 FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "Llama": lambda: hf.LlamaConfig(**GQA),
@@ -82,6 +94,30 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "ERNIE 4.5": lambda: hf.Ernie4_5Config(**GQA, head_dim=12),
     "Seed-OSS": lambda: hf.SeedOssConfig(**GQA, head_dim=12),
     "HunYuan": lambda: hf.HunYuanDenseV1Config(**GQA, head_dim=12),
+    "OLMo": lambda: hf.OlmoConfig(**GQA),
+    "Ministral 3": lambda: hf.Ministral3Config(**GQA, head_dim=12),
+    "VaultGemma": lambda: hf.VaultGemmaConfig(**GQA, **LOCAL, head_dim=12),
+    "CWM": lambda: hf.CwmConfig(**GQA, **LOCAL, head_dim=12),
+    "Jais 2": lambda: hf.Jais2Config(**GQA, head_dim=12),
+    "NanoChat": lambda: hf.NanoChatConfig(**GQA),
+    "Doge": lambda: hf.DogeConfig(**GQA),
+    "DiffLlama": lambda: hf.DiffLlamaConfig(**GQA),
+    "Persimmon": lambda: hf.PersimmonConfig(**MHA),
+    "GPT-Neo": lambda: hf.GPTNeoConfig(
+        **TOKENS,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=8,
+        intermediate_size=40,
+        max_position_embeddings=64,
+        attention_types=[[["global", "local"], 2]],
+        window_size=6,
+    ),
+    "GPTBigCode": lambda: hf.GPTBigCodeConfig(**GPT2, vocab_size=96),
+    "CodeGen": lambda: hf.CodeGenConfig(**GPT2, vocab_size=96, rotary_dim=4),
+    "XGLM": lambda: hf.XGLMConfig(
+        **TOKENS, d_model=64, ffn_dim=40, num_layers=3, attention_heads=8, max_position_embeddings=64
+    ),
     "Falcon (MQA)": lambda: hf.FalconConfig(**FALCON, multi_query=True),
     "Falcon (GQA)": lambda: hf.FalconConfig(**FALCON, num_kv_heads=4, new_decoder_architecture=True),
     "BLOOM": lambda: hf.BloomConfig(**TOKENS, hidden_size=64, n_layer=3, n_head=8),
@@ -103,6 +139,61 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1
     ),
     "MiniMax-M2": lambda: hf.MiniMaxM2Config(**GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
+    "Phi-3.5-MoE": lambda: hf.PhimoeConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
+    "FlexOlmo": lambda: hf.FlexOlmoConfig(**GQA, **EXPERTS),
+    "Solar Open": lambda: hf.SolarOpenConfig(
+        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "DeepSeek-V2": lambda: hf.DeepseekV2Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
+    "DeepSeek-V3": lambda: hf.DeepseekV3Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
+    "GLM-4 MoE Lite": lambda: hf.Glm4MoeLiteConfig(**MHA, **LATENT, num_key_value_heads=8),
+    "LFM2": lambda: hf.Lfm2Config(**FOUR, layer_types=CONVOLUTIONS, block_auto_adjust_ff_dim=False),
+    "LFM2-MoE": lambda: hf.Lfm2MoeConfig(
+        **FOUR, **EXPERTS, layer_types=CONVOLUTIONS, moe_intermediate_size=16, num_dense_layers=1
+    ),
+    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(**FOUR, **DELTA),
+    "Qwen3-Next": lambda: hf.Qwen3NextConfig(
+        **FOUR, **DELTA, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
+    "OLMo hybrid": lambda: hf.OlmoHybridConfig(**FOUR, **{k: v for k, v in DELTA.items() if k != "head_dim"}),
+    "MiniMax": lambda: hf.MiniMaxConfig(
+        **FOUR, num_local_experts=4, num_experts_per_tok=2, layer_types=DELTA["layer_types"], block_size=8
+    ),
+    "Jamba": lambda: hf.JambaConfig(
+        **FOUR,
+        **EXPERTS,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+    ),
+    "Bamba": lambda: hf.BambaConfig(**FOUR, **MAMBA, mamba_d_head=32, attn_layer_indices=[1, 3]),
+    "Granite 4": lambda: hf.GraniteMoeHybridConfig(
+        **FOUR,
+        **MAMBA,
+        mamba_d_head=32,
+        layer_types=["mamba", "attention"] * 2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=24,
+    ),
+    "Falcon-H1": lambda: hf.FalconH1Config(**GQA, **MAMBA, mamba_d_head=16, mamba_d_ssm=64),
+    "Nemotron-H": lambda: hf.NemotronHConfig(
+        **{k: v for k, v in FOUR.items() if k != "num_hidden_layers"},
+        head_dim=12,
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=24,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        chunk_size=8,
+        layers_block_type=["mamba", "attention", "mlp", "moe", "mamba", "attention"],
+    ),
     "gpt-oss": lambda: hf.GptOssConfig(
         **GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 1e4}
     ),
@@ -151,11 +242,10 @@ def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
 
 
 def with_lora(model: hf.PreTrainedModel) -> Groups:
-    """Attach LoRA to all linears and experts of the layers, factors away from zero; the groups with them in them."""
-    path, _ = decoder_layers(model)
-    linears = [name for name, each in model.named_modules() if name.startswith(path) and is_linear(each)]
-    experts = dict.fromkeys(find_groups(model).experts, 3)
-    attach_lora(model, linears, rank=3, alpha=6, dropout=0.0, experts=experts)
+    """Attach LoRA wherever a run would, factors away from zero; the groups with them in them."""
+    groups = find_groups(model)
+    experts = dict.fromkeys(groups.experts, 3)
+    attach_lora(model, groups.linears, rank=3, alpha=6, dropout=0.0, experts=experts)
     with torch.no_grad():
         for parameter in adapter_parameters(model):
             parameter.copy_(0.1 * torch.randn_like(parameter))
@@ -196,7 +286,10 @@ def check(family: str, folder: Path) -> Found:
     model = build(family)
     groups = with_lora(model)
     widths = stock_widths(model.config, groups)
-    no_depth, no_free = refused(lambda: check_depth(model.config)), refused(lambda: check_free(model.config, groups))
+    no_depth, no_free = (
+        refused(lambda: check_fewer_layers(model.config)),
+        refused(lambda: check_free(model.config, groups)),
+    )
     removed = [] if no_depth else [1]
     keep = some_units(groups, widths, removed)
     whole = logits_of(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import QUICK, SIZES, build, logits, random_keep, uniform_keep, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    LlamaConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
     SmolLM3Config,
@@ -24,6 +26,7 @@ from transformers import (
 
 import regrow
 from regrow.checkpoint.shape import describe
+from regrow.checkpoint.stock import check_fewer_layers
 from regrow.checkpoint.verify import verify_checkpoint
 from regrow.criteria.depth import block_influence
 from regrow.criteria.evidence import Evidence
@@ -43,7 +46,7 @@ from regrow.recovery.scoring import Scorer
 from regrow.settings import Pruning
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
-from regrow.structure.depth import check_depth
+from regrow.structure.depth import check_depth, shorten
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
@@ -232,6 +235,27 @@ def test_a_model_whose_layers_depend_on_their_numbers_is_refused() -> None:
     with pytest.raises(InputError, match="decoder_sparse_step = 2"):
         check_depth(Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=2))
     check_depth(Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=1))  # every layer alike
+
+
+def test_a_class_that_makes_other_layers_under_other_numbers_is_refused() -> None:
+    """Bamba's attention is at numbers of its own, DiffLlama computes with a layer's number."""
+    with pytest.raises(InputError, match=r"'bamba' model depend on their numbers \(self_attn.q_proj.weight would be"):
+        check_fewer_layers(zoo.FAMILIES["Bamba"]())
+    with pytest.raises(InputError, match=r"depend on their numbers \(lambda_init of self_attn does\): none can"):
+        check_fewer_layers(zoo.FAMILIES["DiffLlama"]())
+    check_fewer_layers(zoo.FAMILIES["Llama"]())
+    check_fewer_layers(LlamaConfig(num_hidden_layers=1))
+    check_fewer_layers(LlamaConfig(num_hidden_layers=2, hidden_act="none"))  # no stock class builds it: nobody to ask
+
+
+def test_layers_before_those_of_experts_are_counted_anew() -> None:
+    config = zoo.FAMILIES["DeepSeek-V3"]()
+    check_fewer_layers(config)
+    config.first_k_dense_replace = 2
+    shorten(config, [1, 2])
+    assert (config.first_k_dense_replace, config.num_hidden_layers) == (1, 2)
+    shorten(config, [1])
+    assert config.first_k_dense_replace == 0
 
 
 # --- checkpoints ------------------------------------------------------------------------------

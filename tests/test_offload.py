@@ -26,7 +26,7 @@ from regrow.recovery.teacher import copy_without_adapters
 from regrow.structure.adapters import adapter_parameters, attach_lora, merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
-from regrow.structure.offload import Offloaded, Store, convert, staying
+from regrow.structure.offload import InFile, Offloaded, Store, convert, staying
 from regrow.structure.prefix import LayerWalk
 from regrow.structure.quantised import held_bytes, is_quantised
 
@@ -89,6 +89,26 @@ def test_a_cut_and_a_merge_are_made_on_the_way(tmp_path: Path) -> None:
         convert(model, torch.bfloat16)
     assert all(torch.equal(logits(resident), logits(model)) for model in away)
     assert not any(torch.isfinite(p).any() for model in away for p in model.parameters() if isinstance(p, Offloaded))
+
+
+def test_a_cut_of_experts_that_keep_channels_of_their_own() -> None:
+    """In any order what each expert keeps stays its own."""
+    weight = torch.arange(4 * 3 * 5.0).view(4, 3, 5)
+    channels = torch.tensor([[0, 1], [1, 2], [0, 2], [1, 2]])
+    columns = torch.tensor([4, 0, 2])
+    wanted = torch.stack([weight[expert][channels[expert]] for expert in range(4)])[:, :, columns][[3, 1]]
+    whole = InFile(lambda: weight)
+    for steps in (
+        [(1, channels), (2, columns), (0, torch.tensor([3, 1]))],
+        [(0, torch.tensor([3, 1])), (1, channels[[3, 1]]), (2, columns)],
+        [(1, channels), (0, torch.tensor([3, 1])), (2, columns)],
+    ):
+        store = whole
+        for axis, positions in steps:
+            store = store.cut(axis, positions)
+        assert torch.equal(store.read(), wanted)
+    again = whole.cut(1, channels).cut(1, torch.tensor([[1], [0], [1], [0]]))
+    assert torch.equal(again.read(), torch.stack([weight[e][[c]] for e, c in enumerate((1, 1, 2, 1))]))
 
 
 def test_what_is_held_is_what_is_not_brought(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 import regrow
 from regrow.checkpoint.load import load_model
+from regrow.checkpoint.offer import check_offer, choices
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.shape import pruned_config
-from regrow.checkpoint.stock import check_offer, choices, prunable_groups
+from regrow.checkpoint.stock import prunable_groups
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates

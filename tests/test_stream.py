@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import QUICK, CommandLine, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
@@ -358,6 +359,33 @@ SIXTEEN_TOKENS = {
 LINEARS, INTERNALS = 3 * (32 * 48 * 2 + 32 * 24 * 2 + 3 * 32 * 48), 16 * (8 * 32 + 4 * 48)
 RECOMPUTED = 4 * 3 * INTERNALS - 4 * (16 * 3 * 32 + INTERNALS)
 """Bytes of activations that checkpointing saves."""
+
+
+def test_the_memory_model_of_refits_counts_the_largest_consumer_and_the_hidden_states(checkpoint: Path) -> None:
+    settings = {**SIXTEEN_TOKENS, "compensation.windows": 6, "search.windows": 10, "search.judge_windows": 2}
+    recipe = load_recipe("regrow", settings)
+    model = load_model(str(checkpoint))
+    sizes = Sizes.of(model, find_groups(model), recipe)
+
+    def compensate(**changes: object) -> int:
+        changed = recipe.override({key.replace("__", "."): value for key, value in changes.items()})
+        return estimate_memory(sizes, changed, frozenset(), torch.float32, torch.bfloat16)["compensate"] - OVERHEAD
+
+    held = 4 * sizes.parameters + 8 * sizes.adapters
+    walked, solved = 2 * 2 * 10 * recipe.data.sequence_length * 32, 24 * 48 * (48 + 32)
+    assert compensate() == held + solved + walked
+    assert compensate(search__evaluations=0) == held + solved + walked * 6 // 10
+    assert "compensate" not in estimate_memory(
+        sizes, recipe.override({"compensation.method": "none"}), frozenset(), torch.float32, torch.float32
+    )
+
+
+def test_the_memory_model_counts_the_factors_of_experts() -> None:
+    model = zoo.build("Mixtral")
+    recipe = load_recipe("magnitude", {"lora.rank": 4, "lora.targets": ["gate_up_proj", "down_proj"]})
+    sizes = Sizes.of(model, find_groups(model), recipe)
+    # 3 layers of 4 experts, hidden 64, 40 channels, two experts a token: half of the rank each.
+    assert sizes.adapters == 3 * 4 * 2 * ((64 + 80) + (40 + 64))
 
 
 def test_the_memory_model_of_training_counts_what_a_recipe_asks_for(checkpoint: Path) -> None:

@@ -17,8 +17,9 @@ from regrow.structure.channels import Value, narrower, overlap, reshape
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import GateMoments, Gates
-from regrow.structure.operators import RULES, Walk
+from regrow.structure.operators import RULES
 from regrow.structure.positions import IndexMap
+from regrow.structure.ties import Walk
 from regrow.structure.trace import Trace, trace
 
 CLOSE = 1e-4
@@ -167,11 +168,26 @@ class Cubed(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-def test_an_unknown_operator_is_named() -> None:
+def test_a_part_that_cannot_be_traced_stays_whole_and_is_adapted() -> None:
     model = build("llama-gqa")
-    model.model.layers[0].mlp.act_fn = Cubed()
-    model.model.layers[1].mlp.act_fn = Cubed()
-    with pytest.raises(InputError, match=r"layers\.0\.mlp\.act_fn.*special_bessel_j0"):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Cubed()
+    groups, plain = find_groups(model), find_groups(build("llama-gqa"))
+    assert groups.opaque == {f"model.layers.{n}.mlp": "aten.special_bessel_j0" for n in range(len(model.model.layers))}
+    assert [group.name for group in groups] == [group.name for group in plain if group.kind == "attention"]
+    assert (groups.linears, groups.block_parameters) == (plain.linears, plain.block_parameters)
+    assert groups.residual is None, "hidden channels go through it"
+    assert groups.to_json()["opaque"] == groups.opaque
+
+
+def test_where_nothing_can_be_traced_the_reason_is_told() -> None:
+    model = build("llama-gqa")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Cubed()
+        layer.self_attn.o_proj = nn.Sequential(Cubed(), layer.self_attn.o_proj)
+    with pytest.raises(
+        InputError, match=r"nothing that regrow can prune: model.layers.0.\w+ uses aten.special_bessel_j0"
+    ):
         find_groups(model)
 
 
@@ -240,7 +256,7 @@ def alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def traced(compute) -> Trace:
-    return trace(Small(compute))  # type: ignore[arg-type]  # all that a trace asks of a model
+    return trace(Small(compute), "layers")  # type: ignore[arg-type]  # all that a trace asks of a model
 
 
 def classes_of(found: Trace) -> dict[tuple[str, int], tuple[bool, list[int]]]:
@@ -298,6 +314,8 @@ MOVES = [
     (aten.select.int, (-1, -2), {}),
     (aten.repeat_interleave.self_int, (2, 1), {}),
     (aten.repeat_interleave.self_int, (3,), {"dim": -1}),
+    (aten.repeat.default, ([1, 2, 3],), {}),
+    (aten.repeat.default, ([2, 1, 1, 2],), {}),
     (aten.split.Tensor, (1,), {}),
     (aten.split.Tensor, (4,), {"dim": 1}),
     (aten.split_with_sizes.default, ([1, 3], -1), {}),
@@ -380,6 +398,18 @@ def test_what_is_gathered_by_hand(args: tuple[int, ...]) -> None:
         assert others.size == 3
 
 
+@pytest.mark.parametrize("axis", [1, -2])
+def test_where_something_is_written_to_by_hand(axis: int) -> None:
+    """To those that were chosen: all stay what they are; to others: all go together."""
+    for chosen in (True, False):
+        walk = Walk()
+        among, others = walk.channels.new(4).reshape(1, 4, 1), walk.channels.new(3).reshape(1, 1, 3)
+        index = Value((5, 2, 3), among=among.reshape(-1) if chosen else None)
+        found = rule_of(aten.scatter.value)(walk, (Value((5, 4, 3), (among, others)), axis, index, 1.0), {}, (5, 4, 3))
+        assert [facet.tolist() for facet in found.facets] == [among.tolist(), others.tolist()]
+        assert walk.channels.classes().tolist() == ([0, 1, 2, 3, 4, 5, 6] if chosen else [0, 0, 0, 0, 4, 5, 6])
+
+
 def test_of_what_another_tensor_is_like_only_the_dtype_counts() -> None:
     walk = Walk()
     one, other = (Value((5, size), (walk.channels.new(size).reshape(1, size),)) for size in (4, 3))
@@ -407,11 +437,74 @@ def test_the_highest_along_an_axis_or_of_all() -> None:
     value = Value((5, 4), (walk.channels.new(4).reshape(1, 4), walk.channels.new(5).reshape(5, 1)))
     highest, where = RULES["aten.max"](walk, (value, 1), {}, [(5,), (5,)])
     assert ([facet.tolist() for facet in highest.facets], where.facets) == ([[4, 5, 6, 7, 8]], ())
+    assert where.among.tolist() == [0, 1, 2, 3]
+    RULES["aten.max"](walk, (Value((5, 4), value.facets[:1]), -1, True), {}, [(5, 1), (5, 1)])
+    assert [count for _, count in walk.offered] == [1, 2], "the second highest, the first being out of it"
     assert RULES["aten.max"](walk, (value,), {}, ()).facets == ()
     other = Value((5, 4), (walk.channels.new(4).reshape(1, 4),))
     larger = RULES["aten.max"](walk, (value, other), {}, (5, 4))
     assert len(larger.facets) == 2
     assert walk.channels.classes().tolist()[9:] == [0, 1, 2, 3], "tied, element by element"
+
+
+class Part(nn.Module):
+    """Of a layer: a linear, what `compute` makes of it, and a linear."""
+
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.compute = compute
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.compute(self.up(x)))
+
+
+class Layered(nn.Module):
+    """Layers of one part each between an embedding and a head; `between` is done to what goes from one to the next."""
+
+    def __init__(self, *computes, between=lambda x: x) -> None:
+        super().__init__()
+        self.between = between
+        with torch.device("meta"):
+            self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+            self.layers = nn.ModuleList([nn.ModuleDict({"part": Part(compute)}) for compute in computes])
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = self.between(x + layer["part"](x))
+        return self.head(x)
+
+
+def test_a_part_with_an_unknown_operator_stays_and_what_goes_in_and_out_too() -> None:
+    found = trace(Layered(torch.relu, lambda x: x.cumsum(-1), torch.relu), "layers")  # type: ignore[arg-type]
+    assert found.opaque == {"layers.1.part": "aten.cumsum"}
+    assert found.linears == {"layers.1.part.up", "layers.1.part.down"}
+    fixed = {axis: found.fixed.issuperset(classes) for axis, (_, classes) in classes_of(found).items()}
+    channels = {("layers.0.part.up.weight", 0), ("layers.0.part.up.bias", 0), ("layers.0.part.down.weight", 1)}
+    channels |= {(name.replace("0", "2"), axis) for name, axis in channels}
+    assert {axis for axis, stays in fixed.items() if not stays} == channels | {
+        ("embedding.weight", 0),
+        ("head.weight", 0),
+        ("head.bias", 0),
+    }
+
+
+def test_what_an_opaque_part_gives_has_to_be_hidden_states() -> None:
+    class Turned(Part):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).transpose(1, 2)
+
+    model = Layered(torch.relu, lambda x: x.cumsum(-1))
+    model.layers[1]["part"].__class__ = Turned
+    model.forward = lambda ids, use_cache=False: model.layers[1]["part"](model.embedding(ids)).relu()
+    with pytest.raises(InputError, match=r"'layers.1.part' uses operator aten.transpose of shape \[2, 8, 7\]"):
+        trace(model, "layers")  # type: ignore[arg-type]
+
+
+def test_an_unknown_operator_outside_of_all_parts_is_refused() -> None:
+    with pytest.raises(InputError, match=r"module 'model' uses operator .*cumsum, for which regrow has no pruning"):
+        trace(Layered(torch.relu, between=lambda x: x.cumsum(-1)), "layers")  # type: ignore[arg-type]
 
 
 def test_names_before_and_after_a_cut_by_hand() -> None:
@@ -490,6 +583,21 @@ def test_gate_gradient_is_the_weights_own(family: str) -> None:
             columns = (weight * weight.grad).sum(0)
             expected = columns[torch.from_numpy(group.consumers[0].index)].sum(1)
             torch.testing.assert_close(got[group.name][sample].double(), expected.detach(), rtol=2e-4, atol=1e-5)
+
+
+def test_a_gate_on_flattened_hidden_states_tells_sequences_apart() -> None:
+    """A shared expert, say, is given `[batch x time, channels]`."""
+    model = build("llama-gqa")
+    groups = with_lora(model)
+    with Gates(model, groups.groups) as gates:
+        expected = recorded(model, gates, IDS)
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda x, inner=layer.mlp.forward: inner(x.flatten(0, 1)).view_as(x)
+    with Gates(model, groups.groups) as gates:
+        got = recorded(model, gates, IDS)
+    assert got.keys() == expected.keys()
+    for name, c_BU in expected.items():
+        torch.testing.assert_close(got[name], c_BU, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("recording", [False, True])

@@ -10,8 +10,9 @@ from conftest import QUICK, CommandLine, make_tokenizer
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config
 from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
 
+from regrow.checkpoint.offer import check_offer, choices, ranges
 from regrow.checkpoint.shape import added_parameters, describe, pruned_config
-from regrow.checkpoint.stock import check_free, check_offer, prunable_groups, ranges, stock_widths
+from regrow.checkpoint.stock import check_free, prunable_groups, stock_widths
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
@@ -24,12 +25,20 @@ from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 
 NO_HEADS = {
-    "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium"
+    "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium", "Doge",
+    "Persimmon", "GPT-Neo", "CodeGen", "MiniMax",
 }  # fmt: skip
-ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2"}
+ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2", "FlexOlmo", "OLMo hybrid"}
 """Families in which one norm goes over all heads."""
+ONE_UNIT = {"GPTBigCode", "XGLM"}
+"""Families in which all heads go together."""
+LATENT = {"DeepSeek-V2", "DeepSeek-V3", "GLM-4 MoE Lite"}
+"""Families whose attention is opaque."""
 NO_FFN = {"BLOOM", "MPT"}
-MIXTURES = {"Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "Granite MoE", "gpt-oss", "ERNIE 4.5 MoE"}
+MIXTURES = {
+    "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "Granite MoE", "gpt-oss", "ERNIE 4.5 MoE", "Phi-3.5-MoE", "FlexOlmo",
+    "DeepSeek-V2", "Qwen3-Next", "MiniMax", "Jamba", "Granite 4",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def test_masked_is_cut(family: str, checked: dict[str, Found], scratch: Path) ->
     assert found.changed > 1e-2, "a mask that changes nothing proves nothing"
     assert found.linears >= 4
     offered = {kind for kind, widths in found.widths.items() if len(widths.counts) > 1}
-    assert ("attention" in offered) == (family not in NO_HEADS | ONE_NORM)
+    assert ("attention" in offered) == (family not in NO_HEADS | ONE_NORM | ONE_UNIT | LATENT)
     assert ("ffn" in offered) == (family not in NO_FFN)
     assert ("expert" in offered) == (family in MIXTURES)
     assert all(widths.refusal for widths in found.widths.values() if len(widths.counts) == 1)
@@ -159,6 +168,22 @@ def test_what_cannot_be_saved_is_refused_before_the_run(family: str, pruning: Pr
         check_offer(model.config, prunable_groups(model), pruning)
 
 
+def test_what_tracing_cannot_see_into_is_told() -> None:
+    model = build("LFM2")
+    groups = prunable_groups(model)
+    told = "stays as it is: it uses aten.conv1d, which has no pruning rule"
+    assert check_offer(model.config, groups, Pruning()) == [f"conv of 2 of 4 layers {told}"]
+    assert check_offer(model.config, groups, Pruning(shape="free")) == [f"conv of 2 of 4 layers {told}"]
+    with pytest.raises(InputError, match=f"hidden channels stay .*; conv of 2 of 4 layers {told}"):
+        check_offer(model.config, groups, Pruning(kinds=("hidden",)))
+    shown = choices(model.config, groups)
+    assert shown["KV heads"] == "1–4 of 4 in every layer that has some"
+    assert shown["FFN channels"] == "1–40 of 40 in every layer"
+    assert shown["conv of 2 of 4 layers"] == told.removeprefix("stays ")
+    cut_ones = [name for name in groups.linears if ".conv." in name]
+    assert cut_ones == [f"model.layers.{n}.conv.{part}" for n in (0, 2) for part in ("in_proj", "out_proj")]
+
+
 def test_a_part_that_stays_whole_is_told() -> None:
     model = build("GPT-2")
     groups = prunable_groups(model)
@@ -234,6 +259,26 @@ def test_a_gpt2_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: No
     result = prune(str(tmp_path / "gpt2"), tmp_path / "out", "regrow", data=str(text), overrides={**QUICK, **few})
     assert result.plan.sparsity.block >= 0.2
     assert {len(g.keep) for name, g in result.plan.groups.items() if name.endswith("attention")} == {8}
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("Qwen3-Next", "regrow"), ("LFM2", "loraprune"), ("LFM2", "lorashear")])
+def test_a_hybrid_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: None, family: str, recipe: str) -> None:
+    """Its convolutions and linear attention are adapted and stay; a shared expert is given tokens without sequences."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**FAMILIES[family]().to_dict(), "vocab_size": 300})
+    zoo.hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    few = {"training.steps": 3, "pruning.sparsity": 0.3}
+    if recipe == "regrow":
+        few |= {"compensation.windows": 4, "search.evaluations": 2}
+    if recipe == "lorashear":
+        few |= {"analysis.windows": 4, "analysis.shares": [0.5], "pruning.periods": 1}
+    result = prune(str(tmp_path / "model"), tmp_path / "out", recipe, data=str(text), overrides={**QUICK, **few})
+    assert result.plan.sparsity.block >= 0.3
+    left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model)
+    mixer = next(name for name, _ in left.model.layers[0].named_children())
+    whole = {name: p.shape for name, p in zoo.hf.AutoModelForCausalLM.from_config(config).named_parameters()}
+    assert {p.shape == whole[name] for name, p in left.named_parameters() if f"layers.0.{mixer}." in name} == {True}
 
 
 def test_inspect_says_what_is_possible(command: CommandLine, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def inspect(
     """Show what MODEL is made of: per layer its units, what one costs, and its share of the whole."""
     quiet()
     from regrow.checkpoint.load import load_skeleton
-    from regrow.checkpoint.stock import choices
+    from regrow.checkpoint.offer import choices
     from regrow.structure.finding import find_groups
 
     skeleton = load_skeleton(model, trust_remote_code)

@@ -28,12 +28,13 @@ from regrow.checkpoint.files import write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import check_vocabulary, load_config, output_dtype, pick_device
+from regrow.checkpoint.offer import check_offer
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
 from regrow.checkpoint.state import State
-from regrow.checkpoint.stock import check_offer, prunable_groups
+from regrow.checkpoint.stock import prunable_groups
 from regrow.checkpoint.stream import SCALING
 from regrow.checkpoint.verify import Verification, merge, verify_checkpoint
 from regrow.data.corpus import writes_own_text

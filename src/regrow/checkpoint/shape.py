@@ -19,6 +19,8 @@ FFN_KEYS = (
     "n_inner",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size",
 )
 """Under which names configs keep an FFN's width; which of them a group's is, its number of channels tells."""
 
@@ -67,9 +69,9 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         for layer in widths:
             described |= layer
     else:
-        described["per_layer_config"] = {str(number): layer for number, layer in enumerate(widths)}
-    heads = {layer[_native(config, "num_attention_heads")] for layer in widths}
-    divides = all(hidden % count == 0 for count in heads)
+        described["per_layer_config"] = {str(number): _heads(config) | layer for number, layer in enumerate(widths)}
+    key = _native(config, "num_attention_heads")
+    divides = all(hidden % layer[key] == 0 for layer in widths if key in layer)
     if config.model_type == "llama" and not (even and divides):
         if described["attention_bias"] or described["mlp_bias"]:
             described = _as_granite(described, head_dimension(config, original))
@@ -131,17 +133,18 @@ def is_even(widths: Sequence[dict[str, int]]) -> bool:
 def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> list[dict[str, int]]:
     """Heads, KV heads, FFN width and experts of every layer that a cut model has, under the config's own keys.
 
+    Of each layer what it has groups of: in some models only some layers have attention.
+
     Raises:
         InputError: if the config has no key for a width that has changed.
     """
     before = config.get_text_config().to_dict()
     assert config.get_text_config().num_hidden_layers == len(now.layers), "the cut keeps the config's depth true"
-    heads = [key for key in (_native(config, key) for key in HEAD_KEYS) if isinstance(before.get(key), int)]
-    layers: dict[int, dict[str, int]] = {layer.number: {key: before[key] for key in heads} for layer in now.layers}
+    layers: dict[int, dict[str, int]] = {layer.number: {} for layer in now.layers}
     for group in now:
         layer, units = layers[group.layer], original.by_name(group.name).units
         if group.kind == "attention":
-            layer |= {key: before[key] * group.units // units for key in heads}
+            layer |= {key: count * group.units // units for key, count in _heads(config).items()}
         elif group.kind == "expert":
             layer |= {key: group.units for key in EXPERT_KEYS if before.get(key) == units}
         elif (key := _ffn_key(before, units, group.expert is not None)) is not None:
@@ -149,6 +152,13 @@ def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> lis
         elif group.units != units:
             raise InputError(f"the config of a {config.model_type!r} model has no key for the width of its FFN")
     return list(layers.values())
+
+
+def _heads(config: PretrainedConfig) -> dict[str, int]:
+    """Query and KV heads under the config's own keys."""
+    described = config.get_text_config().to_dict()
+    keys = (_native(config, key) for key in HEAD_KEYS)
+    return {key: described[key] for key in keys if isinstance(described.get(key), int)}
 
 
 def _native(config: PretrainedConfig, key: str) -> str:

@@ -7,12 +7,12 @@ have no key for a width; all of them show here.
 """
 
 import copy
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -21,15 +21,13 @@ from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.save import UNEVEN_MODEL
 from regrow.checkpoint.shape import pruned_config
 from regrow.errors import InputError
-from regrow.planning.demand import UNIT_NAMES
-from regrow.settings import Pruning
 from regrow.structure.depth import check_depth, shorten
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import RESIDUAL, Group, Groups
+from regrow.structure.trace import decoder_layers
 
 Shapes = dict[str, tuple[int, ...]]
 
-NONE = "it has none, or none that a gate could be put on"
 ALONE = "there is but one, or none can go without the others"
 
 
@@ -108,7 +106,7 @@ def hidden_widths(config: PretrainedConfig, groups: Groups) -> Widths:
     config, groups = _few_layers(config, groups)
     residual = groups.residual
     if residual is None:
-        return Widths((), "its layers do not read and write one and the same stream")
+        return Widths((), "tracing follows no one stream through all parts of its layers")
     units, heads = residual.units, config.get_text_config().num_attention_heads
     try:
         whole = build_empty(config)
@@ -138,12 +136,51 @@ def _hidden_refusal(config: PretrainedConfig, groups: Groups, whole: PreTrainedM
     mismatch = _mismatch(_shapes(built), _cut_shapes(whole, groups, {RESIDUAL: units}))
     if mismatch:
         return mismatch
-    there = {name: module for name, module in built.named_modules()}
+    number = _other_number(whole, built)
+    return number and f"{number} depends on it"
+
+
+def _other_number(whole: nn.Module, built: nn.Module) -> str:
+    """The first number that modules of two models have computed for themselves and that differs; empty if none does."""
+    there = dict(built.named_modules())
     for name, module in whole.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, float) and name in there and vars(there[name]).get(key, value) != value:
-                return f"{key} of {name} depends on it"
+                return f"{key} of {name}"
     return ""
+
+
+def check_fewer_layers(config: PretrainedConfig) -> None:
+    """Refuse, before any work is done, a model whose layers are no longer themselves under another number.
+
+    Beyond what the config's keys say (`check_depth`) the class is asked: without its first layer, it should build what
+    the others are.
+
+    Raises:
+        InputError: the message says why.
+    """
+    check_depth(config)
+    total = config.get_text_config().num_hidden_layers
+    try:
+        _, (_, *wanted) = decoder_layers(build_empty(config))
+    except Exception:
+        return  # no stock class: there is nobody to ask
+    if not wanted:
+        return
+    fewer = copy.deepcopy(config)
+    shorten(fewer.get_text_config(), range(1, total))
+    try:
+        _, built = decoder_layers(build_empty(fewer))
+        pairs = list(zip(built, wanted, strict=True))
+        refusal = next((told for one, other in pairs if (told := _mismatch(_shapes(one), _shapes(other)))), "")
+        number = next((told for one, other in pairs if (told := _other_number(other, one))), "")
+    except Exception as error:
+        refusal, number = _first_line(error), ""
+    if refusal or number:
+        raise InputError(
+            f"the layers of a {config.model_type!r} model depend on their numbers "
+            f"({refusal or f'{number} does'}): none can be removed; take 'layer' out of pruning.kinds"
+        )
 
 
 def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, group: Group) -> Widths:
@@ -220,67 +257,6 @@ def _build_uneven(config: PretrainedConfig) -> PreTrainedModel:
         return scope["UnevenForCausalLM"](config)
 
 
-def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> list[str]:
-    """Refuse what cannot be saved in the end, before any work is done.
-
-    Args:
-        groups: with widths, see `prunable_groups`.
-
-    Returns:
-        What the recipe wants to cut and will have to leave whole, one sentence each.
-
-    Raises:
-        InputError: if nothing of what the recipe wants to cut can be; the message says why.
-    """
-    if pruning.shape == "free":
-        check_free(config, groups)
-        return []
-    offered = {group.kind.rstrip("0123456789") for group in groups if group.widths and len(group.widths) > 1}
-    hidden = hidden_widths(config, groups) if "hidden" in pruning.kinds else Widths((), "")
-    if len(hidden.counts) > 1:
-        offered.add("hidden")
-        if hidden.refusal and "attention" in pruning.kinds and "attention" in offered:
-            raise InputError(
-                f"a {config.model_type!r} model cannot be saved with fewer heads and fewer hidden channels at once "
-                f"({hidden.refusal}); take attention or hidden out of pruning.kinds"
-            )
-    wanted = [kind for kind in pruning.kinds if kind != "layer" and kind not in offered]
-    refusals = {kind: widths.refusal for kind, widths in stock_widths(config, groups).items()} if wanted else {}
-    refusals["hidden"] = hidden.refusal
-    told = [f"{UNIT_NAMES[kind]} stay as they are: {refusals.get(kind, NONE)}" for kind in wanted]
-    if len(told) == len(pruning.kinds):
-        raise InputError(
-            f"a {config.model_type!r} model cannot be saved with less of what pruning.kinds names "
-            f"({'; '.join(told)}); try pruning.kinds=[layer]"
-        )
-    return told
-
-
-def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
-    """What can be cut from a model and which numbers may be left, in words: what `regrow inspect` shows."""
-    told: dict[str, str] = {}
-    if config.is_heterogeneous:
-        return {"anything": "no: its layers have widths of their own already"}
-    for kind, widths in stock_widths(config, groups).items():
-        of = f"{ranges(widths.counts)} of {widths.counts[-1]} in every layer"
-        told[f"{UNIT_NAMES.get(kind, kind)}"] = of if not widths.refusal else f"{of} (others: {widths.refusal})"
-    hidden = hidden_widths(config, groups)
-    of = f"{ranges(hidden.counts)} in all layers alike" if hidden.counts else "as they are"
-    told[UNIT_NAMES["hidden"]] = of if not hidden.refusal else f"{of} (others: {hidden.refusal})"
-    total = len(groups.layers)
-    told["layers"] = _told(lambda: check_depth(config), f"{ranges(range(1, total + 1))} of {total}")
-    told["widths of its own for each layer"] = _told(lambda: check_free(config, groups), "yes (pruning.shape=free)")
-    return told
-
-
-def _told(check: Callable[[], None], fine: str) -> str:
-    try:
-        check()
-    except InputError as error:
-        return f"no: {error}"
-    return fine
-
-
 def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedConfig, Groups]:
     """The first layers of a model, as many as hold one of each kind, and two if there are two."""
     seen: set[tuple[tuple[str, int, int], ...]] = set()
@@ -301,7 +277,7 @@ def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedCon
     return config, replace(groups, groups=kept, layers=groups.layers[: last + 1], residual=residual)
 
 
-def _shapes(model: PreTrainedModel) -> Shapes:
+def _shapes(model: nn.Module) -> Shapes:
     """Of parameters, tied ones by their first name, and of the buffers that are saved with them."""
     saved = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(saved.items())}
@@ -337,18 +313,3 @@ def _mismatch(built: Shapes, wanted: Shapes) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
-
-
-def ranges(counts: Iterable[int]) -> str:
-    """Numbers for a reader: `1, 2, 4`, `1–40`, `8, 16, …, 64`."""
-    counts = list(counts)
-    steps = {after - before for before, after in itertools.pairwise(counts)}
-    if len(counts) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{counts[0]}, {counts[1]}, …, {counts[-1]}"
-    runs: list[list[int]] = []
-    for count in counts:
-        if runs and count == runs[-1][-1] + 1:
-            runs[-1][1:] = [count]
-        else:
-            runs.append([count])
-    return ", ".join("–".join(map(str, run)) for run in runs)

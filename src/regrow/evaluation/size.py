@@ -66,7 +66,7 @@ def _macs(model: PreTrainedModel, length: int) -> int:
     if any(is_experts(module) for module in bones.modules()):
         bones.set_experts_implementation("batched_mm")  # as many products as there are, whatever the routing
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    # Without a mask, transformers would look for packed sequences in values that meta tensors do not have.
+    # With a mask, or with neither mask nor cache, some models look at values, which meta tensors do not have.
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        bones(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        bones(input_ids=ids, use_cache=True)
     return int(counter.get_total_flops()) // 2

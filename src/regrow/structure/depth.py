@@ -13,7 +13,7 @@ from regrow.structure.groups import Group, Groups, Layer
 from regrow.structure.trace import decoder_layers
 
 BY_POSITION = re.compile(
-    r"pattern|interval|period|_every_n_|(sparse|layer)_step$|_layer_offset$|first_k_dense|num_dense_layers"
+    r"pattern|interval|period|_every_n_|(sparse|layer)_step$|_layer_offset$"
     r"|mlp_only_layers|num_kv_shared_layers"
 )
 """Keys that make what a layer is depend on its number."""
@@ -25,6 +25,9 @@ CARRIED_BY = {
     "no_rope_layer_interval": "no_rope_layers",
 }
 """Such a key -> the list, one entry per layer, that the models read in its stead when the config has it."""
+
+BEFORE_EXPERTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""Keys that say how many layers come before the first one of experts."""
 
 
 def check_depth(config: PretrainedConfig) -> None:
@@ -87,6 +90,7 @@ def remove_layers(
 
     left = tuple(layer for layer in groups.layers if layer.number not in numbers)
     removed = [layer for layer in groups.layers if layer.number in numbers]
+    gone_names = tuple(f"{layer.name}." for layer in removed)
     moved = {layer.name: f"{path}.{position}" for position, layer in enumerate(left)}
 
     def rename(name: str) -> str:
@@ -102,14 +106,9 @@ def remove_layers(
             if group.layer not in numbers
         ),
         layers=tuple(replace(layer, name=moved[layer.name]) for layer in left),
-        linears=tuple(
-            rename(name) for name in groups.linears if not any(name.startswith(f"{layer.name}.") for layer in removed)
-        ),
-        experts={
-            rename(name): chosen
-            for name, chosen in groups.experts.items()
-            if not any(name.startswith(f"{layer.name}.") for layer in removed)
-        },
+        linears=tuple(rename(name) for name in groups.linears if not name.startswith(gone_names)),
+        experts={rename(name): chosen for name, chosen in groups.experts.items() if not name.startswith(gone_names)},
+        opaque={rename(name): what for name, what in groups.opaque.items() if not name.startswith(gone_names)},
         residual=groups.residual and _without_layers(groups.residual, removed, rename),
         block_parameters=groups.block_parameters - sum(layer.block_parameters for layer in removed),
         total_parameters=groups.total_parameters - sum(layer.parameters for layer in removed),
@@ -132,6 +131,9 @@ def shorten(config: PretrainedConfig, stay: Sequence[int]) -> None:
     """Let the config describe the layers at the positions `stay` only."""
     for key, value in per_layer_lists(config).items():
         setattr(config, key, type(value)([value[position] for position in stay]))  # type: ignore[call-arg]
+    for key in BEFORE_EXPERTS:
+        if vars(config).get(key):
+            setattr(config, key, sum(position < vars(config)[key] for position in stay))
     config.num_hidden_layers = len(stay)
 
 

@@ -32,7 +32,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     """
     path, layers = decoder_layers(model)
     alike = distinct_layers(layers)
-    found = trace(skeleton(model, [numbers[0] for numbers in alike]))
+    found = trace(skeleton(model, [numbers[0] for numbers in alike]), path)
 
     inside = [axis for axis in found.axes if axis.parameter.startswith(f"{path}.")]
     outside = {int(c) for axis in found.axes if axis not in inside for c in np.unique(axis.classes)}
@@ -50,16 +50,19 @@ def find_groups(model: PreTrainedModel) -> Groups:
                 group = replace(part, name=name, layer=number, slices=moved, cost=cost)
                 if _takes_gates(model, group):
                     groups.append(group)
+    opaque = {name: what for part, what in found.opaque.items() for name in _replicated(part, path, alike)}
     if not groups:
-        raise InputError(f"{type(model).__name__} has nothing that regrow can prune")
+        reason = "".join(f": {name} uses {what}" for name, what in list(opaque.items())[:1])
+        raise InputError(f"{type(model).__name__} has nothing that regrow can prune{reason}")
     residual = _residual(model, found, path, alike)
     groups = [replace(group, hidden=_crossing(model, group, residual)) for group in groups]
     groups = _count_channels_once(sorted(groups, key=lambda group: (group.layer, group.kind)))
 
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
-    sliced = {s.module for s in pieces}
     adapted = {s.module for group in groups if group.kind != "expert" for s in group.slices}
+    adapted |= {_module_of(f"{name}.") for linear in found.linears for name in _replicated(linear, path, alike)}
+    sliced = {s.module for s in pieces} | {_module_of(name) for name in base if _lies_in(name, opaque)}
     linears = sorted({name for name in adapted if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
 
@@ -83,6 +86,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
         block_parameters=sum(block.values()),
         total_parameters=sum(every.values()),
         residual=residual,
+        opaque=opaque,
         experts=dict(sorted(_weights_of_experts(model, found, path, alike, sliced), key=lambda one: _natural(one[0]))),
     )  # fmt: skip
 
@@ -140,6 +144,10 @@ def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0].removesuffix(".base_layer")
 
 
+def _lies_in(name: str, parts: Collection[str]) -> bool:
+    return any(name.startswith(f"{part}.") for part in parts)
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
@@ -188,7 +196,7 @@ def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[S
     stream = [
         owned
         for c, owned in owners.items()
-        if c != -1 and c not in found.attention
+        if c != -1 and c not in found.attention and c not in found.fixed
         if has(owned, False) and has(owned, True, True) and has(owned, True, False)
     ]
     if len({tuple((n, len(p)) for n, p in sorted(owned.items())) for owned in stream}) != 1:

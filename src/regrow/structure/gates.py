@@ -118,7 +118,7 @@ class Gates:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         groups: Sequence[Group],
         layers: Sequence[Layer] = (),
         residual: Group | None = None,
@@ -128,6 +128,7 @@ class Gates:
         self._stream: Tensor | None = None
         """Gate gradients `[B, U]` of the hidden channels, as far as one backward pass has got."""
         self._batch = 0
+        """Of how many sequences the hidden states are."""
         self._groups = {group.name: group for group in groups}
         self._layers = {layer.unit: layer for layer in layers}
         self._values = {group.name: torch.ones(group.units) for group in self._every} | _open(layers)
@@ -156,6 +157,9 @@ class Gates:
 
     def _hook(self) -> None:
         self.__exit__()
+        _, layers = decoder_layers(self.model)
+        for each in layers:
+            self._undo.append(each.register_forward_pre_hook(self._see_batch, with_kwargs=True).remove)
         for group in self._groups.values():
             for consumer in group.consumers if group.expert is None else ():
                 module = self.model.get_submodule(consumer.module)
@@ -173,6 +177,9 @@ class Gates:
         if self._residual is not None:
             masks = mask_hooks(self.model, self._residual, lambda: self._values[RESIDUAL])
             self._undo += [handle.remove for handle in (*masks, *self._stream_hooks(self._residual))]
+
+    def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = len(args[0] if args else kwargs["hidden_states"])
 
     def _slices(self) -> list[Slice]:
         """Those of experts and of their channels."""
@@ -199,7 +206,6 @@ class Gates:
         )
 
     def _stream_hooks(self, residual: Group) -> Iterator[RemovableHandle]:
-        assert isinstance(self.model, PreTrainedModel)
         path, layers = decoder_layers(self.model)
         unit_of_channel = torch.zeros(residual.slices[0].index.size, dtype=torch.long)
         for unit, channels in enumerate(residual.slices[0].index):
@@ -210,7 +216,6 @@ class Gates:
             yield module.register_forward_hook(partial(self._write_stream, unit_of_channel))
 
     def _enter_stream(self, unit_of_channel: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        self._batch = len(args[0])
         return (self._on_stream(args[0], unit_of_channel), *args[1:])
 
     def _write_stream(self, unit_of_channel: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
@@ -230,8 +235,11 @@ class Gates:
             c_BU.index_add_(1, unit_of_channel.to(product_BC.device), product_BC)
             self._stream = c_BU if self._stream is None else self._stream + c_BU.to(self._stream.device)
 
-        x_BTD = x.reshape(self._batch, -1, x.shape[-1])  # some families flatten B and T
-        gated: Tensor = _Gate.apply(x_BTD, None, report)  # type: ignore[no-untyped-call]
+        return self._reported(x, None, report)
+
+    def _reported(self, x: Tensor, gate: Tensor | None, report: Callable[[Tensor], None]) -> Tensor:
+        x_BTC = x.reshape(self._batch, -1, x.shape[-1])  # some families flatten B and T
+        gated: Tensor = _Gate.apply(x_BTC, gate, report)  # type: ignore[no-untyped-call]
         return gated.view_as(x)
 
     def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -248,7 +256,7 @@ class Gates:
             units = torch.zeros(len(product_BC), len(value), device=product_BC.device)
             sink(name, units.index_add_(1, unit_of_column.to(product_BC.device), product_BC))
 
-        return (_Gate.apply(x, gate, report), *args[1:])  # type: ignore[no-untyped-call]
+        return (self._reported(x, gate, report), *args[1:])
 
     def _gate_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first, *rest = output if isinstance(output, tuple) else (output,)

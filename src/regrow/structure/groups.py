@@ -102,7 +102,7 @@ class Layer:
     """In the model that was traced; a layer keeps it when layers before it are cut."""
     parameters: int
     block_parameters: int
-    """Those of its modules that the groups have a share in."""
+    """Those of its modules that the groups have a share in, and of its opaque parts."""
     hidden: int = 0
     """Of `parameters`, those on each hidden channel."""
     block_hidden: int = 0
@@ -123,13 +123,16 @@ class Groups(Sequence[Group]):
     linears: tuple[str, ...]
     """The prunable linears of the decoder layers: where LoRA goes."""
     block_parameters: int
-    """Parameters of all modules that the groups have a share in."""
+    """Parameters of all modules that the groups have a share in, and of opaque parts."""
     total_parameters: int
     residual: Group | None = None
     """The hidden channels, coupled through all layers, embeddings, norms and head: a group that crosses all others, so
     that costs of it and of them multiply rather than add. None if the model has no such stream to narrow."""
     experts: Mapping[str, int] = field(default_factory=dict)
     """The prunable weights of experts -> how many experts a token goes to: LoRA goes there as well."""
+
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    """Parts of layers that are left as they are -> the operator in them that tracing has no rule for."""
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -151,6 +154,7 @@ class Groups(Sequence[Group]):
             "block_parameters": self.block_parameters,
             "groups": [self._described(group) for group in self],
             "layers": [{"name": layer.name, "parameters": layer.parameters} for layer in self.layers],
+            **({"opaque": dict(self.opaque)} if self.opaque else {}),
             **({} if self.residual is None else {"residual": self._described(self.residual)}),
         }
 

@@ -1,9 +1,6 @@
 """What each aten operator does to channels.
 
-Two rules carry nearly everything. *Elementwise*: facets that meet in one element are tied. *Reduction*: a
-facet that depends on a reduced axis and on a kept one is tied along the reduced axis; one that depends on
-reduced axes alone is summed away. A matrix product is a broadcast multiplication followed by a reduction, and
-a linear layer is a matrix product with a weight, so neither needs a rule of its own.
+Nearly all are made of the two steps of `ties.py`; the others say which elements they move, or choose.
 
 An operator is looked up here only if one of its inputs carries a facet: positions, masks and rotary tables
 may be computed by any operator whatever.
@@ -14,97 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from regrow.structure.channels import Channels, Facet, Value, align, narrower, overlap, reshape, varies
-
-
-class UnknownOperator(Exception):
-    """The walk met an operator that has no rule; the message is the operator's name."""
-
-
-class Walk:
-    """The state of one walk over a graph: channels, and what was learnt of them on the way."""
-
-    def __init__(self) -> None:
-        self.channels = Channels()
-        self.attended: list[Facet] = []
-        """Facets that took part in a product of two activations, that is in attention."""
-        self.averaged: list[tuple[Facet, tuple[int, ...]]] = []
-        """Facets of activations, and the axes along which a norm takes a mean of them."""
-        self.contracted: set[int] = set()
-        """Channels of weights along whose axis a product sums: a consumer's input axis."""
-        self.shared: list[tuple[Facet, Facet]] = []
-        """A weight's facet and the wider facet it is broadcast over (a per-head norm, say)."""
-        self.offered: list[tuple[Facet, int]] = []
-        """Facets that some of the highest are taken of, and how many are."""
-        self.experts: list[Facet] = []
-        """The first axis of weights of which the rows that were chosen compute: one matrix for each expert."""
-        self.fixed: list[Facet] = []
-        """Facets of buffers that checkpoints hold."""
-
-    def elementwise(self, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
-        """Tie every two facets that name the same elements; keep the widest of each such set."""
-        kept: list[tuple[Facet, bool]] = []
-        for value in values:
-            for facet in value.facets:
-                facet, is_weight = align(facet, len(shape)), value.is_weight
-                rest = []
-                for other, other_is_weight in kept:
-                    if not overlap(facet, other):
-                        rest.append((other, other_is_weight))
-                    elif other_is_weight and not is_weight and narrower(other, facet):
-                        self.shared.append((other, facet))
-                    elif is_weight and not other_is_weight and narrower(facet, other):
-                        self.shared.append((facet, other))
-                        facet, is_weight = other, other_is_weight
-                    else:
-                        self.channels.tie(facet, other)
-                        if other.size > facet.size:
-                            facet = other
-                kept = [*rest, (facet, is_weight)]
-        # What is computed from weights alone (`1 + weight` in a norm) is a weight still.
-        is_weight = bool(kept) and all(value.is_weight for value in values if value.facets)
-        return Value(shape, tuple(facet for facet, _ in kept), is_weight)
-
-    def reduce(self, value: Value, axes: Sequence[int], shape: tuple[int, ...], whole: bool = False) -> Value:
-        """Sum over `axes`; with `whole`, a facet that depends on them alone stays as one single channel."""
-        axes = [axis % len(value.shape) for axis in axes]
-        kept_axes = [axis for axis in range(len(value.shape)) if axis not in axes]
-        kept = []
-        for facet in value.facets:
-            first = facet
-            for axis in axes:
-                first = first.take([0], axis)
-            if varies(facet, axes):
-                if not varies(facet, kept_axes) and not whole:
-                    continue
-                self.channels.tie(facet, first)
-            kept.append(first.reshape([first.shape[axis] for axis in kept_axes]))
-        if len(shape) == len(value.shape):
-            kept = [np.expand_dims(facet, tuple(axes)) for facet in kept]
-        return Value(shape, tuple(kept))
-
-    def route(self, facet: Facet, among: Facet) -> None:
-        """A weight holds one part for each of the channels that a choice was made among."""
-        self.channels.tie(facet.reshape(-1), among)
-        self.experts.append(among)
-
-    def contract(self, left: Value, right: Value, shape: tuple[int, ...]) -> Value:
-        """`left [..., m, k] @ right [..., k, n]`; a product of two activations is attention."""
-        attention = not (left.is_weight or right.is_weight)
-        rank = max(len(left.shape), len(right.shape)) + 1
-        expanded = []
-        for value, axis in ((left, -1), (right, -3)):
-            own = len(value.shape)
-            facets = [align(np.expand_dims(facet, axis % (own + 1)), rank) for facet in value.facets]
-            expanded.append(Value((1,) * rank, tuple(facets), value.is_weight))
-            for facet in facets:
-                if attention:
-                    self.attended.append(facet)
-                elif value.is_weight and varies(facet, [rank - 2]):
-                    self.contracted.update(facet.reshape(-1).tolist())
-        product = self.elementwise(expanded, (1,) * rank)
-        return self.reduce(product, [rank - 2], shape, whole=attention)
-
+from regrow.structure.channels import Facet, Value, align, reshape, varies
+from regrow.structure.ties import UnknownOperator, Walk
 
 Rule = Callable[[Walk, Sequence[Any], dict[str, Any], Any], Any]
 """`(walk, positional arguments, keyword arguments, output shape or shapes) -> Value or list of Value`."""
@@ -123,7 +31,7 @@ def _elementwise(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape:
 
 
 def _like(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
-    return walk.elementwise(args[:1], shape)  # of the other only the dtype counts
+    return walk.elementwise(args[:1], shape)  # of what else there may be only the dtype counts
 
 
 def _rearranged(change: Callable[[Facet, tuple[int, ...], Sequence[Any], dict[str, Any], Any], Facet]) -> Rule:
@@ -172,6 +80,11 @@ def _repeat_interleave(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict
     times = args[0]
     axis = args[1] if len(args) > 1 else kwargs["dim"]
     return facet if facet.shape[axis] == 1 else facet.repeat(times, axis)
+
+
+def _repeat(facet: Facet, old: Any, args: Sequence[Any], kwargs: dict[str, Any], new: Any) -> Facet:
+    facet = align(facet, len(new))
+    return np.tile(facet, [times if size > 1 else 1 for times, size in zip(args[0], facet.shape, strict=True)])
 
 
 def _reduce(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
@@ -295,8 +208,13 @@ def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
 def _top(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> list[Value]:
     value, count = args[:2]
     axis = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % len(value.shape)
+    return _chosen(walk, value, axis, lambda facet: count, shapes)
+
+
+def _chosen(walk: Walk, value: Value, axis: int, count: Callable[[Facet], int], shapes: Any) -> list[Value]:
+    """The highest along an axis and their positions."""
     whole = [facet.reshape(-1) for facet in value.facets if facet.size == facet.shape[axis] > 1]
-    walk.offered += [(facet, count) for facet in whole]
+    walk.offered += [(facet, count(facet)) for facet in whole]
     return [walk.reduce(value, [axis], shapes[0]), Value(shapes[1], among=next(iter(whole), None))]
 
 
@@ -314,12 +232,25 @@ def _gather(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any)
     return Value(shape, tuple(facets))
 
 
+def _scatter(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    value, axis, index = args[:3]
+    for facet in value.facets:
+        if not _is_chosen(facet, axis, index):
+            walk.channels.tie(facet, facet.take([0], axis))  # which positions are meant is not known here, as above
+    return Value(shape, value.facets)
+
+
 def _max(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> Any:
     if len(args) == 1:
         return _reduce(walk, args, kwargs, shapes)
     if isinstance(args[1], Value):  # the larger of two
         return _elementwise(walk, args, kwargs, shapes)
-    return [walk.reduce(args[0], [args[1]], shapes[0]), Value(shapes[1])]
+    value, axis = args[:2]
+
+    def one_more(facet: Facet) -> int:  # of what had been marked as taken before, say
+        return 1 + max((count for other, count in walk.offered if np.array_equal(other, facet)), default=0)
+
+    return _chosen(walk, value, axis % len(value.shape), one_more, shapes)
 
 
 def _is_chosen(facet: Facet, axis: int, positions: Value) -> bool:
@@ -356,11 +287,13 @@ RULES: dict[str, Rule] = {
             "add sub mul div pow neg abs exp log sqrt rsqrt reciprocal square sigmoid tanh silu gelu relu mish "
             "softplus erf sin cos expm1 clamp clamp_min clamp_max maximum minimum where masked_fill to float gt ge lt "
             "le eq ne _to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax "
-            "hardswish leaky_relu elu add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
+            "hardswish hardsigmoid hardtanh leaky_relu elu celu selu relu6 log_sigmoid log1p log2 exp2 floor "
+            "ceil round sign rsub multiply subtract divide true_divide bitwise_not bitwise_and bitwise_or logical_not "
+            "logical_and logical_or nan_to_num add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
         ),
         _elementwise,
     ),
-    "aten.type_as": _like,
+    **dict.fromkeys(_names("type_as zeros_like ones_like empty_like full_like"), _like),
     **dict.fromkeys(_names("view reshape _unsafe_view flatten unflatten unsqueeze squeeze"), _rearranged(_reshape)),
     **dict.fromkeys(_names("transpose t swapaxes numpy_T"), _rearranged(_transpose)),
     "aten.permute": _rearranged(_permute),
@@ -368,6 +301,7 @@ RULES: dict[str, Rule] = {
     "aten.slice": _rearranged(_slice),
     "aten.select": _rearranged(_select),
     "aten.repeat_interleave": _rearranged(_repeat_interleave),
+    "aten.repeat": _rearranged(_repeat),
     **dict.fromkeys(_names("mean sum amax amin var"), _reduce),
     "aten.layer_norm": _layer_norm,
     "aten.rms_norm": _rms_norm,
@@ -378,11 +312,12 @@ RULES: dict[str, Rule] = {
     "aten.baddbmm": _baddbmm,
     "aten.scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("split split_with_sizes chunk"), _split),
-    "aten.cat": _cat,
+    **dict.fromkeys(_names("cat concat concatenate"), _cat),
     "aten.stack": _stack,
     "aten.index": _index,
     "aten.topk": _top,
     "aten.gather": _gather,
+    **dict.fromkeys(_names("scatter scatter_"), _scatter),
     **dict.fromkeys(_names("max min"), _max),
     **dict.fromkeys(("transformers.grouped_mm_fallback", "aten._grouped_mm"), _grouped_mm),
     "_operator.getitem": _pick,

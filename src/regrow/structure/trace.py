@@ -3,7 +3,10 @@
 `torch.export` gives an aten graph of a *skeleton*: the model's modules with every tensor on the meta device,
 so that nothing is computed and no memory is taken, and with one decoder layer for each distinct shape, so
 that eighty layers trace as fast as two. The walk names channels (`channels.py`) and ties them operator by
-operator (`operators.py`); a class of tied channels is a candidate for removal.
+operator (`operators.py`, `ties.py`); a class of tied channels is a candidate for removal.
+
+A part of a layer (its attention, its FFN, its mixer) that uses an operator without a rule is *opaque*: it stays as
+it is, and so does everything whose channels go in or come out.
 
 Not covered: models whose forward pass branches on tensor values, and layers that are not in one `ModuleList`.
 """
@@ -12,7 +15,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,12 @@ from transformers import PreTrainedModel
 from regrow.errors import InputError
 from regrow.structure.channels import Facet, Value
 from regrow.structure.experts import is_experts
-from regrow.structure.operators import RULES, UnknownOperator, Walk
+from regrow.structure.operators import RULES
 from regrow.structure.quantised import kept_as, quantised_linears, stand_in, weight_shape
+from regrow.structure.ties import UnknownOperator, Walk
+
+TOKENS = (2, 7)
+"""Sequences and their length, in the graph."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,16 @@ class Trace:
     experts: Mapping[int, int] = field(default_factory=dict)
     """Classes that a router chooses among -> how many of them it chooses for a token."""
     fixed: frozenset[int] = frozenset()
-    """Classes that own a part of a buffer that checkpoints hold: cuts change parameters only."""
+    """Classes that stay: they own a part of a buffer that checkpoints hold (cuts change parameters only), or reach into
+    an opaque part."""
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the layers that stay as they are -> what they use that has no rule."""
+    linears: frozenset[str] = frozenset()
+    """Modules in opaque parts that are computed as linears."""
+
+
+class _Unruled(Exception):
+    """The walk met an operator without a rule; `args` are it and the dotted name of the module that uses it."""
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -125,9 +141,10 @@ def export(bones: PreTrainedModel) -> torch.export.ExportedProgram:
     Raises:
         InputError: if `torch.export` cannot trace the model.
     """
-    ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    ids = torch.zeros(TOKENS, dtype=torch.long, device="meta")
     try:
-        with warnings.catch_warnings():
+        # Without gradients from the start: a block of a model's own without them would be one opaque operator.
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(bones, (ids,), {"use_cache": False}, strict=False)
     except Exception as error:
@@ -135,40 +152,139 @@ def export(bones: PreTrainedModel) -> torch.export.ExportedProgram:
         raise InputError(f"torch.export cannot trace {type(bones).__name__}: {reason}") from error
 
 
-def trace(bones: PreTrainedModel) -> Trace:
+def trace(bones: PreTrainedModel, path: str) -> Trace:
     """Export a skeleton and walk its graph.
 
+    Args:
+        bones: the skeleton.
+        path: the dotted name of the list of its layers.
+
     Raises:
-        InputError: if an operator on a prunable tensor has no rule (naming module and operator), or as `export`.
+        InputError: if an operator on a prunable tensor outside of the layers has no rule (naming module and
+            operator), or as `export`.
     """
     program = export(bones)
-    walk = Walk()
-    parameters = program.graph_signature.inputs_to_parameters
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, parameter in bones.named_parameters(remove_duplicate=False):
-        names[str(id(parameter))].append(name)
-    facets: dict[str, tuple[Facet, ...]] = {}
-    values: dict[torch.fx.Node, Any] = {}
-    buffers = program.graph_signature.inputs_to_buffers
-    stored = bones.state_dict().keys()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in parameters:
-            parameter = parameters[node.name]
-            if parameter not in facets:
-                fresh = _weight_facets(walk, node.meta["val"].shape)
-                for alias in names[str(id(bones.get_parameter(parameter)))]:
-                    facets[alias] = fresh
-            values[node] = Value(tuple(node.meta["val"].shape), facets[parameter], is_weight=True)
-        elif node.op == "placeholder" and buffers.get(node.name) in stored:
-            values[node] = Value(
-                tuple(node.meta["val"].shape), _weight_facets(walk, node.meta["val"].shape), is_weight=True
-            )
-            walk.fixed += [facet for facet in values[node].facets if facet.size > 1]
-        elif node.op == "call_function":
-            values[node] = _apply(walk, node, values)
-        elif node.op != "output":
-            values[node] = _blank(node.meta.get("val"))
-    return _resolve(walk, {parameter: facets[parameter] for parameter in parameters.values()})
+    below = path.count(".") + 2
+    parts = {name for name, _ in bones.named_modules() if name.startswith(f"{path}.") and name.count(".") == below}
+    opaque: dict[str, str] = {}
+    while True:
+        try:
+            return _Tracing(bones, program, opaque).walk()
+        except _Unruled as error:
+            operator, module = error.args
+            part = ".".join(module.split(".")[: below + 1])
+            if part not in parts or part in opaque:
+                raise InputError(
+                    f"module {module or 'model'!r} uses operator {operator}, for which regrow has no pruning rule; "
+                    "add one to regrow/structure/operators.py"
+                ) from error
+            opaque[part] = operator
+
+
+class _Tracing:
+    """One walk over a graph in which some parts are known to be opaque."""
+
+    def __init__(self, bones: PreTrainedModel, program: torch.export.ExportedProgram, opaque: Mapping[str, str]):
+        self.bones, self.program, self.opaque = bones, program, dict(opaque)
+        self.channels = Walk()
+        self.values: dict[torch.fx.Node, Any] = {}
+        self.inside: set[torch.fx.Node] = set()
+        """What opaque parts compute of what has channels."""
+        self.linears: set[str] = set()
+
+    def walk(self) -> Trace:
+        """All of the graph, node by node.
+
+        Raises:
+            _Unruled: as `apply`.
+        """
+        walk, bones, signature = self.channels, self.bones, self.program.graph_signature
+        names: dict[str, list[str]] = defaultdict(list)
+        for name, parameter in bones.named_parameters(remove_duplicate=False):
+            names[str(id(parameter))].append(name)
+        facets: dict[str, tuple[Facet, ...]] = {}
+        stored = bones.state_dict().keys()
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name in signature.inputs_to_parameters:
+                parameter = signature.inputs_to_parameters[node.name]
+                if parameter not in facets:
+                    fresh = _weight_facets(walk, node.meta["val"].shape)
+                    for alias in names[str(id(bones.get_parameter(parameter)))]:
+                        facets[alias] = fresh
+                self.values[node] = Value(tuple(node.meta["val"].shape), facets[parameter], is_weight=True)
+            elif node.op == "placeholder" and signature.inputs_to_buffers.get(node.name) in stored:
+                shape = node.meta["val"].shape
+                self.values[node] = Value(tuple(shape), _weight_facets(walk, shape), is_weight=True)
+                walk.fixed += [facet for facet in self.values[node].facets if facet.size > 1]
+            elif node.op == "call_function":
+                self.values[node] = self.apply(node)
+            elif node.op != "output":
+                self.values[node] = _blank(node.meta.get("val"))
+        parameters = signature.inputs_to_parameters.values()
+        found = _resolve(walk, {name: facets[name] for name in parameters})
+        return replace(found, opaque=self.opaque, linears=frozenset(self.linears))
+
+    def apply(self, node: torch.fx.Node) -> Any:
+        """What an operator makes of its arguments.
+
+        Raises:
+            _Unruled: if it has no rule.
+        """
+        if self.part_of(node) is not None:
+            given = [self.values[argument] for argument in node.all_input_nodes]
+            if _carries_facets(given) or not self.inside.isdisjoint(node.all_input_nodes):
+                self.inside.add(node)
+                self.stay(given)
+                if operator_name(node.target) == "aten.linear":
+                    self.linears.add(module_of(node))
+            return _blank(node.meta.get("val"))
+        args = torch.fx.node.map_arg(node.args, self.outside)
+        kwargs = torch.fx.node.map_arg(node.kwargs, self.outside)
+        if not _carries_facets((args, tuple(kwargs.values()))) or "val" not in node.meta or node.meta["val"] is None:
+            return _blank(node.meta.get("val"), _chosen_among((args, tuple(kwargs.values()))))
+        name = operator_name(node.target)
+        rule = RULES.get(name)
+        try:
+            if rule is None:
+                raise UnknownOperator(name)
+            return rule(self.channels, args, kwargs, _shapes(node.meta["val"]))
+        except UnknownOperator as error:
+            raise _Unruled(str(error), module_of(node)) from error
+
+    def part_of(self, node: torch.fx.Node) -> str | None:
+        """The opaque part that a node is computed in, if any."""
+        name = f"{module_of(node)}."
+        return next((part for part in self.opaque if name.startswith(f"{part}.")), None)
+
+    def stay(self, item: Any) -> None:
+        """All channels of what goes into an opaque part."""
+        if isinstance(item, Value):
+            self.channels.fixed += item.facets
+        elif isinstance(item, list | tuple):
+            for part in item:
+                self.stay(part)
+
+    def outside(self, node: torch.fx.Node) -> Any:
+        """An argument of a node that is not opaque: what comes out of an opaque part has channels that stay.
+
+        Raises:
+            _Unruled: if it is not of the shape `[batch, time, channels]`.
+        """
+        value = self.values[node]
+        if node in self.inside and isinstance(value, Value) and not value.facets:
+            if len(value.shape) != 3 or value.shape[:2] != TOKENS:
+                raise _Unruled(f"{operator_name(node.target)} of shape {list(value.shape)}", module_of(node))
+            facet = self.channels.channels.new(value.shape[-1]).reshape(1, 1, -1)
+            self.channels.fixed.append(facet)
+            value = self.values[node] = Value(value.shape, (facet,))
+        return value
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """The dotted name of the innermost module that computes a node; empty for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+    name: str = stack[-1][0]
+    return name
 
 
 def _weight_facets(walk: Walk, shape: torch.Size) -> tuple[Facet, ...]:
@@ -190,25 +306,6 @@ def _blank(meta: Any, among: Facet | None = None) -> Any:
 
 def _shapes(meta: Any) -> Any:
     return [tuple(item.shape) for item in meta] if isinstance(meta, list | tuple) else tuple(meta.shape)
-
-
-def _apply(walk: Walk, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
-    args = torch.fx.node.map_arg(node.args, lambda n: values[n])
-    kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
-    if not _carries_facets((args, tuple(kwargs.values()))) or "val" not in node.meta or node.meta["val"] is None:
-        return _blank(node.meta.get("val"), _chosen_among((args, tuple(kwargs.values()))))
-    name = operator_name(node.target)
-    rule = RULES.get(name)
-    try:
-        if rule is None:
-            raise UnknownOperator(name)
-        return rule(walk, args, kwargs, _shapes(node.meta["val"]))
-    except UnknownOperator as error:
-        stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
-        raise InputError(
-            f"module {stack[-1][0] or 'model'!r} uses operator {error}, for which regrow has no pruning rule; "
-            "add one to regrow/structure/operators.py"
-        ) from error
 
 
 def operator_name(target: Any) -> str:
