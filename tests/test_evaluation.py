@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -158,6 +159,12 @@ def test_size_equals_a_count_by_hand(tied: bool) -> None:
     products = LAYERS * (BLOCK_LINEARS + attention) + EMBEDDING
     assert size.macs_per_token in (products, products + HEAD_DIM // 2)  # older transformers: rotary angles are one, too
     assert size.length == length
+
+
+def test_no_more_positions_are_counted_than_there_are() -> None:
+    """GPT-Neo keeps its masks in buffers of its positions."""
+    assert measure_size(zoo.build("GPT-Neo"), 256).length == 64
+    assert measure_size(zoo.build("BLOOM"), 256).length == 256, "it states no limit"
 
 
 def test_bytes_follow_the_type() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from regrow.checkpoint.load import most_positions
 from regrow.structure.experts import is_experts
 from regrow.structure.trace import decoder_layers, skeleton
 
@@ -35,10 +36,11 @@ class Size:
 
 
 def measure_size(model: PreTrainedModel, length: int = 256) -> Size:
-    """Count parameters and bytes of the model, and the products of a pass over `length` tokens.
+    """Count parameters and bytes of the model, and the products of a pass over `length` tokens, if it takes so many.
 
     The pass runs on a copy on the meta device: no memory, no arithmetic, whatever the size of the model.
     """
+    length = min(length, most_positions(model.config) or length)
     parameters = list(model.parameters())
     held = parameters + list(model.buffers())
     total = sum(p.numel() for p in parameters)
