@@ -28,6 +28,7 @@ from regrow.data.mixture import (
     sheared_weights,
 )
 from regrow.data.sampler import Sampler, SamplerState
+from regrow.data.scaling import LossLaw, fit_loss_law
 from regrow.data.source import load_records
 from regrow.data.tokens import Windows, batches, join_windows
 from regrow.errors import InputError
@@ -508,6 +509,82 @@ def test_a_single_source_is_not_measured() -> None:
     assert mix.validation_loss(20) == 1.5
     assert torch.equal(next(mix).ids_BT, next(batches(numbered(8), 8, seed=0)).ids_BT)
     assert torch.equal(next(mix.calibration()).ids_BT, next(batches(numbered(8), 8, seed=1)).ids_BT)
+
+
+# --- what a law foretells ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "law", [LossLaw(3.0, 0.5, 0.25, 1.2), LossLaw(40.0, 1.0, 0.0, 0.0), LossLaw(0.7, 0.1, 2.0, 3.0)]
+)
+def test_a_law_is_found_again(law: LossLaw) -> None:
+    points = [(64.0 * n, 0.05 * n + 0.01) for n in range(1, 9)] + [(64.0 * n, 0.5) for n in range(9, 17)]
+    found = fit_loss_law(*zip(*points, strict=True), [law(*point) for point in points])
+    for point in (*points, (1e4, 0.5)):
+        assert found(*point) == pytest.approx(law(*point), rel=1e-6)
+
+
+def test_where_as_much_was_removed_throughout_only_the_sequences_tell() -> None:
+    law = LossLaw(5.0, 0.3, 0.0, 2.0)
+    counts = [8.0 * n for n in range(1, 20)]
+    found = fit_loss_law(counts, [0.5] * 19, [law(n, 0.5) for n in counts])
+    assert (found.c, found.b) == (0.0, pytest.approx(0.3))
+    assert found(1e5, 0.5) == pytest.approx(law(1e5, 0.5), rel=1e-6)
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=3, max_size=12), st.integers(0, 99))
+def test_a_law_is_no_worse_than_the_mean_and_never_below_zero(losses: list[float], seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    counts = np.cumsum(chance.integers(1, 50, len(losses))).tolist()
+    removed = chance.uniform(0.01, 0.9, len(losses)).tolist()
+    law = fit_loss_law(counts, removed, losses)
+    assert min(law.a, law.b, law.c, law.e) >= 0
+    errors = [law(n, s) - y for n, s, y in zip(counts, removed, losses, strict=True)]
+    assert np.square(errors).sum() <= np.square(losses - np.mean(losses)).sum() * (1 + 1e-9) + 1e-12
+
+
+def test_shares_follow_what_the_losses_are_foretold_to_come_to() -> None:
+    """After ten measurements; until then the dense model's losses are what counts."""
+    laws = LossLaw(2.0, 0.5, 0.5, 0.9), LossLaw(6.0, 0.25, 0.1, 0.5)
+    losses = Losses(1.0, 1.0)
+    mix = mix_of(corpus("pretrain", "pretrain"), losses, steps=80, mixture="drpruning")
+    removed, aim, expected = (lambda step: min(0.5, 0.01 * (step + 4))), 0.5, []
+    seen: list[list[float]] = []
+    for step in mix.steps():
+        drawn, state = list(mix.stage.sampler.state.taken), mix.stage.state
+        if all(drawn):
+            losses.losses = [law(n, removed(step)) for law, n in zip(laws, drawn, strict=True)]
+        shares = state.shares
+        mix.before_step(step, all_cut=False, removed=removed(step), aim=aim)
+        if step % 4 == 0 and step:
+            seen.append(losses.losses)
+            if step >= 44:
+                now = [law(n * 80 / step, aim) for law, n in zip(laws, drawn, strict=True)]
+                lowest = [min(each) for each in zip(*seen, strict=True)]
+                expected = [min(each) for each in zip(now, lowest, expected or now, strict=True)]
+                assert state.foretold == pytest.approx(expected, rel=1e-3)
+                assert mix.history[-1]["foretold"] == dict(zip("ab", state.foretold, strict=True))
+            else:
+                assert not state.foretold
+                assert "foretold" not in mix.history[-1]
+            references = state.foretold or [1.0, 1.0]
+            gaps = [loss - reference for loss, reference in zip(losses.losses, references, strict=True)]
+            assert state.shares.current == pytest.approx(drpruning_weights(shares.reference, gaps))
+        next(mix)
+    assert len(state.seen) == 19
+
+
+def test_nothing_is_foretold_above_what_has_been_seen() -> None:
+    losses = Losses(1.0, 1.0)
+    mix = mix_of(corpus("pretrain", "pretrain"), losses, steps=80, mixture="drpruning")
+    for step in mix.steps():
+        losses.losses = [2.0 + 0.01 * step, 3.0]  # one rises, one stays
+        mix.before_step(step, all_cut=True, removed=0.5)
+        next(mix)
+    assert mix.stage.state.foretold == [pytest.approx(2.04), pytest.approx(3.0)]
+    again = mix_of(corpus("pretrain", "pretrain"), losses, steps=80, mixture="drpruning")
+    again.go_on(mix.state(), 79)
+    assert again.stage.state == mix.stage.state
 
 
 # --- sources in a recipe -------------------------------------------------------------------------

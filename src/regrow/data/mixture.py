@@ -77,9 +77,10 @@ def degradation_weights(
     negative; without any degradation the shares are the initial ones.
     """
     p, gap = np.array(initial), np.maximum(degradation, 0.0)
-    if not gap.any():
+    mean = gap.mean()
+    if mean == 0.0:  # or too small for a number
         return tuple(p.tolist())
-    favoured = _softmax(np.log(p) + gap / gap.mean())
+    favoured = _softmax(np.log(p) + gap / mean)
     return _plain((1 - floor) * favoured + floor * p)
 
 
@@ -102,8 +103,8 @@ def drpruning_weights(
     `½ Σ p_i (q_i/p_i - 1)² <= radius` and `q_i >= floor · p_i`.
 
     With q = p (floor + (1 - floor) s) it is the same problem in s, without a floor and with
-    `radius / (1 - floor)²`. There `s_i ∝ max(Δ_i - η, 0)`, and the divergence grows with η: bisection. Left out of the
-    paper: reference losses refitted by a scaling law during training; here they are the dense model's throughout.
+    `radius / (1 - floor)²`. There `s_i ∝ max(Δ_i - η, 0)`, and the divergence grows with η: bisection. Δ is here
+    the distance from reference losses, which are the dense model's until a law foretells others (`scaling.py`).
     """
     p, gap = np.array(reference), np.array(degradation)
     spread = float(p @ (gap - p @ gap) ** 2)

@@ -7,8 +7,8 @@ names (`data/mixture.py`). With one source, and nothing to end a stage early, no
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -20,12 +20,18 @@ from regrow.checkpoint.state import State
 from regrow.data.corpus import Corpus
 from regrow.data.mixture import Shares, reweight
 from regrow.data.sampler import Sampler, SamplerState
+from regrow.data.scaling import fit_loss_law
 from regrow.data.tokens import Batch, Windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import held_out_nll
 from regrow.processes import ALONE, Processes
 from regrow.recipe import Recipe
 from regrow.settings import Stage
+
+FORETOLD_FROM = 0.1
+"""DRPruning: share of a stage's steps before which no loss is foretold, and"""
+FORETOLD_AFTER = 10
+"""from how many measurements none is yet."""
 
 
 @dataclass
@@ -40,6 +46,10 @@ class StageState:
     """The mean over the stage's sources when the last of them began."""
     ended_at: int | None = None
     """The step at which it ended early."""
+    seen: list[tuple[float, list[int], list[float]]] = field(default_factory=list)
+    """Before each round: the share of the blocks removed, the sequences drawn of each source, its loss."""
+    foretold: list[float] = field(default_factory=list)
+    """The loss on each source that its law has foretold (DRPruning); empty before there is a law."""
 
 
 @dataclass(frozen=True)
@@ -184,11 +194,13 @@ class DataMix:
         """Whether the stage of a step has ended before it."""
         return self._stage_of(step).state.ended_at is not None
 
-    def before_step(self, step: int, all_cut: bool) -> None:
+    def before_step(self, step: int, all_cut: bool, removed: float = 0.0, aim: float = 0.0) -> None:
         """Enter the step's stage; where a round begins, measure, and end the stage or move its shares.
 
         Args:
             all_cut: whether the model has reached its target; a stage does not end before.
+            removed: share of the blocks that has been removed by now.
+            aim: and will have been in the end.
         """
         self.stage = self._stage_of(step)
         if not self.in_rounds or (step - self.stage.steps.start) % self.recovery.interval:
@@ -204,9 +216,32 @@ class DataMix:
             state.degradation = fmean(degradation)
         if all(map(math.isfinite, degradation)):
             progress = (step - self.stage.steps.start) / len(self.stage.steps)
+            if self.recovery.mixture == "drpruning":
+                degradation = self._beyond_foretold(step, progress, removed, max(aim, removed))
             state.shares = reweight(self.recovery.mixture, state.shares, degradation, self.recovery.floor, progress)
             state.sampler.weights = list(state.shares.current)
         self.record(step)
+
+    def _beyond_foretold(self, step: int, progress: float, removed: float, aim: float) -> list[float]:
+        """By how much the loss on each source is above what it is foretold to come to (the dense model's before).
+
+        As DRPruning's released code does: from more than ten points, never above the lowest seen or foretold.
+        """
+        state = self.stage.state
+        losses = [self.losses(step)[number] for number in self.stage.members]
+        drawn = list(state.sampler.taken)
+        if removed > 0 and all(drawn):
+            state.seen.append((removed, drawn, losses))
+        if len(state.seen) > FORETOLD_AFTER and progress >= FORETOLD_FROM:
+            shares, counts_PM, losses_PM = zip(*state.seen, strict=True)
+            found = []
+            for number, now in enumerate(drawn):
+                seen = [each[number] for each in losses_PM]
+                law = fit_loss_law([each[number] for each in counts_PM], shares, seen)
+                found.append(min(law(now / progress, aim), *seen, *state.foretold[number : number + 1]))
+            state.foretold = found
+        references = state.foretold or [self.dense[number] for number in self.stage.members]
+        return [loss - reference for loss, reference in zip(losses, references, strict=True)]
 
     def _is_enough(self, state: StageState, degradation: float) -> bool:
         if state.degradation is None:
@@ -229,12 +264,17 @@ class DataMix:
                 "step": step,
                 "stage": self.stage.name,
                 "weights": {name: shares.get(number, 0.0) for number, name in enumerate(names)},
+                **self._told(names),
                 "losses": dict(zip(names, losses, strict=True)),
                 "degradation": {
                     name: loss - dense for name, loss, dense in zip(names, losses, self.dense, strict=True)
                 },
             }
         )
+
+    def _told(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        members, foretold = self.stage.members, self.stage.state.foretold
+        return {"foretold": {names[n]: loss for n, loss in zip(members, foretold, strict=True)}} if foretold else {}
 
     def summary(self) -> dict[str, Any]:
         """The rule, the sources with what was drawn of each, when stages ended, and all rounds."""

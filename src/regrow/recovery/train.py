@@ -263,7 +263,8 @@ class Loop:
             self._go_over(step, pruner)
         # The last stage, like the patience, ends no earlier than the model is its true self.
         waits = self.originals is not None and step in self.mix.stages[-1].steps
-        self.mix.before_step(step, pruner.finished and not waits)
+        removed, aim = pruner.cut_plan.sparsity.block, self.recipe.pruning.sparsity
+        self.mix.before_step(step, pruner.finished and not waits, removed, aim)
         self._track_rounds()
         return not self._has_ended(step, pruner)
 

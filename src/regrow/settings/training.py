@@ -160,7 +160,7 @@ class Recovery(Section):
         default="fixed",
         description="How the sources' shares follow their degradation. fixed: not at all. degradation: more of what "
         "has degraded more (LoRAShear). sheared: multiplied up round by round (Sheared-LLaMA). drpruning: the worst "
-        "case near the initial shares (DRPruning).",
+        "case near the initial shares, of losses above what a scaling law foretells (DRPruning).",
     )
     interval: Count = Field(default=50, description="Optimizer steps in a round.")
     floor: Share | None = Field(
