@@ -24,6 +24,7 @@ import regrow
 from regrow.checkpoint.load import load_model
 from regrow.checkpoint.offloaded import load_offloaded
 from regrow.checkpoint.peft_folder import Adapter
+from regrow.checkpoint.save import needs_remote_code
 from regrow.checkpoint.source import Source
 from regrow.checkpoint.stock import check_free, prunable_groups
 from regrow.checkpoint.tensors import StoredTensors
@@ -858,6 +859,24 @@ def test_a_mixture_is_pruned_on_a_quantised_base(kind: str, mixture: Path, tmp_p
     model = AutoModelForCausalLM.from_pretrained(result.model)
     whole = result.plan.total_parameters - result.plan.removed_parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == whole
+
+
+def test_an_uneven_mixture_and_its_kept_adapter_compute_with_the_stock_kernels(
+    tmp_path: Path, text: Path, lean: None
+) -> None:
+    model = stored("Mixtral", tmp_path, vocab_size=300)
+    settings = {**QUICK, "output.keep_adapter": True, "pruning.shape": "free", "pruning.protect_first": 0.3}
+    result = prune(str(model), tmp_path / "out", "magnitude", data=str(text), steps=4, sparsity=0.3, overrides=settings)
+    assert needs_remote_code(result.model), "else nothing is uneven"
+    merged = AutoModelForCausalLM.from_pretrained(result.model, trust_remote_code=True).eval()
+    base = AutoModelForCausalLM.from_pretrained(result.folder / "base", trust_remote_code=True).eval()
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    assert merged.config._experts_implementation == whole.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        wanted, without = (each(input_ids=IDS, use_cache=False).logits for each in (merged, base))
+        kept = PeftModel.from_pretrained(base, result.folder / "adapter").eval()
+        assert (kept(input_ids=IDS, use_cache=False).logits - wanted).abs().max() < 1e-4
+    assert (without - wanted).abs().max() > 1e-3
 
 
 def test_one_key_for_two_widths_and_dense_layers_beside_those_of_experts(

@@ -28,13 +28,14 @@ class UnevenForCausalLM({stock}):
     def __init__(self, config):
         super().__init__(even(config))
         config._attn_implementation = self.config._attn_implementation
+        config._experts_implementation = self.config._experts_implementation
         self.config = self.model.config = config
         layers = self.model.layers
         for number, layer in enumerate(layers):
             layers[number] = type(layer)(config.per_layer_config[number], number)
             for module in layers[number].modules():
                 if "config" in vars(module):
-                    module.config = config  # one place says which attention kernel all layers use
+                    module.config = config  # one place says which kernels all layers use
         self.post_init()
 
 
