@@ -180,6 +180,13 @@ def test_a_part_that_cannot_be_traced_stays_whole_and_is_adapted() -> None:
     assert groups.to_json()["opaque"] == groups.opaque
 
 
+def test_batch_and_heads_may_be_one_axis_for_a_while() -> None:
+    heads = np.arange(6).reshape(1, 6, 1, 1)
+    together = reshape(heads, (2, 6, 7, 4), (12, 7, 4))
+    assert together.reshape(-1).tolist() == [*range(6), *range(6)]
+    assert np.array_equal(reshape(together, (12, 7, 4), (2, 6, 7, 4)), heads)
+
+
 def test_where_nothing_can_be_traced_the_reason_is_told() -> None:
     model = build("llama-gqa")
     for layer in model.model.layers:

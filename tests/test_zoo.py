@@ -26,12 +26,12 @@ from regrow.structure.groups import Groups
 
 NO_HEADS = {
     "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium", "Doge",
-    "Persimmon", "GPT-Neo", "CodeGen", "MiniMax",
+    "Persimmon", "GPT-Neo", "CodeGen", "MiniMax", "XGLM",
 }  # fmt: skip
 ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2", "FlexOlmo", "OLMo hybrid"}
 """Families in which one norm goes over all heads."""
-ONE_UNIT = {"GPTBigCode", "XGLM"}
-"""Families in which all heads go together."""
+ONE_UNIT = {"GPTBigCode"}
+"""Families with one KV head, whatever the config says."""
 LATENT = {"DeepSeek-V2", "DeepSeek-V3", "GLM-4 MoE Lite"}
 """Families whose attention is opaque."""
 NO_FFN = {"BLOOM", "MPT"}

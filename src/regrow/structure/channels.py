@@ -100,7 +100,12 @@ def reshape(facet: Facet, old: Sequence[int], new: Sequence[int]) -> Facet:
         else:
             broadcast += [1] * (old_to - old_from)
             target += [1] * (new_to - new_from)
-    return np.broadcast_to(facet, broadcast).reshape(target)
+    found = np.broadcast_to(facet, broadcast).reshape(target)
+    for axis in range(found.ndim):  # batch and heads that have been one axis for a while
+        first = found.take([0], axis)
+        if (found == first).all():
+            found = first
+    return found
 
 
 def _matching_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -186,11 +186,12 @@ class _Tracing:
 
     def __init__(self, bones: PreTrainedModel, program: torch.export.ExportedProgram, opaque: Mapping[str, str]):
         self.bones, self.program, self.opaque = bones, program, dict(opaque)
-        self.channels = Walk()
+        self.learnt = Walk()
         self.values: dict[torch.fx.Node, Any] = {}
         self.inside: set[torch.fx.Node] = set()
         """What opaque parts compute of what has channels."""
         self.linears: set[str] = set()
+        """See `Trace`."""
 
     def walk(self) -> Trace:
         """All of the graph, node by node.
@@ -198,7 +199,7 @@ class _Tracing:
         Raises:
             _Unruled: as `apply`.
         """
-        walk, bones, signature = self.channels, self.bones, self.program.graph_signature
+        walk, bones, signature = self.learnt, self.bones, self.program.graph_signature
         names: dict[str, list[str]] = defaultdict(list)
         for name, parameter in bones.named_parameters(remove_duplicate=False):
             names[str(id(parameter))].append(name)
@@ -230,11 +231,11 @@ class _Tracing:
         Raises:
             _Unruled: if it has no rule.
         """
-        if self.part_of(node) is not None:
+        if f"{module_of(node)}.".startswith(tuple(f"{part}." for part in self.opaque)):
             given = [self.values[argument] for argument in node.all_input_nodes]
             if _carries_facets(given) or not self.inside.isdisjoint(node.all_input_nodes):
                 self.inside.add(node)
-                self.stay(given)
+                self.keep_whole(given)
                 if operator_name(node.target) == "aten.linear":
                     self.linears.add(module_of(node))
             return _blank(node.meta.get("val"))
@@ -247,22 +248,17 @@ class _Tracing:
         try:
             if rule is None:
                 raise UnknownOperator(name)
-            return rule(self.channels, args, kwargs, _shapes(node.meta["val"]))
+            return rule(self.learnt, args, kwargs, _shapes(node.meta["val"]))
         except UnknownOperator as error:
             raise _Unruled(str(error), module_of(node)) from error
 
-    def part_of(self, node: torch.fx.Node) -> str | None:
-        """The opaque part that a node is computed in, if any."""
-        name = f"{module_of(node)}."
-        return next((part for part in self.opaque if name.startswith(f"{part}.")), None)
-
-    def stay(self, item: Any) -> None:
-        """All channels of what goes into an opaque part."""
+    def keep_whole(self, item: Any) -> None:
+        """Let all channels stay of what goes into an opaque part."""
         if isinstance(item, Value):
-            self.channels.fixed += item.facets
+            self.learnt.fixed += item.facets
         elif isinstance(item, list | tuple):
             for part in item:
-                self.stay(part)
+                self.keep_whole(part)
 
     def outside(self, node: torch.fx.Node) -> Any:
         """An argument of a node that is not opaque: what comes out of an opaque part has channels that stay.
@@ -274,8 +270,8 @@ class _Tracing:
         if node in self.inside and isinstance(value, Value) and not value.facets:
             if len(value.shape) != 3 or value.shape[:2] != TOKENS:
                 raise _Unruled(f"{operator_name(node.target)} of shape {list(value.shape)}", module_of(node))
-            facet = self.channels.channels.new(value.shape[-1]).reshape(1, 1, -1)
-            self.channels.fixed.append(facet)
+            facet = self.learnt.channels.new(value.shape[-1]).reshape(1, 1, -1)
+            self.learnt.fixed.append(facet)
             value = self.values[node] = Value(value.shape, (facet,))
         return value
 
