@@ -237,6 +237,15 @@ def test_a_model_whose_layers_depend_on_their_numbers_is_refused() -> None:
     check_depth(Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=1))  # every layer alike
 
 
+def test_a_list_of_one_entry_per_layer_says_itself_what_each_is() -> None:
+    config = LlamaConfig(num_hidden_layers=4)
+    config.layer_pattern = ["a", "b", "a", "b"]
+    check_depth(config)
+    config.layer_pattern = ["a", "b"]  # in turns
+    with pytest.raises(InputError, match="layer_pattern"):
+        check_depth(config)
+
+
 def test_a_class_that_makes_other_layers_under_other_numbers_is_refused() -> None:
     """Bamba's attention is at numbers of its own, DiffLlama computes with a layer's number."""
     with pytest.raises(InputError, match=r"'bamba' model depend on their numbers \(self_attn.q_proj.weight would be"):

@@ -103,6 +103,18 @@ def test_global_takes_the_cheapest_damage_wherever_it_is() -> None:
     assert len(plan.groups["layers.1.ffn"].keep) == 30
 
 
+def test_of_two_that_multiples_bring_the_one_whose_next_is_worth_more_gets_them_back() -> None:
+    """One channel of each of two layers goes; whole pairs: both of the layer whose second is worth less."""
+    groups = groups_of("llama-gqa")
+    scores = {group.name: torch.full((group.units,), 100.0) for group in groups}
+    scores["layers.0.ffn"][:3] = torch.tensor([2.0, 4.0, 5.0])
+    scores["layers.1.ffn"][:2] = torch.tensor([1.0, 3.0])
+    two = 2 * groups.by_name("layers.0.ffn").cost / groups.block_parameters
+    pruning = Pruning(sparsity=two - 1e-9, shape="free", allocation="global", multiple=2, kinds=("ffn",))
+    plan = choose(groups, Plan.whole(groups), scores, pruning)
+    assert {name: group.removed for name, group in plan.groups.items() if group.removed} == {"layers.1.ffn": 2}
+
+
 def test_of_equal_worth_the_one_that_has_lost_the_smaller_share_goes() -> None:
     groups = groups_of("llama-mha-tied")
     scores = {group.name: torch.full((group.units,), float(group.cost)) for group in groups}
