@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from conftest import QUICK, build, logits, make_tokenizer, random_keep, with_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -89,6 +90,19 @@ def test_a_cut_and_a_merge_are_made_on_the_way(tmp_path: Path) -> None:
         convert(model, torch.bfloat16)
     assert all(torch.equal(logits(resident), logits(model)) for model in away)
     assert not any(torch.isfinite(p).any() for model in away for p in model.parameters() if isinstance(p, Offloaded))
+
+
+@pytest.mark.parametrize("family", ["LFM2", "Qwen3-Next", "Jamba"])
+def test_weights_that_another_module_reads_are_here(family: str, tmp_path: Path) -> None:
+    """The layer reads its convolution's; nothing is hooked onto that."""
+    model = zoo.build(family)
+    model.save_pretrained(tmp_path)
+    offloaded = load_offloaded(str(tmp_path), torch.device("cpu"), "disk")
+    here = {name for name, each in offloaded.named_parameters() if each.ndim > 1 and not isinstance(each, Offloaded)}
+    convolutions = {name for name, _ in model.named_parameters() if name.endswith(("conv.weight", "conv1d.weight"))}
+    assert convolutions
+    assert {name for name in here if "conv" in name} == convolutions
+    assert torch.equal(zoo.logits_of(offloaded), zoo.logits_of(model))
 
 
 def test_a_cut_of_experts_that_keep_channels_of_their_own() -> None:

@@ -19,7 +19,7 @@ from regrow.checkpoint.source import Source, first_names
 from regrow.processes import ALONE, Processes
 from regrow.structure.offload import InFile, InMemory, InParts, Offloaded, Store, come_and_go
 from regrow.structure.quantised import Quantization
-from regrow.structure.trace import decoder_layers
+from regrow.structure.trace import decoder_layers, used_elsewhere
 
 
 def load(
@@ -60,7 +60,8 @@ def load_offloaded(
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     inside = f"{decoder_layers(model)[0]}."
-    outlines = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    here = used_elsewhere(model)  # those come with no pass of their owner
+    outlines = {name: each for name, each in model.named_parameters() if each.ndim > 1 and name not in here}
     firsts = first_names(source.model)  # in the other model nothing is tied yet
     for first in dict.fromkeys(firsts.get(name, name) for name in model.state_dict()):
         read = partial(source.read, first)

@@ -14,7 +14,7 @@ from regrow.structure.expert_lora import ADAPTER, adapter_name, lora_of
 from regrow.structure.experts import is_experts
 from regrow.structure.groups import RESIDUAL, Group, Groups, Layer, Slice
 from regrow.structure.quantised import weight_count, weight_shape
-from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, skeleton, trace
+from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, replicated, skeleton, trace
 
 MULTIPLE = 8
 """Channels of experts stay in multiples of this: the kernels that compute all experts at once want rows of 16 bytes."""
@@ -50,7 +50,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
                 group = replace(part, name=name, layer=number, slices=moved, cost=cost)
                 if _takes_gates(model, group):
                     groups.append(group)
-    opaque = {name: what for part, what in found.opaque.items() for name in _replicated(part, path, alike)}
+    opaque = {name: what for part, what in found.opaque.items() for name in replicated(part, path, alike)}
     if not groups:
         reason = "".join(f": {name} uses {what}" for name, what in list(opaque.items())[:1])
         raise InputError(f"{type(model).__name__} has nothing that regrow can prune{reason}")
@@ -61,7 +61,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     adapted = {s.module for group in groups if group.kind != "expert" for s in group.slices}
-    adapted |= {_module_of(f"{name}.") for linear in found.linears for name in _replicated(linear, path, alike)}
+    adapted |= {_module_of(f"{name}.") for linear in found.linears for name in replicated(linear, path, alike)}
     sliced = {s.module for s in pieces} | {_module_of(name) for name in base if _lies_in(name, opaque)}
     linears = sorted({name for name in adapted if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}
@@ -113,7 +113,7 @@ def _weights_of_experts(
     """
     for axis in found.axes:
         chosen = found.experts.get(int(axis.classes[0])) if axis.axis == 0 else None
-        for name in [] if chosen is None else _replicated(axis.parameter, path, alike):
+        for name in [] if chosen is None else replicated(axis.parameter, path, alike):
             module = model.get_submodule(_module_of(name))
             if _module_of(name) in sliced and is_experts(module) and model.get_parameter(name).ndim == 3:
                 yield name, chosen or 1
@@ -205,19 +205,11 @@ def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[S
     slices: dict[tuple[str, int], Slice] = {}
     for n in sorted(stream[0]):
         axis, index = found.axes[n], np.stack([owned[n] for owned in stream])
-        for name in _replicated(axis.parameter, path, alike):
+        for name in replicated(axis.parameter, path, alike):
             name = first.get(id(model.get_parameter(name)), name)
             slices.setdefault((name, axis.axis), Slice(name, axis.axis, axis.is_input, index))
     found_slices = (*slices.values(), *_below_experts(model, tuple(slices.values())))
     return Group(RESIDUAL, -1, "hidden", len(stream), found_slices, _cost(model, found_slices))
-
-
-def _replicated(parameter: str, path: str, alike: Sequence[Sequence[int]]) -> list[str]:
-    """The parameters of the whole model that one of the skeleton stands for."""
-    if not parameter.startswith(f"{path}."):
-        return [parameter]
-    position, _, rest = parameter.removeprefix(f"{path}.").partition(".")
-    return [f"{path}.{number}.{rest}" for number in alike[int(position)]]
 
 
 def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> Iterator[Group]:

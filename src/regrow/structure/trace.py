@@ -14,7 +14,7 @@ Not covered: models whose forward pass branches on tensor values, and layers tha
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,6 +179,41 @@ def trace(bones: PreTrainedModel, path: str) -> Trace:
                     "add one to regrow/structure/operators.py"
                 ) from error
             opaque[part] = operator
+
+
+def used_elsewhere(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters of the decoder layers that a module computes with which does not own them.
+
+    Nothing that is hooked onto the owner sees that: convolutions of state-space layers, say, are read by the layer.
+
+    Raises:
+        InputError: as `export`.
+    """
+    path, layers = decoder_layers(model)
+    alike = distinct_layers(layers)
+    program = export(skeleton(model, [numbers[0] for numbers in alike]))
+    names = program.graph_signature.inputs_to_parameters
+    found = {
+        names[argument.name]
+        for node in program.graph.nodes
+        for argument in node.all_input_nodes
+        if node.op == "call_function" and argument.name in names
+        if names[argument.name].rpartition(".")[0] != module_of(node)
+    }
+    return frozenset(name for each in found for name in replicated(each, path, alike))
+
+
+def replicated(name: str, path: str, alike: Sequence[Sequence[int]]) -> list[str]:
+    """The parameters, or modules, of the whole model that one of a skeleton stands for.
+
+    Args:
+        path: of the list of decoder layers.
+        alike: as of `distinct_layers`.
+    """
+    if not name.startswith(f"{path}."):
+        return [name]
+    position, _, rest = name.removeprefix(f"{path}.").partition(".")
+    return [f"{path}.{number}.{rest}" for number in alike[int(position)]]
 
 
 class _Tracing:
