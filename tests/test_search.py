@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import QUICK, build, logits, with_lora
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ from regrow.recovery.preparation import Preparation
 from regrow.recovery.shelf import Shelf
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
+from regrow.structure.depth import remove_layers
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import GateMoments, Gates
 
@@ -364,6 +366,19 @@ def test_a_trial_that_was_refitted_is_built_anew_as_it_was(
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def test_a_supernet_goes_without_a_whole_layer_of_experts(tmp_path: Path) -> None:
+    model = zoo.build("Mixtral")
+    groups = find_groups(model)
+    gone = {group.name: group.units for group in groups if group.layer == 1}
+    with Gates(model, groups.groups, groups.layers) as gates:
+        supernet = Supernet(model, groups, gates, Compensator(model, gates, Compensation(method="none")), tmp_path)
+        supernet.set(gone)
+        closed = zoo.logits_of(model)
+        supernet.close()
+    remove_layers(model, groups, [1])
+    torch.testing.assert_close(closed, zoo.logits_of(model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_search_that_would_fill_the_disk_is_refused_before_it_begins(

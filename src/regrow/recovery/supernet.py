@@ -155,7 +155,9 @@ class Supernet:
             if count == self._now[name]:
                 continue
             units = self._groups[name].units
-            rung = Rung(np.arange(units - count)) if count in (0, units) else self._rungs[name][count]
+            # A router wants experts to choose among also in a layer whose own gate is closed.
+            left = units if self._groups[name].kind == "expert" else units - count
+            rung = Rung(np.arange(left)) if count in (0, units) else self._rungs[name][count]
             # In a weight a refit sets all that its units use, and what others use meets closed gates; but of an adapter
             # it may need fewer ranks than the one before.
             if count == 0 or self.compensator.settings.carrier == "adapter":
