@@ -48,10 +48,10 @@ GPT2 = {"n_layer": 3, "n_embd": 64, "n_head": 8, "n_positions": 64, "n_inner": 4
 FALCON = {**TOKENS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "ffn_hidden_size": 40}
 LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
+    **ROUTED, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
 }  # fmt: skip
 """Attention through latents, and experts in groups."""
 FOUR = {**GQA, "num_hidden_layers": 4}
@@ -132,18 +132,12 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "ERNIE 4.5 MoE": lambda: hf.Ernie4_5_MoeConfig(
         **GQA, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1, moe_layer_start_index=1
     ),
-    "GLM-4 MoE": lambda: hf.Glm4MoeConfig(
-        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1
-    ),
-    "dots1": lambda: hf.Dots1Config(
-        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1
-    ),
+    "GLM-4 MoE": lambda: hf.Glm4MoeConfig(**GQA, **ROUTED, head_dim=12, n_shared_experts=1),
+    "dots1": lambda: hf.Dots1Config(**GQA, **ROUTED, head_dim=12, n_shared_experts=1),
     "MiniMax-M2": lambda: hf.MiniMaxM2Config(**GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "Phi-3.5-MoE": lambda: hf.PhimoeConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
     "FlexOlmo": lambda: hf.FlexOlmoConfig(**GQA, **EXPERTS),
-    "Solar Open": lambda: hf.SolarOpenConfig(
-        **GQA, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
+    "Solar Open": lambda: hf.SolarOpenConfig(**GQA, **ROUTED, head_dim=12),
     "DeepSeek-V2": lambda: hf.DeepseekV2Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
     "DeepSeek-V3": lambda: hf.DeepseekV3Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
     "GLM-4 MoE Lite": lambda: hf.Glm4MoeLiteConfig(**MHA, **LATENT, num_key_value_heads=8),

@@ -1,7 +1,7 @@
 """What can be cut from a model, in words, and what of it a recipe asks for in vain."""
 
 import itertools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from transformers import PretrainedConfig
@@ -73,10 +73,14 @@ def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
 
 def opaque_parts(groups: Groups) -> dict[str, str]:
     """Parts of layers that tracing cannot see into, those of a name together, and why."""
-    alike = Counter((name.rpartition(".")[2], operator) for name, operator in groups.opaque.items())
+    uses: dict[str, list[str]] = defaultdict(list)
+    for name, operator in groups.opaque.items():
+        uses[name.rpartition(".")[2]].append(operator)
     return {
-        f"{name} of {count} of {len(groups.layers)} layers": f"as it is: it uses {operator}, which has no pruning rule"
-        for (name, operator), count in alike.items()
+        f"{name} of {len(operators)} of {len(groups.layers)} layers": (
+            f"as it is: it uses {' or '.join(dict.fromkeys(operators))}, which has no pruning rule"
+        )
+        for name, operators in uses.items()
     }
 
 

@@ -12,7 +12,7 @@ from regrow.errors import InputError
 from regrow.structure.adapters import is_linear
 from regrow.structure.expert_lora import ADAPTER, adapter_name, lora_of
 from regrow.structure.experts import is_experts
-from regrow.structure.groups import RESIDUAL, Group, Groups, Layer, Slice
+from regrow.structure.groups import RESIDUAL, Group, Groups, Layer, Slice, without_lora
 from regrow.structure.quantised import weight_count, weight_shape
 from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, replicated, skeleton, trace
 
@@ -61,7 +61,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     base = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     pieces = [s for group in groups for s in group.slices if not s.is_adapter]
     adapted = {s.module for group in groups if group.kind != "expert" for s in group.slices}
-    adapted |= {_module_of(f"{name}.") for linear in found.linears for name in replicated(linear, path, alike)}
+    adapted |= {without_lora(name) for linear in found.linears for name in replicated(linear, path, alike)}
     sliced = {s.module for s in pieces} | {_module_of(name) for name in base if _lies_in(name, opaque)}
     linears = sorted({name for name in adapted if is_linear(model.get_submodule(name))}, key=_natural)
     block = {name: weight_count(p) for name, p in base.items() if _module_of(name) in sliced}

@@ -14,6 +14,11 @@ RESIDUAL = "residual"
 """Name of the group of hidden channels."""
 
 
+def without_lora(module: str) -> str:
+    """The dotted name of a linear, given that of what LoRA has made of it or put beside it."""
+    return module.removesuffix(".base_layer").partition(".lora_")[0]
+
+
 @dataclass(frozen=True)
 class Slice:
     """The positions along one axis of one parameter that each unit of a group owns."""
@@ -36,7 +41,7 @@ class Slice:
     @property
     def module(self) -> str:
         """Dotted name of the linear (or norm), the same with and without LoRA around it."""
-        return self.parameter.rpartition(".")[0].removesuffix(".base_layer").partition(".lora_")[0]
+        return without_lora(self.parameter.rpartition(".")[0])
 
     def keep(self, units: NDArray[np.int64]) -> "Slice":
         """The slice of the same axis once only `units` (numbers within this slice) are left on it."""

@@ -34,7 +34,7 @@ class Walk:
         self.experts: list[Facet] = []
         """The first axis of weights of which the rows that were chosen compute: one matrix for each expert."""
         self.fixed: list[Facet] = []
-        """Facets of buffers that checkpoints hold."""
+        """Facets of buffers that checkpoints hold, and of what goes into opaque parts or comes out of them."""
 
     def elementwise(self, values: Sequence[Value], shape: tuple[int, ...]) -> Value:
         """Tie every two facets that name the same elements; keep the widest of each such set."""

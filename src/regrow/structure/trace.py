@@ -160,7 +160,7 @@ def trace(bones: PreTrainedModel, path: str) -> Trace:
         path: the dotted name of the list of its layers.
 
     Raises:
-        InputError: if an operator on a prunable tensor outside of the layers has no rule (naming module and
+        InputError: if an operator on a prunable tensor has no rule and lies in no part of a layer (naming module and
             operator), or as `export`.
     """
     program = export(bones)
