@@ -129,6 +129,16 @@ def test_linears_that_are_not_replaced_are_no_quantised_base(tmp_path: Path) -> 
         load_model(str(tmp_path), quantization="int8")
 
 
+@BOTH
+def test_a_quantised_linear_takes_any_number_of_axes(folder: Path, kind: str) -> None:
+    linear = next(quantised_linears(load_model(str(folder), quantization=kind)))
+    x = torch.randn(2, 1, 3, linear.in_features, requires_grad=True)
+    y = linear(x)
+    assert torch.equal(y, linear(x.flatten(0, 2)).unflatten(0, (2, 1, 3)))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dequantised(linear).sum(0).expand_as(x), rtol=1e-2, atol=1e-3)
+
+
 def test_an_int8_cut_is_exact(folder: Path) -> None:
     model = load_model(str(folder), quantization="int8")
     groups = with_lora(model)

@@ -57,12 +57,24 @@ def settle(model: nn.Module) -> None:
     for linear in quantised_linears(model):
         if kept_as(linear.weight) == "int8":
             linear.init_8bit_state()  # else the first forward pass moves weight and scales there
+            linear.register_forward_pre_hook(_flatten_input)
+            linear.register_forward_hook(_unflatten_output)
         else:
             linear.support_avx512bf16_for_cpu = False
             linear.weight.module = None  # a cycle: the model would outlive its last use
         if linear.bias is not None:
             linear.register_forward_pre_hook(_remember_bias)
             linear.register_forward_hook(_restore_bias)
+
+
+def _flatten_input(linear: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    """On a CPU bitsandbytes takes no more than three axes; DeepSeek-V3 has four, with one head for all."""
+    linear.input_axes = args[0].shape[:-1]
+    return (args[0].flatten(0, -2),)
+
+
+def _unflatten_output(linear: Any, args: Any, output: Tensor) -> Tensor:
+    return output.view(*linear.input_axes, -1)
 
 
 def _remember_bias(linear: Any, args: Any) -> None:
