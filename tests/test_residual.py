@@ -11,7 +11,9 @@ import zoo
 from conftest import QUICK, build, logits, plan_of, uniform_keep, with_lora
 from peft import PeftModel
 from test_stream import contents, dense, in_memory, streamed
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 import regrow
 from regrow.checkpoint.load import load_model
@@ -99,6 +101,14 @@ def test_masked_zeroed_and_cut_are_one(family: str) -> None:
         assert all(np.array_equal(ours.index, theirs.index) for ours, theirs in pairs)
     merge_lora(model)
     assert (logits(model) - after).abs().max() < 1e-10
+
+
+def test_a_norm_of_one_operator_is_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = find_groups(build("llama-biases"))
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", nn.RMSNorm)
+    one = find_groups(build("llama-biases"))
+    assert one.to_json() == several.to_json()
+    assert sum("norm" in piece.parameter for piece in one.residual.slices) == 2 * len(one.layers) + 1
 
 
 def test_layer_norms_are_masked_as_they_are_cut() -> None:
