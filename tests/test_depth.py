@@ -46,10 +46,11 @@ from regrow.recovery.scoring import Scorer
 from regrow.settings import Pruning
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
-from regrow.structure.depth import check_depth, shorten
+from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
+from regrow.structure.per_layer import shorten
 from regrow.structure.similarity import Cosines
 
 CLOSE = 1e-4

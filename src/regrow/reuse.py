@@ -13,6 +13,7 @@ from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer, output_dtype, weights_folder
 from regrow.checkpoint.lock import alone_in, alone_in_new
 from regrow.checkpoint.peft_folder import Adapter
+from regrow.checkpoint.processors import processor_files
 from regrow.checkpoint.source import Source
 from regrow.checkpoint.stream import check_plan, open_adapters, stream_checkpoint
 from regrow.errors import InputError
@@ -178,8 +179,9 @@ def write_reports(folder: Path) -> tuple[Path, Path]:
 
 
 def texts(model: str, recipe: Recipe | None, plan: Plan, results: dict[str, Any] | None = None) -> dict[str, str]:
-    """The text files that go with a pruned checkpoint: its card and its plan."""
+    """The text files that go with a pruned checkpoint: its card and its plan, and what the original has for images."""
     return {
+        **processor_files(model),
         "README.md": model_card(model, recipe, plan, licence_of(model), results),
         "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
     }

@@ -41,7 +41,8 @@ WITHOUT = {
 def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> PretrainedConfig:
     """The config of a cut model: of a stock class if all layers have the same widths, else with `per_layer_config`.
 
-    With heads or hidden channels removed `head_dim` is written out. Where another class computes the same and loads in
+    Of a model that also sees or hears it is the part for text that changes. With heads or hidden channels removed
+    `head_dim` is written out. Where another class computes the same and loads in
     more places, the config is of that class:
 
     * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
@@ -55,13 +56,14 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         InputError: if no class takes these widths.
     """
     widths = layer_widths(config, original, now)
-    described = config.to_dict()
+    text = config.get_text_config()
+    described = text.to_dict()
     heads_cut = any(g.kind == "attention" and g.units < original.by_name(g.name).units for g in now)
     hidden = _hidden_size(config, original, now)
-    narrower = hidden != config.get_text_config().hidden_size
+    narrower = hidden != text.hidden_size
     if narrower:
         described |= {key: hidden for key in _hidden_keys(config)}
-    computed = isinstance(vars(type(config)).get("head_dim"), property)
+    computed = isinstance(vars(type(text)).get("head_dim"), property)
     if (heads_cut or narrower) and described.get("head_dim") is None and not computed:
         described["head_dim"] = head_dimension(config, original)
     even = is_even(widths)
@@ -81,6 +83,9 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         described |= {"attention_bias": True, "mlp_bias": False}
         size = head_dimension(config, original)
         described = _as_type("llama", described) if divides else _as_granite(described, size)
+    if text is not config:
+        part = next(key for key, value in vars(config).items() if value is text)
+        described = {**config.to_dict(), part: described}
     described.pop("transformers_version", None)
     return AutoConfig.for_model(**described)
 

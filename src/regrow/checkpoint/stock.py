@@ -21,9 +21,10 @@ from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.save import UNEVEN_MODEL
 from regrow.checkpoint.shape import pruned_config
 from regrow.errors import InputError
-from regrow.structure.depth import check_depth, shorten
+from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import RESIDUAL, Group, Groups
+from regrow.structure.per_layer import shorten
 from regrow.structure.trace import decoder_layers
 
 Shapes = dict[str, tuple[int, ...]]

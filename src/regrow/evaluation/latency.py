@@ -178,9 +178,9 @@ def _falling(points: list[int], units: int, saved: dict[Phase, list[float]]) -> 
 
 
 def _config(config: PretrainedConfig, groups: Groups, widths: Mapping[str, int], depth: int) -> PretrainedConfig:
-    """The config of a probe: all layers with these widths, and so many of them."""
+    """The config of a probe: all layers with these widths, and so many of them; of the part for text only."""
     narrowed = tuple(replace(group, units=widths.get(group.kind, group.units)) for group in groups)
-    described = pruned_config(config, groups, replace(groups, groups=narrowed)).to_dict()
+    described = pruned_config(config, groups, replace(groups, groups=narrowed)).get_text_config().to_dict()
     described["num_hidden_layers"] = depth
     kinds = described.get("layer_types")
     if kinds:

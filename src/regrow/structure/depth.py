@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.groups import Group, Groups, Layer
+from regrow.structure.per_layer import per_layer_lists, shorten
 from regrow.structure.trace import decoder_layers
 
 BY_POSITION = re.compile(
@@ -25,9 +26,6 @@ CARRIED_BY = {
     "no_rope_layer_interval": "no_rope_layers",
 }
 """Such a key -> the list, one entry per layer, that the models read in its stead when the config has it."""
-
-BEFORE_EXPERTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-"""Keys that say how many layers come before the first one of experts."""
 
 
 def check_depth(config: PretrainedConfig) -> None:
@@ -45,16 +43,6 @@ def check_depth(config: PretrainedConfig) -> None:
                 f"the layers of a {config.model_type!r} model depend on their numbers ({key} = {value!r}): none can be "
                 "removed; take 'layer' out of pruning.kinds"
             )
-
-
-def per_layer_lists(config: PretrainedConfig) -> dict[str, Sequence[object]]:
-    """The config's lists that have one entry for each decoder layer (`layer_types`, `no_rope_layers`, …)."""
-    count = config.num_hidden_layers
-    return {
-        key: value
-        for key, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == count and not key.endswith("token_id")
-    }
 
 
 def remove_layers(
@@ -125,16 +113,6 @@ def _without_layers(residual: Group, removed: Sequence[Layer], rename: Callable[
         if not s.parameter.startswith(gone)
     )
     return replace(residual, slices=slices, cost=residual.cost - sum(layer.hidden for layer in removed))
-
-
-def shorten(config: PretrainedConfig, stay: Sequence[int]) -> None:
-    """Let the config describe the layers at the positions `stay` only."""
-    for key, value in per_layer_lists(config).items():
-        setattr(config, key, type(value)([value[position] for position in stay]))  # type: ignore[call-arg]
-    for key in BEFORE_EXPERTS:
-        if vars(config).get(key):
-            setattr(config, key, sum(position < vars(config)[key] for position in stay))
-    config.num_hidden_layers = len(stay)
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

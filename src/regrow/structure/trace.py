@@ -27,6 +27,7 @@ from regrow.errors import InputError
 from regrow.structure.channels import Facet, Value
 from regrow.structure.experts import is_experts
 from regrow.structure.operators import RULES
+from regrow.structure.per_layer import reorder
 from regrow.structure.quantised import kept_as, quantised_linears, stand_in, weight_shape
 from regrow.structure.ties import UnknownOperator, Walk
 
@@ -119,7 +120,9 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     unhook(bones)
     layers = bones.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
-    bones.set_submodule(path, nn.ModuleList([layers[number] for number in keep]))
+    kept = list(keep)
+    bones.set_submodule(path, nn.ModuleList([layers[number] for number in kept]))
+    reorder(bones.config.get_text_config(), [*kept, *(number for number in range(len(layers)) if number not in kept)])
     bones.set_attn_implementation("eager")
     if any(is_experts(module) for module in bones.modules()):
         bones.set_experts_implementation("grouped_mm")  # the same graph whatever the routing
