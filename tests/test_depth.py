@@ -50,7 +50,7 @@ from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
-from regrow.structure.per_layer import shorten
+from regrow.structure.per_layer import rearrange
 from regrow.structure.similarity import Cosines
 
 CLOSE = 1e-4
@@ -262,9 +262,9 @@ def test_layers_before_those_of_experts_are_counted_anew() -> None:
     config = zoo.FAMILIES["DeepSeek-V3"]()
     check_fewer_layers(config)
     config.first_k_dense_replace = 2
-    shorten(config, [1, 2])
+    rearrange(config, [1, 2])
     assert (config.first_k_dense_replace, config.num_hidden_layers) == (1, 2)
-    shorten(config, [1])
+    rearrange(config, [1])
     assert config.first_k_dense_replace == 0
 
 

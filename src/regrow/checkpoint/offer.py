@@ -11,6 +11,7 @@ from regrow.errors import InputError
 from regrow.planning.demand import UNIT_NAMES
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
+from regrow.structure.per_layer import needs_own_class
 
 NONE = "it has none, or none that a gate could be put on"
 
@@ -55,7 +56,7 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
 def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
     """What can be cut from a model and which numbers may be left, in words: what `regrow inspect` shows."""
     told: dict[str, str] = {}
-    if config.is_heterogeneous:
+    if needs_own_class(config):
         return {"anything": "no: its layers have widths of their own already"}
     for kind, widths in stock_widths(config, groups).items():
         where = "every layer" if _in_all(groups, kind) else "every layer that has some"

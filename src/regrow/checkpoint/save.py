@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from regrow.checkpoint.files import new_folder
 from regrow.planning.target import parse_bytes
 from regrow.structure.offload import convert
+from regrow.structure.per_layer import needs_own_class
 from regrow.structure.quantised import weight_count, weight_shape
 
 MODELING_FILE = "modeling_regrow.py"
@@ -109,7 +110,7 @@ def name_the_class(folder: Path, config: PretrainedConfig) -> None:
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     written["architectures"] = [stock]
-    if config.is_heterogeneous:
+    if needs_own_class(config):
         (folder / MODELING_FILE).write_text(UNEVEN_MODEL.format(stock=stock), encoding="utf-8")
         written["architectures"] = ["UnevenForCausalLM"]
         written["auto_map"] = {"AutoModelForCausalLM": f"{MODELING_FILE.removesuffix('.py')}.UnevenForCausalLM"}

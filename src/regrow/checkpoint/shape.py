@@ -56,6 +56,7 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
         InputError: if no class takes these widths.
     """
     widths = layer_widths(config, original, now)
+    changed = _changed(config, widths)
     text = config.get_text_config()
     described = text.to_dict()
     heads_cut = any(g.kind == "attention" and g.units < original.by_name(g.name).units for g in now)
@@ -66,12 +67,14 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     computed = isinstance(vars(type(text)).get("head_dim"), property)
     if (heads_cut or narrower) and described.get("head_dim") is None and not computed:
         described["head_dim"] = head_dimension(config, original)
-    even = is_even(widths)
+    even = is_even(changed)
     if even:
-        for layer in widths:
+        for layer in changed:
             described |= layer
     else:
-        described["per_layer_config"] = {str(number): _heads(config) | layer for number, layer in enumerate(widths)}
+        described["per_layer_config"] = {
+            str(number): _heads(config, text.to_dict()) | layer for number, layer in enumerate(widths)
+        }
     key = _native(config, "num_attention_heads")
     divides = all(hidden % layer[key] == 0 for layer in widths if key in layer)
     if config.model_type == "llama" and not (even and divides):
@@ -116,7 +119,8 @@ def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
     added = bias_names(model) - parameter_names(model.config)
     whole = with_biases(model.config, [name.removesuffix(".bias") for name in added])
     config = pruned_config(whole, original, now)
-    even = is_even(layer_widths(model.config, original, now))  # uneven layers have no stock model to compare with
+    # Uneven layers have no stock model to compare with.
+    even = is_even(_changed(model.config, layer_widths(model.config, original, now)))
     if added or (even and config.model_type != model.config.model_type):
         add_missing_biases(model, parameter_names(config if even else whole))
     model.config = config
@@ -143,13 +147,14 @@ def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> lis
     Raises:
         InputError: if the config has no key for a width that has changed.
     """
-    before = config.get_text_config().to_dict()
-    assert config.get_text_config().num_hidden_layers == len(now.layers), "the cut keeps the config's depth true"
+    described = _of_each_layer(config)
+    assert len(described) == len(now.layers), "the cut keeps the config's depth true"
     layers: dict[int, dict[str, int]] = {layer.number: {} for layer in now.layers}
+    told = dict(zip(layers, described, strict=True))
     for group in now:
-        layer, units = layers[group.layer], original.by_name(group.name).units
+        layer, before, units = layers[group.layer], told[group.layer], original.by_name(group.name).units
         if group.kind == "attention":
-            layer |= {key: count * group.units // units for key, count in _heads(config).items()}
+            layer |= {key: count * group.units // units for key, count in _heads(config, before).items()}
         elif group.kind == "expert":
             layer |= {key: group.units for key in EXPERT_KEYS if before.get(key) == units}
         elif (key := _ffn_key(before, units, group.expert is not None)) is not None:
@@ -159,9 +164,23 @@ def layer_widths(config: PretrainedConfig, original: Groups, now: Groups) -> lis
     return list(layers.values())
 
 
-def _heads(config: PretrainedConfig) -> dict[str, int]:
-    """Query and KV heads under the config's own keys."""
-    described = config.get_text_config().to_dict()
+def _of_each_layer(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """What the config says of each layer: mostly the same, but Gemma 4's has keys of some layers' own."""
+    text = config.get_text_config()
+    if not text.is_heterogeneous:
+        return [text.to_dict()] * text.num_hidden_layers
+    return [text.per_layer_config[number].to_dict() for number in range(text.num_hidden_layers)]
+
+
+def _changed(config: PretrainedConfig, widths: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """The widths under keys that some layer has not as the config says."""
+    pairs = list(zip(_of_each_layer(config), widths, strict=True))
+    keys = {key for before, layer in pairs for key, width in layer.items() if before[key] != width}
+    return [{key: width for key, width in layer.items() if key in keys} for layer in widths]
+
+
+def _heads(config: PretrainedConfig, described: Mapping[str, Any]) -> dict[str, int]:
+    """Query and KV heads under the config's own keys, as it describes a layer."""
     keys = (_native(config, key) for key in HEAD_KEYS)
     return {key: described[key] for key in keys if isinstance(described.get(key), int)}
 

@@ -24,7 +24,7 @@ from regrow.errors import InputError
 from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import RESIDUAL, Group, Groups
-from regrow.structure.per_layer import shorten
+from regrow.structure.per_layer import rearrange
 from regrow.structure.trace import decoder_layers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -169,7 +169,7 @@ def check_fewer_layers(config: PretrainedConfig) -> None:
     if not wanted:
         return
     fewer = copy.deepcopy(config)
-    shorten(fewer.get_text_config(), range(1, total))
+    rearrange(fewer.get_text_config(), range(1, total))
     try:
         _, built = decoder_layers(build_empty(fewer))
         pairs = list(zip(built, wanted, strict=True))
@@ -259,7 +259,10 @@ def _build_uneven(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedConfig, Groups]:
-    """The first layers of a model, as many as hold one of each kind, and two if there are two."""
+    """The first layers of a model, as many as hold one of each kind, and two if there are two.
+
+    All of them where the class builds no fewer: later layers of Gemma 4 compute with keys and values of earlier ones.
+    """
     seen: set[tuple[tuple[str, int, int], ...]] = set()
     last = min(1, len(groups.layers) - 1)
     for layer in groups.layers:
@@ -267,8 +270,12 @@ def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedCon
         if alike not in seen:
             seen.add(alike)
             last = max(last, layer.number)
-    config = copy.deepcopy(config)
-    shorten(config.get_text_config(), range(last + 1))
+    whole, config = config, copy.deepcopy(config)
+    rearrange(config.get_text_config(), range(last + 1))
+    try:
+        build_empty(config)
+    except Exception:  # any: it is the class that refuses
+        return whole, groups
     kept = tuple(group for group in groups if group.layer <= last)
     residual = groups.residual
     if residual is not None:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from regrow.errors import InputError
 from regrow.structure.groups import Group, Groups, Layer
-from regrow.structure.per_layer import per_layer_lists, shorten
+from regrow.structure.per_layer import per_layer_lists, rearrange
 from regrow.structure.trace import decoder_layers
 
 BY_POSITION = re.compile(
@@ -74,7 +74,7 @@ def remove_layers(
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 module.layer_idx = position  # type: ignore[assignment]
-    shorten(model.config.get_text_config(), stay)
+    rearrange(model.config.get_text_config(), stay)
 
     left = tuple(layer for layer in groups.layers if layer.number not in numbers)
     removed = [layer for layer in groups.layers if layer.number in numbers]

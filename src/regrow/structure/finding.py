@@ -13,8 +13,9 @@ from regrow.structure.adapters import is_linear
 from regrow.structure.expert_lora import ADAPTER, adapter_name, lora_of
 from regrow.structure.experts import is_experts
 from regrow.structure.groups import RESIDUAL, Group, Groups, Layer, Slice, without_lora
+from regrow.structure.per_layer import distinct_layers
 from regrow.structure.quantised import weight_count, weight_shape
-from regrow.structure.trace import Axis, Trace, decoder_layers, distinct_layers, replicated, skeleton, trace
+from regrow.structure.trace import Axis, Trace, decoder_layers, replicated, skeleton, trace
 
 MULTIPLE = 8
 """Channels of experts stay in multiples of this: the kernels that compute all experts at once want rows of 16 bytes."""
@@ -35,7 +36,13 @@ def find_groups(model: PreTrainedModel) -> Groups:
     found = trace(skeleton(model, [numbers[0] for numbers in alike]), path)
 
     inside = [axis for axis in found.axes if axis.parameter.startswith(f"{path}.")]
-    outside = {int(c) for axis in found.axes if axis not in inside for c in np.unique(axis.classes)}
+    layers_of: dict[int, set[str]] = defaultdict(set)
+    for axis in found.axes:
+        below = axis.parameter.startswith(f"{path}.")
+        layer = axis.parameter.removeprefix(f"{path}.").partition(".")[0] if below else "none"
+        for c in np.unique(axis.classes):
+            layers_of[int(c)].add(layer)
+    outside = {c for c, where in layers_of.items() if "none" in where or len(where) > 1}
     groups = []
     for position, numbers in enumerate(alike):
         prefix = f"{path}.{position}."

@@ -192,11 +192,12 @@ def _stack(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
 def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     value, indices = args
     (axis, index), *more = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if more or len(index.shape) != 1:
+    chosen = [value.is_weight and _is_chosen(facet, axis, index) for facet in value.facets]
+    if more or (len(index.shape) != 1 and not all(chosen)):
         raise UnknownOperator("aten.index with more than one row of positions")
     facets = []
-    for facet in value.facets:
-        if value.is_weight and _is_chosen(facet, axis, index):
+    for facet, is_chosen in zip(value.facets, chosen, strict=True):
+        if is_chosen:
             walk.route(facet, index.among)
             continue
         first = facet.take([0], axis)

@@ -27,9 +27,12 @@ from regrow.errors import InputError
 from regrow.structure.channels import Facet, Value
 from regrow.structure.experts import is_experts
 from regrow.structure.operators import RULES
-from regrow.structure.per_layer import reorder
-from regrow.structure.quantised import kept_as, quantised_linears, stand_in, weight_shape
+from regrow.structure.per_layer import distinct_layers, rearrange
+from regrow.structure.quantised import kept_as, quantised_linears, stand_in
 from regrow.structure.ties import UnknownOperator, Walk
+
+UNCHANGED = ("aten.to", "aten.alias")
+"""Operators that may return what they are given; the graph then has their result in its place, elsewhere too."""
 
 TOKENS = (2, 7)
 """Sequences and their length, in the graph."""
@@ -93,15 +96,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))
 
 
-def distinct_layers(layers: Iterable[nn.Module]) -> list[list[int]]:
-    """Layer numbers, grouped by the layers' type and parameter shapes; the first of each group stands for it."""
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for number, layer in enumerate(layers):
-        shapes = tuple((name, tuple(weight_shape(p))) for name, p in layer.named_parameters())
-        alike[type(layer), shapes].append(number)
-    return list(alike.values())
-
-
 def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     """A copy of the model on the meta device that has only the decoder layers numbered in `keep`.
 
@@ -122,7 +116,7 @@ def skeleton(model: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
     assert isinstance(layers, nn.ModuleList)
     kept = list(keep)
     bones.set_submodule(path, nn.ModuleList([layers[number] for number in kept]))
-    reorder(bones.config.get_text_config(), [*kept, *(number for number in range(len(layers)) if number not in kept)])
+    rearrange(bones.config.get_text_config(), [*kept, *(number for number in range(len(layers)) if number not in kept)])
     bones.set_attn_implementation("eager")
     if any(is_experts(module) for module in bones.modules()):
         bones.set_experts_implementation("grouped_mm")  # the same graph whatever the routing
@@ -271,6 +265,8 @@ class _Tracing:
         """
         if f"{module_of(node)}.".startswith(tuple(f"{part}." for part in self.opaque)):
             given = [self.values[argument] for argument in node.all_input_nodes]
+            if operator_name(node.target) in UNCHANGED and self.inside.isdisjoint(node.all_input_nodes):
+                return given[0]
             if _carries_facets(given) or not self.inside.isdisjoint(node.all_input_nodes):
                 self.inside.add(node)
                 self.keep_whole(given)
