@@ -60,6 +60,14 @@ DELTA = {
     "head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+GEMMA4 = {
+    **FOUR, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 CONVOLUTIONS = ["conv", "full_attention"] * 2
 
 FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
@@ -70,6 +78,31 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "Gemma": lambda: hf.GemmaConfig(**GQA, head_dim=12),
     "Gemma 2": lambda: hf.Gemma2Config(**GQA, **LOCAL, head_dim=12),
     "Gemma 3 (text)": lambda: hf.Gemma3TextConfig(**GQA, **LOCAL, head_dim=12),
+    "Gemma 3": lambda: hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(**GQA, **LOCAL, head_dim=12),
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=2,
+        boi_token_index=1,
+        eoi_token_index=1,
+    ),
+    "Gemma 4": lambda: hf.Gemma4TextConfig(
+        **GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=2, hidden_size_per_layer_input=0
+    ),
+    "Gemma 4 (MoE)": lambda: hf.Gemma4TextConfig(
+        **GEMMA4,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+    ),
+    "Gemma 4 (E4B)": lambda: hf.Gemma4TextConfig(
+        **GEMMA4, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96
+    ),
+    "Ministral": lambda: hf.MinistralConfig(**GQA, **LOCAL, head_dim=12),
     "Phi": lambda: hf.PhiConfig(**GQA),
     "Phi-3": lambda: hf.Phi3Config(**GQA),
     "GPT-2": lambda: hf.GPT2Config(**GPT2, vocab_size=96),
@@ -136,16 +169,30 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "dots1": lambda: hf.Dots1Config(**GQA, **ROUTED, head_dim=12, n_shared_experts=1),
     "MiniMax-M2": lambda: hf.MiniMaxM2Config(**GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2),
     "Phi-3.5-MoE": lambda: hf.PhimoeConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
+    "Granite MoE (shared)": lambda: hf.GraniteMoeSharedConfig(
+        **GQA, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=24
+    ),
+    "EXAONE MoE": lambda: hf.ExaoneMoeConfig(
+        **GQA, **EXPERTS, head_dim=12, moe_intermediate_size=16, num_shared_experts=1, sliding_window=6
+    ),
+    "HunYuan MoE": lambda: hf.HunYuanMoEV1Config(**GQA, head_dim=12, num_experts=4, moe_topk=2),
+    "Cohere 2 MoE": lambda: hf.Cohere2MoeConfig(**GQA, **EXPERTS),
     "FlexOlmo": lambda: hf.FlexOlmoConfig(**GQA, **EXPERTS),
     "Solar Open": lambda: hf.SolarOpenConfig(**GQA, **ROUTED, head_dim=12),
     "DeepSeek-V2": lambda: hf.DeepseekV2Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
     "DeepSeek-V3": lambda: hf.DeepseekV3Config(**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
     "GLM-4 MoE Lite": lambda: hf.Glm4MoeLiteConfig(**MHA, **LATENT, num_key_value_heads=8),
+    "MiniCPM3": lambda: hf.MiniCPM3Config(
+        **MHA, **{key: size for key, size in LATENT.items() if key.endswith(("_rank", "_dim"))}, num_key_value_heads=8
+    ),
     "LFM2": lambda: hf.Lfm2Config(**FOUR, layer_types=CONVOLUTIONS, block_auto_adjust_ff_dim=False),
     "LFM2-MoE": lambda: hf.Lfm2MoeConfig(
         **FOUR, **EXPERTS, layer_types=CONVOLUTIONS, moe_intermediate_size=16, num_dense_layers=1
     ),
     "Qwen3.5": lambda: hf.Qwen3_5TextConfig(**FOUR, **DELTA),
+    "Qwen3.5 MoE": lambda: hf.Qwen3_5MoeTextConfig(
+        **FOUR, **DELTA, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
     "Qwen3-Next": lambda: hf.Qwen3NextConfig(
         **FOUR, **DELTA, **EXPERTS, moe_intermediate_size=16, shared_expert_intermediate_size=24
     ),

@@ -14,6 +14,7 @@ from regrow.checkpoint.offer import check_offer, choices, ranges
 from regrow.checkpoint.shape import added_parameters, describe, pruned_config
 from regrow.checkpoint.stock import check_free, prunable_groups, stock_widths
 from regrow.errors import InputError
+from regrow.evaluation.latency import measure_latency
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.run import prune
@@ -23,23 +24,25 @@ from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
+from regrow.structure.prefix import LayerWalk
 
 NO_HEADS = {
     "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium", "Doge",
-    "Persimmon", "GPT-Neo", "CodeGen", "MiniMax", "XGLM",
+    "Persimmon", "GPT-Neo", "CodeGen", "MiniMax", "XGLM", "Gemma 4", "Gemma 4 (MoE)", "Gemma 4 (E4B)",
 }  # fmt: skip
 ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2", "FlexOlmo", "OLMo hybrid"}
 """Families in which one norm goes over all heads."""
 ONE_UNIT = {"GPTBigCode"}
 """Families with one KV head, whatever the config says."""
-LATENT = {"DeepSeek-V2", "DeepSeek-V3", "GLM-4 MoE Lite"}
+LATENT = {"DeepSeek-V2", "DeepSeek-V3", "GLM-4 MoE Lite", "MiniCPM3"}
 """Families whose attention is opaque."""
-FEW_LINEARS = {"LFM2-MoE", "MiniMax", "Nemotron-H"}
-"""Families with layers that have but a mixer's linears, or experts beside them."""
+FEW_LINEARS = {"LFM2-MoE", "MiniMax", "Nemotron-H", "Gemma 4 (E4B)"}
+"""Families with layers that have but a mixer's linears, or experts beside them, or keys and values of another layer."""
 NO_FFN = {"BLOOM", "MPT"}
 MIXTURES = {
     "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "Granite MoE", "gpt-oss", "ERNIE 4.5 MoE", "Phi-3.5-MoE", "FlexOlmo",
-    "DeepSeek-V2", "Qwen3-Next", "MiniMax", "Jamba", "Granite 4",
+    "DeepSeek-V2", "Qwen3-Next", "MiniMax", "Jamba", "Granite 4", "Gemma 4 (MoE)",
+    "Granite MoE (shared)", "HunYuan MoE", "Cohere 2 MoE", "Qwen3.5 MoE",
 }  # fmt: skip
 
 
@@ -282,6 +285,81 @@ def test_a_hybrid_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: 
     mixer = next(name for name, _ in left.model.layers[0].named_children())
     whole = {name: p.shape for name, p in zoo.hf.AutoModelForCausalLM.from_config(config).named_parameters()}
     assert {p.shape == whole[name] for name, p in left.named_parameters() if f"layers.0.{mixer}." in name} == {True}
+
+
+def save_with_tokens(family: str, folder: Path) -> None:
+    """A checkpoint whose vocabulary is the tests' tokenizer's."""
+    config = FAMILIES[family]()
+    text = config.get_text_config()
+    text.vocab_size = text.vocab_size_per_layer_input = 300
+    torch.manual_seed(0)
+    zoo.hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(folder)
+
+
+def test_a_model_that_sees_is_pruned_and_still_sees(tmp_path: Path, text: Path, lean: None) -> None:
+    save_with_tokens("Gemma 3", tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    few = {
+        "training.steps": 2,
+        "compensation.windows": 4,
+        "search.evaluations": 2,
+        "pruning.kinds": ["ffn"],
+        "pruning.sparsity": 0.2,
+    }
+    result = prune(str(tmp_path / "model"), tmp_path / "out", data=str(text), overrides={**QUICK, **few})
+    whole, left = (
+        zoo.hf.AutoModelForImageTextToText.from_pretrained(folder) for folder in (tmp_path / "model", result.model)
+    )
+    assert (Path(result.model) / "preprocessor_config.json").is_file()
+    image = {name: p for name, p in whole.named_parameters() if "language_model" not in name and "lm_head" not in name}
+    assert image
+    assert all(torch.equal(left.get_parameter(name), p) for name, p in image.items())
+    assert left.config.text_config.intermediate_size < whole.config.text_config.intermediate_size
+    ids = torch.tensor([[5, 1, 2, 2, 2, 2, 1, 7]])
+    shown = [left(input_ids=ids, pixel_values=torch.full((1, 3, 28, 28), value)).logits for value in (0.0, 1.0)]
+    assert (shown[0] - shown[1]).abs().max() > 1e-6
+    assert torch.isfinite(shown[1]).all()
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("Gemma 4 (E4B)", "regrow"), ("Gemma 4 (MoE)", "loraprune")])
+def test_a_gemma4_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: None, family: str, recipe: str) -> None:
+    """Layers take keys and values from others; heads differ from layer to layer, as the stock class has them."""
+    save_with_tokens(family, tmp_path / "model")
+    few = {"training.steps": 3, "pruning.sparsity": 0.15}
+    if recipe == "regrow":
+        few |= {"compensation.windows": 4, "search.evaluations": 2}
+    result = prune(str(tmp_path / "model"), tmp_path / "out", recipe, data=str(text), overrides={**QUICK, **few})
+    assert result.plan.sparsity.block >= 0.15
+    assert not list(Path(result.model).glob("*.py"))
+    left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model)
+    assert min(left.config.intermediate_size, left.config.moe_intermediate_size or 40) < 40
+    assert [left.config.per_layer_config[number].head_dim for number in range(4)] == [8, 16, 8, 16]
+
+
+def test_a_walk_layer_by_layer_passes_shared_keys_and_values_on() -> None:
+    model = build("Gemma 4 (E4B)")
+    walk = LayerWalk(model, [zoo.IDS])
+    with torch.no_grad():
+        whole = model(zoo.IDS, use_cache=False).logits
+    for _ in range(4):
+        assert torch.equal(next(walk.finish()), whole)
+        walk.advance()
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Gemma 4"])
+def test_layers_that_a_config_tells_apart_are_timed(family: str) -> None:
+    model = build(family)
+    groups = prunable_groups(model)
+    table = measure_latency(model, groups, {}, lambda name: None)
+    assert len(table.savings["ffn"]) > 1
+
+
+def test_layers_that_need_each_other_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.evaluation.latency.BEYOND_CACHES", 1)  # of a large model few layers are enough
+    model = build("Gemma 4 (E4B)")
+    with pytest.raises(InputError, match="how long the layers of a 'gemma4_text' model take cannot be measured"):
+        measure_latency(model, prunable_groups(model), {}, lambda name: None)
 
 
 def test_inspect_says_what_is_possible(command: CommandLine, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from regrow.checkpoint.shape import pruned_config
 from regrow.errors import InputError
 from regrow.evaluation.speed import measure_speed
 from regrow.planning.demand import kernel_multiple
 from regrow.structure.groups import Group, Groups
+from regrow.structure.per_layer import rearrange
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -125,18 +126,22 @@ def measure_latency(
         groups: of that model, whole.
         measured_on: kept in the table.
         on_turn: called after every one of `probe_turns`.
+
+    Raises:
+        InputError: if the model's class builds no such small models.
     """
     layers = len(groups.layers)
     held = sum(layer.parameters for layer in groups.layers) * model.dtype.itemsize / layers
     depth = min(max(math.ceil(BEYOND_CACHES / held), 1), layers)
     kinds = _kinds(groups)
-    wanted: dict[tuple[str, int], PretrainedConfig] = {
-        ("whole", 0): _config(model.config, groups, {}, depth),
-        ("twice as deep", 0): _config(model.config, groups, {}, 2 * depth),
-    }
-    for kind, group in kinds.items():
-        wanted |= {(kind, n): _config(model.config, groups, {kind: n}, depth) for n in _points(group)}
-    probes = {f"{kind} {units}": probe for (kind, units), probe in _build(wanted, model).items()}
+    try:
+        probes = _build(model, groups, kinds, depth)
+    except Exception as error:  # any: it is the class that refuses
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"how long the layers of a {model.config.model_type!r} model take cannot be measured ({reason}); "
+            "use --sparsity or another target"
+        ) from error
     speeds = measure_speed(probes, batches=(1,), repeats=REPEATS, warm_up=WARM_UP, on_repeat=on_turn)
 
     def taken(kind: str, units: int = 0) -> Seconds:
@@ -180,25 +185,28 @@ def _falling(points: list[int], units: int, saved: dict[Phase, list[float]]) -> 
 def _config(config: PretrainedConfig, groups: Groups, widths: Mapping[str, int], depth: int) -> PretrainedConfig:
     """The config of a probe: all layers with these widths, and so many of them; of the part for text only."""
     narrowed = tuple(replace(group, units=widths.get(group.kind, group.units)) for group in groups)
-    described = pruned_config(config, groups, replace(groups, groups=narrowed)).get_text_config().to_dict()
-    described["num_hidden_layers"] = depth
-    kinds = described.get("layer_types")
-    if kinds:
-        described["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
-    return AutoConfig.for_model(**described)
+    described = pruned_config(config, groups, replace(groups, groups=narrowed)).get_text_config()
+    rearrange(described, [number % len(groups.layers) for number in range(depth)])
+    return described
 
 
 def _build(
-    wanted: Mapping[tuple[str, int], PretrainedConfig], model: PreTrainedModel
-) -> dict[tuple[str, int], PreTrainedModel]:
+    model: PreTrainedModel, groups: Groups, kinds: Mapping[str, Group], depth: int
+) -> dict[str, PreTrainedModel]:
     """Random models on the model's device, in its dtype; they share one embedding and one head."""
-    built: dict[tuple[str, int], PreTrainedModel] = {}
+    wanted = {
+        "whole 0": _config(model.config, groups, {}, depth),
+        "twice as deep 0": _config(model.config, groups, {}, 2 * depth),
+    }
+    for kind, group in kinds.items():
+        wanted |= {f"{kind} {n}": _config(model.config, groups, {kind: n}, depth) for n in _points(group)}
+    built: dict[str, PreTrainedModel] = {}
     on_gpu = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(on_gpu), torch.device(model.device):
-        for key, config in wanted.items():
+        for name, config in wanted.items():
             probe: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
             first = next(iter(built.values()), probe)
             probe.set_input_embeddings(first.get_input_embeddings())
             probe.set_output_embeddings(first.get_output_embeddings())
-            built[key] = probe.eval()
+            built[name] = probe.eval()
     return built

@@ -3,10 +3,11 @@
 Whatever is done to a layer between two runs (gates, a refit, a cut) is felt by all later layers, as if the model had
 been run anew from the start. Only one layer's outputs are kept at a time.
 
-Not covered: models whose layers get more from the layers before than their output.
+What a layer leaves in a mapping that it is given, for later ones, is cached along with its output: keys and values
+that several layers of Gemma 4 share. Not covered: models whose layers get more than that from the layers before.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,10 @@ class LayerWalk:
         self.position = 0
         self._outputs: list[Any] = [None] * len(self.batches)
         """What the layer before gave, batch by batch, in the form in which it gave it."""
+        self._left: list[dict[str, dict[Any, Any]]] = [{} for _ in self.batches]
+        """What the layers before left in mappings, batch by batch, by the mappings' names among their arguments."""
+        self._leaves = list(self._left)
+        """The same, with what the layer stood before left when it ran."""
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -53,6 +58,7 @@ class LayerWalk:
     def advance(self) -> None:
         """Run the layer and stand before the next one."""
         self._outputs = self.run()
+        self._left = list(self._leaves)
         self.position += 1
 
     def finish(self) -> Iterator[Tensor]:
@@ -66,11 +72,13 @@ class LayerWalk:
     def _run(self, number: int) -> Any:
         caught: list[Any] = []
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
+        def stop(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             caught.append(output)
+            mappings = {key: value for key, value in kwargs.items() if isinstance(value, MutableMapping)}
+            self._leaves[number] = {key: dict(mapping) for key, mapping in mappings.items()}
             raise _Reached
 
-        handle = self.layers[self.position].register_forward_hook(stop)
+        handle = self.layers[self.position].register_forward_hook(stop, with_kwargs=True)
         try:
             with self._replayed(number):
                 self.model(input_ids=self.batches[number].to(self.model.device), use_cache=False)
@@ -83,9 +91,11 @@ class LayerWalk:
     @contextmanager
     def _replayed(self, number: int) -> Iterator[None]:
         """The layers before the one stood before give what is cached instead of computing."""
-        output = self._outputs[number]
+        output, left = self._outputs[number], self._left[number]
 
         def replay(*args: Any, **kwargs: Any) -> Any:
+            for key, entries in left.items():
+                kwargs[key].update(entries)
             return output
 
         passed = list(self.layers)[: self.position]
