@@ -68,6 +68,7 @@ GEMMA4 = {
     **FOUR, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+SHARING = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 CONVOLUTIONS = ["conv", "full_attention"] * 2
 
 FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
@@ -99,8 +100,23 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         top_k_experts=2,
         moe_intermediate_size=16,
     ),
-    "Gemma 4 (E4B)": lambda: hf.Gemma4TextConfig(
-        **GEMMA4, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=96
+    "Gemma 4 (E4B)": lambda: hf.Gemma4TextConfig(**GEMMA4, **SHARING),
+    "Gemma 4 (E4B, sees)": lambda: hf.Gemma4Config(
+        text_config=hf.Gemma4TextConfig(**GEMMA4, **SHARING),
+        audio_config=None,
+        vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16},
+        image_token_id=2,
+        audio_token_id=2,
+        video_token_id=2,
+    ),
+    "Llama 4": lambda: hf.Llama4TextConfig(
+        **{**FOUR, "intermediate_size": 24},
+        intermediate_size_mlp=40,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=8,
     ),
     "Ministral": lambda: hf.MinistralConfig(**GQA, **LOCAL, head_dim=12),
     "Phi": lambda: hf.PhiConfig(**GQA),

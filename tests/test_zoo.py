@@ -29,6 +29,7 @@ from regrow.structure.prefix import LayerWalk
 NO_HEADS = {
     "GPT-2", "GPT-J", "OPT", "GPT-NeoX", "StableLM", "Falcon (MQA)", "Falcon (GQA)", "BLOOM", "MPT", "Helium", "Doge",
     "Persimmon", "GPT-Neo", "CodeGen", "MiniMax", "XGLM", "Gemma 4", "Gemma 4 (MoE)", "Gemma 4 (E4B)",
+    "Gemma 4 (E4B, sees)",
 }  # fmt: skip
 ONE_NORM = {"OLMo 2", "OLMo 3", "OLMoE", "MiniMax-M2", "FlexOlmo", "OLMo hybrid"}
 """Families in which one norm goes over all heads."""
@@ -36,7 +37,7 @@ ONE_UNIT = {"GPTBigCode"}
 """Families with one KV head, whatever the config says."""
 LATENT = {"DeepSeek-V2", "DeepSeek-V3", "GLM-4 MoE Lite", "MiniCPM3"}
 """Families whose attention is opaque."""
-FEW_LINEARS = {"LFM2-MoE", "MiniMax", "Nemotron-H", "Gemma 4 (E4B)"}
+FEW_LINEARS = {"LFM2-MoE", "MiniMax", "Nemotron-H", "Gemma 4 (E4B)", "Gemma 4 (E4B, sees)"}
 """Families with layers that have but a mixer's linears, or experts beside them, or keys and values of another layer."""
 NO_FFN = {"BLOOM", "MPT"}
 MIXTURES = {
@@ -293,7 +294,10 @@ def save_with_tokens(family: str, folder: Path) -> None:
     text = config.get_text_config()
     text.vocab_size = text.vocab_size_per_layer_input = 300
     torch.manual_seed(0)
-    zoo.hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = zoo.hf.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # projections of images are zero to begin with
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
     make_tokenizer(folder)
 
 
@@ -322,7 +326,7 @@ def test_a_model_that_sees_is_pruned_and_still_sees(tmp_path: Path, text: Path, 
     assert torch.isfinite(shown[1]).all()
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("Gemma 4 (E4B)", "regrow"), ("Gemma 4 (MoE)", "loraprune")])
+@pytest.mark.parametrize(("family", "recipe"), [("Gemma 4 (E4B, sees)", "regrow"), ("Gemma 4 (MoE)", "loraprune")])
 def test_a_gemma4_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: None, family: str, recipe: str) -> None:
     """Layers take keys and values from others; heads differ from layer to layer, as the stock class has them."""
     save_with_tokens(family, tmp_path / "model")
@@ -332,9 +336,9 @@ def test_a_gemma4_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: 
     result = prune(str(tmp_path / "model"), tmp_path / "out", recipe, data=str(text), overrides={**QUICK, **few})
     assert result.plan.sparsity.block >= 0.15
     assert not list(Path(result.model).glob("*.py"))
-    left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model)
-    assert min(left.config.intermediate_size, left.config.moe_intermediate_size or 40) < 40
-    assert [left.config.per_layer_config[number].head_dim for number in range(4)] == [8, 16, 8, 16]
+    left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model).config.get_text_config()
+    assert min(left.intermediate_size, left.moe_intermediate_size or 40) < 40
+    assert [left.per_layer_config[number].head_dim for number in range(4)] == [8, 16, 8, 16]
 
 
 def test_a_walk_layer_by_layer_passes_shared_keys_and_values_on() -> None:

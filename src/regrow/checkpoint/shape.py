@@ -14,6 +14,7 @@ from regrow.structure.groups import Groups
 HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
 FFN_KEYS = (
     "intermediate_size",
+    "intermediate_size_mlp",
     "ffn_dim",
     "ffn_hidden_size",
     "n_inner",

@@ -70,5 +70,9 @@ def _macs(model: PreTrainedModel, length: int) -> int:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     # With a mask, or with neither mask nor cache, some models look at values, which meta tensors do not have.
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        bones(input_ids=ids, use_cache=True)
+        if bones.config.get_text_config() is bones.config:
+            bones(input_ids=ids, use_cache=True)
+        else:  # what joins text and images looks at values, too
+            states = bones.get_decoder()(input_ids=ids, use_cache=True).last_hidden_state
+            bones.get_output_embeddings()(states)
     return int(counter.get_total_flops()) // 2

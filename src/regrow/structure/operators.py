@@ -189,6 +189,19 @@ def _stack(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) 
     return _cat(walk, [pieces, axis], {}, shape)
 
 
+def _as_complex(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    """Pairs along the last axis become one number each."""
+    value: Value = args[0]
+    firsts = [facet.take([0], -1) for facet in value.facets]
+    for facet, first in zip(value.facets, firsts, strict=True):
+        walk.channels.tie(facet, first)
+    return Value(shape, tuple(first[..., 0] for first in firsts))
+
+
+def _as_real(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    return Value(shape, tuple(np.expand_dims(facet, -1) for facet in args[0].facets))
+
+
 def _index(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     value, indices = args
     (axis, index), *more = [(axis, index) for axis, index in enumerate(indices) if index is not None]
@@ -316,6 +329,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("cat concat concatenate"), _cat),
     "aten.stack": _stack,
     "aten.index": _index,
+    "aten.view_as_complex": _as_complex,
+    "aten.view_as_real": _as_real,
     "aten.topk": _top,
     "aten.gather": _gather,
     **dict.fromkeys(_names("scatter scatter_"), _scatter),
