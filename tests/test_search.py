@@ -108,11 +108,15 @@ def test_the_first_half_of_a_search_reaches_over_rungs(monkeypatch: pytest.Monke
     assert {reach for count, reach in reaches if count >= 10} == {1}
 
 
-def test_settled_counts_remove_what_is_asked() -> None:
+@pytest.mark.parametrize("beside", [-3, 0, 3])
+def test_settled_counts_remove_what_is_asked_by_channels_first(beside: int) -> None:
     groups = find_groups(build("llama-gqa"))
     pruning = Pruning(sparsity=0.4, shape="free")
     ladder, target = ladder_of("llama-gqa")
-    counts = settle(groups, ladder.nearest(dict.fromkeys(ladder.rungs, 1), target), pruning)
+    near = ladder.nearest(dict.fromkeys(ladder.rungs, 1), target)
+    near["layers.0.ffn"] += beside
+    counts = settle(groups, near, pruning)
+    assert all(counts[group.name] == near[group.name] for group in groups if group.kind == "attention")
     removed = sum(group.cost * counts[group.name] for group in groups)
     wanted = 0.4 * groups.block_parameters
     assert wanted <= removed < wanted + groups.by_name("layers.0.ffn").cost

@@ -43,8 +43,8 @@ def pruned_config(config: PretrainedConfig, original: Groups, now: Groups) -> Pr
     """The config of a cut model: of a stock class if all layers have the same widths, else with `per_layer_config`.
 
     Of a model that also sees or hears it is the part for text that changes. With heads or hidden channels removed
-    `head_dim` is written out. Where another class computes the same and loads in
-    more places, the config is of that class:
+    `head_dim` is written out. Where another class computes the same and loads in more places, the config is of that
+    class:
 
     * A LLaMA whose number of heads no longer divides its hidden size, or whose layers differ, is described as a
       Mistral: LLaMA's config class refuses both. One with biases, which Mistral has not, as a Granite whose multipliers
