@@ -205,17 +205,23 @@ def protected_layers(groups: Groups, pruning: Pruning) -> set[int]:
 
 
 def settle_counts(demand: Demand, counts: Counts, order: Sequence[str]) -> Counts:
-    """Make widths multiples and the total exact: remove more, or give back, a step at a time along `order`."""
+    """Make widths multiples and the total exact: remove more, or give back, a step at a time along `order`.
+
+    More goes of what costs least, for as long as there is any: a head for the want of a few channels would bring most
+    of the channels back.
+    """
     groups = {group.name: group for group in demand.groups}
     for name, group in groups.items():
         counts[name] = min(demand.width_ok(group, counts[name]), demand.most(group))
-    changed = True
-    while changed and demand.brings(counts) < demand.amount:
-        changed = False
-        for name in order:
-            more = demand.width_ok(groups[name], counts[name] + 1)
-            if demand.brings(counts) < demand.amount and more <= demand.limit[name]:
-                counts[name], changed = more, True
+    while demand.brings(counts) < demand.amount:
+        more = {name: demand.width_ok(groups[name], counts[name] + 1) for name in order}
+        able = [name for name in order if more[name] <= demand.limit[name]]
+        if not able:
+            break
+        least = min(demand.price[name] for name in able)
+        for name in able:
+            if demand.price[name] == least and demand.brings(counts) < demand.amount:
+                counts[name] = more[name]
     changed = True
     while changed:
         changed = False
