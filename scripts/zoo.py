@@ -65,7 +65,7 @@ VISION = {
     "patch_size": 14,
 }  # fmt: skip
 GEMMA4 = {
-    **FOUR, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
+    **FOUR, "head_dim": 8, "global_head_dim": 64, "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 SHARING = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         num_local_experts=4,
         num_experts_per_tok=1,
         interleave_moe_layer_step=2,
-        attention_chunk_size=8,
+        attention_chunk_size=128,
     ),
     "Ministral": lambda: hf.MinistralConfig(**GQA, **LOCAL, head_dim=12),
     "Phi": lambda: hf.PhiConfig(**GQA),

@@ -330,15 +330,15 @@ def test_a_model_that_sees_is_pruned_and_still_sees(tmp_path: Path, text: Path, 
 def test_a_gemma4_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: None, family: str, recipe: str) -> None:
     """Layers take keys and values from others; heads differ from layer to layer, as the stock class has them."""
     save_with_tokens(family, tmp_path / "model")
-    few = {"training.steps": 3, "pruning.sparsity": 0.15}
+    few = {"training.steps": 3, "pruning.sparsity": 0.08}
     if recipe == "regrow":
         few |= {"compensation.windows": 4, "search.evaluations": 2}
     result = prune(str(tmp_path / "model"), tmp_path / "out", recipe, data=str(text), overrides={**QUICK, **few})
-    assert result.plan.sparsity.block >= 0.15
+    assert result.plan.sparsity.block >= 0.08
     assert not list(Path(result.model).glob("*.py"))
     left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model).config.get_text_config()
     assert min(left.intermediate_size, left.moe_intermediate_size or 40) < 40
-    assert [left.per_layer_config[number].head_dim for number in range(4)] == [8, 16, 8, 16]
+    assert [left.per_layer_config[number].head_dim for number in range(4)] == [8, 64, 8, 64]
 
 
 def test_a_walk_layer_by_layer_passes_shared_keys_and_values_on() -> None:
