@@ -9,6 +9,7 @@ import zoo
 from conftest import QUICK, CommandLine, make_tokenizer
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config
 from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
+from zoo_families import GQA
 
 from regrow.checkpoint.offer import check_offer, choices, ranges
 from regrow.checkpoint.shape import added_parameters, describe, pruned_config
@@ -219,7 +220,7 @@ def test_a_qwen2_with_fewer_heads_is_described_as_a_llama() -> None:
 def test_what_a_qwen2_is_saved_as_where_llama_cannot_say_it(what: str, saved_as: str) -> None:
     config = FAMILIES["Qwen2"]()
     if what == "sliding window":
-        config = Qwen2Config(**zoo.GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+        config = Qwen2Config(**GQA, use_sliding_window=True, sliding_window=6, max_window_layers=1)
     with torch.device("meta"):
         model = zoo.hf.AutoModelForCausalLM.from_config(config)
     groups = find_groups(model)

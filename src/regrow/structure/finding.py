@@ -35,28 +35,7 @@ def find_groups(model: PreTrainedModel) -> Groups:
     alike = distinct_layers(layers)
     found = trace(skeleton(model, [numbers[0] for numbers in alike]), path)
 
-    inside = [axis for axis in found.axes if axis.parameter.startswith(f"{path}.")]
-    layers_of: dict[int, set[str]] = defaultdict(set)
-    for axis in found.axes:
-        below = axis.parameter.startswith(f"{path}.")
-        layer = axis.parameter.removeprefix(f"{path}.").partition(".")[0] if below else "none"
-        for c in np.unique(axis.classes):
-            layers_of[int(c)].add(layer)
-    outside = {c for c, where in layers_of.items() if "none" in where or len(where) > 1}
-    groups = []
-    for position, numbers in enumerate(alike):
-        prefix = f"{path}.{position}."
-        own = [axis for axis in inside if axis.parameter.startswith(prefix)]
-        for part in _groups_of_layer(own, outside, found):
-            for number in numbers:
-                moved = tuple(
-                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in part.slices
-                )
-                moved += tuple(_below_experts(model, moved))
-                name, cost = f"layers.{number}.{part.name}", _cost(model, moved)
-                group = replace(part, name=name, layer=number, slices=moved, cost=cost)
-                if _takes_gates(model, group):
-                    groups.append(group)
+    groups = list(_groups(model, found, path, alike))
     opaque = {name: what for part, what in found.opaque.items() for name in replicated(part, path, alike)}
     if not groups:
         reason = "".join(f": {name} uses {what}" for name, what in list(opaque.items())[:1])
@@ -96,6 +75,35 @@ def find_groups(model: PreTrainedModel) -> Groups:
         opaque=opaque,
         experts=dict(sorted(_weights_of_experts(model, found, path, alike, sliced), key=lambda one: _natural(one[0]))),
     )  # fmt: skip
+
+
+def _groups(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[Sequence[int]]) -> Iterator[Group]:
+    """Those of every layer, whose places in the residual stream are left to count."""
+    outside = _outside(found.axes, path)
+    for position, numbers in enumerate(alike):
+        prefix = f"{path}.{position}."
+        own = [axis for axis in found.axes if axis.parameter.startswith(prefix)]
+        for part in _groups_of_layer(own, outside, found):
+            for number in numbers:
+                moved = tuple(
+                    replace(s, parameter=f"{path}.{number}.{s.parameter.removeprefix(prefix)}") for s in part.slices
+                )
+                moved += tuple(_below_experts(model, moved))
+                name, cost = f"layers.{number}.{part.name}", _cost(model, moved)
+                group = replace(part, name=name, layer=number, slices=moved, cost=cost)
+                if _takes_gates(model, group):
+                    yield group
+
+
+def _outside(axes: Sequence[Axis], path: str) -> set[int]:
+    """The classes that no one layer has to itself: the residual stream's, and of keys and values that layers share."""
+    places: dict[int, set[str]] = defaultdict(set)
+    for axis in axes:
+        below = axis.parameter.startswith(f"{path}.")
+        place = axis.parameter.removeprefix(f"{path}.").partition(".")[0] if below else ""
+        for c in np.unique(axis.classes):
+            places[int(c)].add(place)
+    return {c for c, where in places.items() if "" in where or len(where) > 1}
 
 
 def _below_experts(model: PreTrainedModel, slices: Sequence[Slice]) -> Iterator[Slice]:
