@@ -46,6 +46,9 @@ def test_saliencies_by_hand() -> None:
     assert {name: term.tolist() for name, term in lhspg.lhspg(evidence).items()} == {
         name: pytest.approx(values) for name, values in expected.items()
     }
+    assert {name: term.tolist() for name, term in lhspg.cosine_and_second_order(evidence).items()} == {
+        name: pytest.approx(expected[name]) for name in ("cosine", "second-order")
+    }
 
 
 def test_terms_are_combined_over_the_whole_model_by_hand() -> None:

@@ -123,7 +123,15 @@ def scores_of(
     return groups, scorer.average.scores
 
 
-WITHOUT_A_FLOOR = {"random", "block-influence", "gate-second-order", "learned-mask", "lhspg", "lhspg-cosine"}
+WITHOUT_A_FLOOR = {
+    "random",
+    "block-influence",
+    "gate-second-order",
+    "learned-mask",
+    "lhspg",
+    "lhspg-cosine",
+    "lhspg-cosine-second-order",
+}
 """What is dead is not what these rank lowest."""
 
 

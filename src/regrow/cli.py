@@ -203,7 +203,7 @@ def analyze(
     out: Annotated[
         Path | None, typer.Option(help="Folder for sensitivity.json and sensitivity.svg; what is there is used again.")
     ] = None,
-    shares: Annotated[str, typer.Option(help="Shares of a group's units to remove in turn.")] = "0.25,0.5",
+    shares: Annotated[str, typer.Option(help="Shares of a group's units to remove in turn.")] = "0.1,0.25,0.5,0.75",
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of held-out text (default 32).")] = None,
     assign: Annotated[
         list[str] | None,

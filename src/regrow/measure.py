@@ -137,7 +137,7 @@ def analyze(
     Args:
         model: a folder, or a repository on the hub.
         data: text to score and measure on; see `regrow.data.source.load_documents`.
-        shares: of each group's units, to remove in turn; by default a quarter and a half.
+        shares: of each group's units, to remove in turn; by default the recipe's.
         windows: of held-out text.
         overrides: `key.path` -> value of a recipe's settings.
 
@@ -187,7 +187,7 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
 def _analysis_text(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Windows, Windows]:
     """Windows to measure on, and to score on."""
     wanted, length, bos = recipe.data, recipe.data.sequence_length, recipe.data.bos
-    use = (max(1, recipe.pruning.calibration_batches) * recipe.training.batch_size + 1) * length
+    use = (recipe.analysis.calibration_batches * recipe.training.batch_size + 1) * length
     documents = load_documents(data, wanted.text_field)
     held_out, rest = split_documents(documents, [wanted.held_out], recipe.seed)
     return (

@@ -19,7 +19,7 @@ from regrow.planning.sensitivity import Conditions, GroupSensitivity, Sensitivit
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.structure.gates import Gates
-from regrow.structure.groups import Group, Groups
+from regrow.structure.groups import Groups
 from regrow.structure.prefix import LayerWalk
 
 
@@ -41,10 +41,11 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Prune each group alone, at each share, through its gates; the model is left as it was found.
 
-    The channels of a layer's experts are pruned together, as one group.
+    The channels of a layer's experts are pruned together, as one group. In further trials the groups of a kind are
+    pruned in all layers at once, which is what a kind loses where layers stay equal.
 
-    Costs one dense pass over the windows, and for each trial the layers from the pruned one on: over trials in all
-    layers, half of what whole passes would.
+    Costs one dense pass over the windows, for each trial the layers from the pruned one on (over trials in all layers
+    half of what whole passes would), and a whole pass for each kind at each share.
 
     Args:
         groups: of the whole model; those of which all units have to stay are passed over.
@@ -61,17 +62,26 @@ def measure_sensitivity(
         name: [units_removed(share, group.units, group.least) for share in shares]
         for name, (group, *_) in alike.items()
     }
-    progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()))
+    kinds: dict[str, list[str]] = {}
+    for name, (group, *_) in alike.items():
+        kinds.setdefault(group.kind, []).append(name)
+    progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()) + len(kinds) * len(shares))
     losses: dict[str, dict[int, float]] = {name: {} for name in trials}
+    together: dict[str, list[float]] = {kind: [] for kind in kinds}
     walk = LayerWalk(model, torch.split(windows.ids_NT, conditions.batch_size), processes)
+    ranked = {group.name: torch.argsort(scores[group.name], stable=True).cpu() for group in groups}
     with evaluation_mode(model), Gates(model, groups.groups) as gates:
+        for kind, names in kinds.items():
+            for number, share in enumerate(shares):
+                lost = {group.name: trials[name][number] for name in names for group in alike[name]}
+                together[kind].append(loss := _trial(walk, gates, ranked, lost))
+                progress.advance(1, f"{kind} of all layers, {share:.0%} less: loss {loss:.3f}")
         for layer in range(len(groups.layers)):
             for name, members in alike.items():
                 if members[0].layer != layer:
                     continue
-                ranked = [torch.argsort(scores[group.name], stable=True).cpu() for group in members]
                 for count in dict.fromkeys(trials[name]):
-                    loss = _trial(walk, gates, members, [order[count:] for order in ranked])
+                    loss = _trial(walk, gates, ranked, {group.name: count for group in members})
                     losses[name][count] = loss
                     progress.advance(1, f"{name} without {count} of {members[0].units}: loss {loss:.3f}")
             if layer < len(groups.layers) - 1:
@@ -81,6 +91,9 @@ def measure_sensitivity(
     for name, measured in losses.items():
         for count, loss in measured.items():
             _demand_finite(f"{name} without {count} units", loss)
+    for kind, each in together.items():
+        for share, loss in zip(shares, each, strict=True):
+            _demand_finite(f"the model with {share:.0%} less {kind} in all layers", loss)
     return Sensitivity(
         conditions=conditions,
         dense_nll=dense,
@@ -92,6 +105,15 @@ def measure_sensitivity(
                 deltas=tuple(losses[name][count] - dense for count in trials[name]),
             )
             for name, members in alike.items()
+        },
+        together={
+            kind: GroupSensitivity(
+                units=sum(alike[name][0].units for name in names),
+                cost=sum(group.cost for name in names for group in alike[name]),
+                removed=tuple(sum(counts) for counts in zip(*(trials[name] for name in names), strict=True)),
+                deltas=tuple(loss - dense for loss in together[kind]),
+            )
+            for kind, names in kinds.items()
         },
     )
 
@@ -106,12 +128,12 @@ def mean_loss(walk: LayerWalk) -> float:
     return loss / tokens
 
 
-def _trial(walk: LayerWalk, gates: Gates, members: Sequence[Group], stay: Sequence[Tensor]) -> float:
-    for group, units in zip(members, stay, strict=True):
-        gates.keep(group.name, units.tolist())
+def _trial(walk: LayerWalk, gates: Gates, ranked: Mapping[str, Tensor], lost: Mapping[str, int]) -> float:
+    for name, count in lost.items():
+        gates.keep(name, ranked[name][count:].tolist())
     loss = mean_loss(walk)
-    for group in members:
-        gates.set(group.name, torch.ones(group.units))
+    for name in lost:
+        gates.set(name, torch.ones(len(ranked[name])))
     return loss
 
 

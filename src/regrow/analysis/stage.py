@@ -37,7 +37,7 @@ def conditions_of(
         windows=len(held_out),
         length=held_out.length,
         calibration_sha256=calibration.sha256,
-        calibration_batches=max(1, recipe.pruning.calibration_batches),
+        calibration_batches=recipe.analysis.calibration_batches,
         batch_size=recipe.training.batch_size,
         seed=recipe.seed,
         criterion=recipe.analysis.criterion,
@@ -106,7 +106,7 @@ def _proxy_scores(
     proxy = recipe.override(
         {
             "pruning.criterion": recipe.analysis.criterion,
-            "pruning.calibration_batches": max(1, recipe.pruning.calibration_batches),
+            "pruning.calibration_batches": recipe.analysis.calibration_batches,
             "pruning.schedule": "one-shot",
         }
     )

@@ -57,6 +57,15 @@ def lhspg(evidence: Evidence) -> dict[str, Float[Tensor, " units"]]:
     }
 
 
+def cosine_and_second_order(evidence: Evidence) -> dict[str, Float[Tensor, " units"]]:
+    """Which way training takes a unit, and how much that matters to the loss: cosine and second order, of equal weight.
+
+    The combination of the authors with the weights of the other three at zero.
+    """
+    products = _products(evidence)
+    return {"cosine": _cosine(products), "second-order": 0.5 * products[2].square()}
+
+
 def _mean(products: Float[Tensor, "3 units"], evidence: Evidence) -> Float[Tensor, " units"]:
     entries = sum(linear.positions.shape[1] * linear.weight.shape[1 - linear.axis] for linear in evidence.linears)
     return products[0].sqrt() / entries

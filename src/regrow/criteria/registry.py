@@ -109,6 +109,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("obs", repair.obs, frozenset({"inputs"})),
         Criterion("block-influence", depth.block_influence, frozenset({"similarity"}), frozenset({"depth"})),
         Criterion("lhspg", lhspg.lhspg, frozenset()),
+        Criterion("lhspg-cosine-second-order", lhspg.cosine_and_second_order, frozenset()),
         Criterion("lhspg-magnitude", lhspg.magnitude, frozenset()),
         Criterion("lhspg-mean-magnitude", lhspg.mean_magnitude, frozenset()),
         Criterion("lhspg-cosine", lhspg.cosine, frozenset()),

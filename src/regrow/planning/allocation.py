@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import InputError
-from regrow.planning.curves import by_curves
+from regrow.planning.curves import by_curves, measured_damage
 from regrow.planning.demand import Counts, Demand, demands, kernel_multiple, out_of_reach, settle_counts
 from regrow.planning.depth import emptied_layers, layer_choices, layer_damage, least_damaging
 from regrow.planning.experts import (
@@ -265,7 +265,7 @@ def _loss(demand: Demand, counts: Counts, scores: Mapping[str, Tensor], pruning:
     if pruning.allocation == "global":
         return sum(_damage(scores[name], count - demand.gone[name]) for name, count in counts.items())
     if prior is not None and pruning.allocation == "curves":
-        return sum(prior.curves[g.name](counts[g.name] / g.units) for g in demand.groups if counts[g.name])
+        return measured_damage(demand.groups, counts, prior)
     share = demand.amount / sum(demand.price[group.name] * group.units for group in demand.groups)
     heads = demand.of_kind(ffn=False)
     return abs(counts[heads[0].name] / heads[0].units - share) if heads else 0.0

@@ -6,7 +6,7 @@ than one unit (the relaxation's optimality condition: equal marginal damage per 
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from regrow.planning.demand import Counts, Demand, settle_counts
 from regrow.planning.sensitivity import Curve, Prior
@@ -56,6 +56,23 @@ def least_damage(
         if counts[name] < limit[name]:
             heapq.heappush(heap, entry(name))
     return counts
+
+
+def measured_damage(groups: Sequence[Group], counts: Counts, prior: Prior) -> float:
+    """What counts of units lost cost by the curves: of each kind in all layers, or if there is none of each group.
+
+    Layers that lose something at once lose more than the sum of what each would alone, and of one kind more so than of
+    another; where all lose the same share the curve of all tells it.
+    """
+    damage = 0.0
+    for kind in dict.fromkeys(group.kind for group in groups):
+        members = [group for group in groups if group.kind == kind and counts[group.name]]
+        if kind in prior.together and members:
+            lost, units = sum(counts[g.name] for g in members), sum(g.units for g in groups if g.kind == kind)
+            damage += prior.together[kind](lost / units)
+        else:
+            damage += sum(prior.curves[g.name](counts[g.name] / g.units) for g in members)
+    return damage
 
 
 def by_curves(demand: Demand, prior: Prior) -> Counts:

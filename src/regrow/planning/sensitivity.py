@@ -5,9 +5,9 @@ and, as a curve per group, what a share of its units costs: what an allocation a
 """
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Annotated, ClassVar, Literal
 
@@ -19,8 +19,6 @@ from regrow.planning.experts import families
 from regrow.settings.base import TrialShare
 from regrow.structure.groups import Groups
 
-STEEPEST = 8.0
-"""Largest exponent of a curve: two points, the lower of them noise around zero, would fit any."""
 MOST_NATS = 1e6
 """A loss or a rise of it beyond this is no measurement."""
 DEVIATIONS = 3.0
@@ -89,31 +87,39 @@ class GroupSensitivity(BaseModel):
 
 @dataclass(frozen=True)
 class Curve:
-    """`phi(k) = a k^p`, `a >= 0`, `p >= 1`: damage in nats per token, k the share of units removed.
+    """Damage in nats per token as a function of the share of units removed: straight from one point to the next.
 
     Never falls, and each further unit costs at least as much as the one before.
     """
 
-    a: float
-    p: float
+    shares: tuple[float, ...]
+    """Ascending, from 0."""
+    damages: tuple[float, ...]
 
     def __call__(self, share: float) -> float:
-        """The damage; beyond the shares measured it is extrapolated."""
-        return self.a * math.pow(share, self.p)
+        """The damage; beyond the last point it goes on as it came there."""
+        after = min(max(bisect_left(self.shares, share), 1), len(self.shares) - 1)
+        (left, right), (low, high) = self.shares[after - 1 : after + 1], self.damages[after - 1 : after + 1]
+        return low + (high - low) * (share - left) / (right - left)
 
 
-def fit_curve(shares: list[float], deltas: tuple[float, ...]) -> Curve:
-    """The curve nearest to the points (least squares); `a` in closed form for each of a fine row of exponents.
+def fit_curve(shares: Sequence[float], deltas: Sequence[float]) -> Curve:
+    """The highest curve that is nowhere above the points, nor above 0 where nothing is removed.
 
-    One point alone gives the straight line through it; damage below zero is noise, and fits `a = 0`.
+    Those points are left out that lie above what joins their neighbours; damage below zero is noise and counts as none.
     """
-    k_S, d_S = np.array(shares), np.array(deltas)
-    exponents = np.linspace(1.0, STEEPEST, 1401) if len(set(shares)) > 1 else np.ones(1)
-    powers_PS = k_S ** exponents[:, None]
-    a_P = np.maximum(powers_PS @ d_S / (powers_PS**2).sum(1), 0.0)
-    errors_P = ((a_P[:, None] * powers_PS - d_S) ** 2).sum(1)
-    best = int(errors_P.argmin())
-    return Curve(float(a_P[best]), float(exponents[best]))
+    points = dict(sorted(zip(shares, deltas, strict=True)))
+    lowest_from_here_on = np.minimum.accumulate([*points.values()][::-1])[::-1]
+    hull = [(0.0, 0.0)]
+    for share, damage in zip(points, np.maximum(lowest_from_here_on, 0.0).tolist(), strict=True):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (share, damage)):
+            hull.pop()
+        hull.append((share, damage))
+    return Curve(*zip(*hull, strict=True))
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,9 @@ class Prior:
     protected: frozenset[str]
     """Groups that lose nothing."""
     curves: Mapping[str, Curve]
+    """Of each group alone."""
+    together: Mapping[str, Curve] = field(default_factory=dict)
+    """Of each kind in all layers at once; none if that was not measured."""
 
 
 class Sensitivity(Document):
@@ -138,6 +147,8 @@ class Sensitivity(Document):
     dense_nll: Annotated[float, Field(ge=0, le=MOST_NATS)]
     """Of the whole model, nats per token."""
     groups: Annotated[dict[str, GroupSensitivity], Field(min_length=1)]
+    together: dict[str, GroupSensitivity] = Field(default_factory=dict)
+    """Kind -> its groups in all layers pruned at once; none in analyses from before that was measured."""
 
     def describes(self, groups: Groups) -> bool:
         """Whether the analysis is of a model with these groups."""
@@ -162,4 +173,5 @@ class Sensitivity(Document):
 
     def prior(self, share_cap: float) -> Prior:
         """What the allocation makes use of; `share_cap` as in `protected`."""
-        return Prior(frozenset(self.protected(share_cap)), {name: group.curve for name, group in self.groups.items()})
+        curves, together = ({n: g.curve for n, g in found.items()} for found in (self.groups, self.together))
+        return Prior(frozenset(self.protected(share_cap)), curves, together)

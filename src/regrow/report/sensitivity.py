@@ -20,10 +20,12 @@ SCALE_STEPS, SCALE_HEIGHT = 60, 10.0
 
 
 def show_sensitivity(sensitivity: Sensitivity, protected: Collection[str], console: Console) -> None:
-    """One row per group: what each share costs."""
-    shares = [f"{share:.0%} removed" for share in sensitivity.conditions.shares]
-    table = Table("layer", "kind", "units", *shares, "mean", "", title="rise of the held-out loss, nats per token")
-    for name, group in sensitivity.groups.items():
+    """One row per group, and per kind with all layers pruned at once: what each share costs."""
+    shares = [f"−{share:.0%}" for share in sensitivity.conditions.shares]
+    title = "rise of the held-out loss, nats per token, by the share removed"
+    table = Table("layer", "kind", "units", *shares, "mean", "", title=title)
+    rows = {**sensitivity.groups, **{f"layers.all.{kind}": group for kind, group in sensitivity.together.items()}}
+    for name, group in rows.items():
         _, layer, kind = name.split(".")
         deltas = [f"{delta:+.4f}" for delta in group.deltas]
         mark = "protected" if name in protected else ""

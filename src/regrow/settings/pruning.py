@@ -150,8 +150,9 @@ class Analysis(Section):
     )
     criterion: str = Field(default="gate-fisher", description="Which units go in a trial: a name, or FILE.py:FUNCTION.")
     shares: tuple[TrialShare, ...] = Field(
-        default=(0.25, 0.5), min_length=1, description="Shares of a group's units to remove in turn."
+        default=(0.1, 0.25, 0.5, 0.75), min_length=1, description="Shares of a group's units to remove in turn."
     )
+    calibration_batches: Count = Field(default=16, description="Batches on which the criterion scores units.")
     windows: Count = Field(
         default=32, description="Windows of held-out text to measure on; in a run at most training.eval_windows."
     )
