@@ -1,6 +1,7 @@
 """A comparison: its grid, what is made of it, and that it goes on where it stopped."""
 
 import csv
+import itertools
 import json
 import math
 import signal
@@ -19,12 +20,16 @@ from regrow.checkpoint.files import LOCK_FILE
 from regrow.checkpoint.verify import Verification
 from regrow.cli import app
 from regrow.comparison import grid
+from regrow.comparison.cell import DENSE_FILE
 from regrow.comparison.grid import Cell, Contender, lay_out
 from regrow.comparison.run import Comparison
 from regrow.comparison.table import Spread, doubts, short_table
 from regrow.data.overlap import overlap
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
+from regrow.evaluation.compare import measure_perplexities
+from regrow.evaluation.dense import DenseFigures
+from regrow.evaluation.tasks import told_apart
 from regrow.recipe import parse_recipe
 
 IN_A_PROCESS = grid._run
@@ -38,20 +43,32 @@ def started() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, checkpoint: Path, text: Path, started: list[str]):
+def measured() -> list[int]:
+    """What perplexities have been measured on: windows of each protocol."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, checkpoint: Path, text: Path, started: list[str], measured: list[int]):
     """A grid of two contenders, two sparsities and two seeds, its cells run in this process."""
 
     def run(cell: Cell, model: str, threads: int | None) -> str:
         grid.write_json(cell.beside(".json"), cell.request(model, threads))
-        regrow.prune(model, cell.folder, parse_recipe(cell.request(model, threads)["recipe"]))
+        recipe = parse_recipe(cell.request(model, threads)["recipe"])
+        regrow.prune(model, cell.folder, recipe, dense_file=cell.folder.parents[1] / DENSE_FILE)
         cell.beside(".cost.json").write_text('{"peak_bytes_above_imports": 1048576}')
         started.append(cell.name)
         return ""
+
+    def measure(model, protocols, progress):
+        measured.extend(len(windows) for windows in protocols)
+        return measure_perplexities(model, protocols, progress)
 
     passed = Verification("LlamaForCausalLM", "", 0.0, 1.0, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid, "_run", run)
         patch.setattr("regrow.walk.verify_checkpoint", lambda model, folder, ids: passed)
+        patch.setattr("regrow.evaluation.compare.measure_perplexities", measure)
         patch.setattr("regrow.evaluation.compare.complete", lambda model, tokenizer, prompt: "…")
         out = tmp_path_factory.mktemp("comparison")
         other = tmp_path_factory.mktemp("text") / "other.jsonl"
@@ -67,9 +84,11 @@ def compared(tmp_path_factory, checkpoint: Path, text: Path, started: list[str])
         yield again
 
 
-def test_every_cell_has_a_run_and_every_row_its_mean(compared, started: list[str]) -> None:
+def test_every_cell_has_a_run_and_every_row_its_mean(compared, started: list[str], measured: list[int]) -> None:
     found = compared()
     assert len(started) == len(set(started)) == 8  # the second call ran nothing
+    assert len(measured) == 2 * 8 + 1  # the plan alone and the result of each, the dense model once
+    assert len({json.dumps(run["perplexity"]["dense"]) for row in found.rows for run in row.runs}) == 1
     assert [(row.contender, row.asked, len(row.runs)) for row in found.rows] == [
         (name, asked, 2) for asked in (0.25, 0.5) for name in ("magnitude", "loraprune+random")
     ]
@@ -127,9 +146,32 @@ def test_a_cell_runs_in_a_process_of_its_own(
     )  # fmt: skip
     assert [row.contender for row in found.rows] == ["magnitude"]
     assert found.rows[0].peak_bytes > 0
+    assert set(json.loads((tmp_path / DENSE_FILE).read_text())) == {"perplexity"}
     (reason,) = found.failed.values()
     assert reason.startswith("there is no text file absent.txt")
     assert reason.split(" failed: ")[0] in (tmp_path / "comparison.md").read_text()
+
+
+def test_figures_are_only_taken_where_they_hold(tmp_path: Path) -> None:
+    file, count = tmp_path / "dense.json", itertools.count()
+
+    def figure(model: str = "a", part: str = "perplexity", text: str = "t") -> int:
+        return DenseFigures(file, {"model": model}).once(part, (text,), lambda: {"value": next(count)})["value"]
+
+    assert [figure(), figure(), figure(part="tasks"), figure(part="tasks"), figure()] == [0, 0, 1, 1, 0]
+    assert [figure(text="other"), figure(), figure(model="b"), figure(part="tasks")] == [2, 3, 4, 1]
+    file.write_text(file.read_text()[:-9])
+    assert [figure(), figure()] == [5, 5]
+    assert DenseFigures(None, {}).once("tasks", "t", lambda: {"value": 7}) == {"value": 7}
+
+
+def test_a_task_file_is_told_by_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "task.jsonl"
+    file.write_text("one")
+    before = told_apart(str(file))
+    file.write_text("two")
+    assert told_apart(str(file)) != before
+    assert told_apart("boolq") == "boolq"
 
 
 def test_a_cell_stops_with_whoever_started_it(

@@ -38,6 +38,7 @@ def prune(
     processes: int | None = None,
     progress: Progress | None = None,
     argv: Sequence[str] = (),
+    dense_file: Path | None = None,
 ) -> Result:
     """Prune a causal LM, regrow its skill, and leave a plain checkpoint and an honest report in `out`.
 
@@ -59,6 +60,7 @@ def prune(
             this function alike; the main one alone writes to `out` and tells progress.
         argv: the command line that asked for the run, without the program's name, for the report; by default it tells
             how to call this function with the run's recipe.
+        dense_file: where perplexity and tasks of the dense model are kept for other runs that measure them alike.
 
     Raises:
         InputError: if something given cannot work, or another process works in `out`; nothing half-written is left.
@@ -89,5 +91,5 @@ def prune(
                 until_the_end.enter_context(alone_in(folder))
         if chosen.training.deterministic and chosen.device != "cpu" and torch.cuda.is_available():
             until_the_end.enter_context(same_bits())
-        result = Walk(model, folder, chosen, told, fresh, argv, together).walk()
+        result = Walk(model, folder, chosen, told, fresh, argv, together, dense_file).walk()
         return everywhere(result, folder, together)

@@ -85,13 +85,14 @@ class Walk:
 
     def __init__(
         self, model: str, folder: Path, recipe: Recipe, progress: Progress, fresh: bool, argv: Sequence[str],
-        processes: Processes
+        processes: Processes, dense_file: Path | None = None
     ) -> None:  # fmt: skip
         self.name = model
         self.folder = folder
         self.recipe = recipe
         self.progress = progress
         self.fresh = fresh
+        self.dense_file = dense_file
         self.together = self.processes = processes
         self.books = Books(folder, model, argv, progress, processes)
         self.journal = self.books.journal
@@ -363,7 +364,7 @@ class Walk:
             "evaluate",
             lambda: compare(
                 self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
-                self.recipe, device, self.progress
+                self.recipe, device, self.progress, self.dense_file
             )
         )  # fmt: skip
         seen = overlap(

@@ -21,6 +21,9 @@ from regrow.evaluation.memory_probe import highest, resident
 from regrow.recipe import parse_recipe
 from regrow.run import prune
 
+DENSE_FILE = "dense.json"
+"""In the comparison's folder, for all cells."""
+
 
 def main(folder: Path) -> None:
     """Run it.
@@ -32,7 +35,8 @@ def main(folder: Path) -> None:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     before = resident()
-    prune(request["model"], folder, parse_recipe(request["recipe"]))
+    dense_file = folder.parents[1] / DENSE_FILE
+    prune(request["model"], folder, parse_recipe(request["recipe"]), dense_file=dense_file)
     cost = {"peak_bytes_above_imports": highest() - before}
     if torch.cuda.is_available():
         cost["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()

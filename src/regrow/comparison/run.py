@@ -51,7 +51,8 @@ def compare(
     """Run several recipes on one model, text, number of steps and evaluation, and put the results side by side.
 
     Leaves `comparison.md`, `.csv`, `.json` and `.html` in `out`, anew after each call; every run lies in `out/cells`.
-    The same call again runs only what is missing.
+    The same call again runs only what is missing. Perplexity and tasks of the dense model are measured once, and
+    kept in `dense.json`.
 
     Args:
         model: a folder, or a repository on the hub.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import needs_remote_code
 from regrow.data.tokens import Windows, make_windows
+from regrow.evaluation.dense import DenseFigures
 from regrow.evaluation.generate import complete
+from regrow.evaluation.machine import machine
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import Speed, measure_speed, ratios
-from regrow.evaluation.tasks import run_tasks
+from regrow.evaluation.tasks import run_tasks, told_apart
 from regrow.planning.plan import Plan
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
@@ -98,11 +102,15 @@ def compare(
     recipe: Recipe,
     device: torch.device,
     progress: Progress,
+    dense_file: Path | None = None,
 ) -> dict[str, Any]:
     """Perplexity, size, speed, memory and completions of the dense and the pruned checkpoint.
 
     Perplexity is also measured of the plan alone: the dense weights with the removed units gated off, without
     any recovery.
+
+    Args:
+        dense_file: where perplexity and tasks of the dense model are kept for others who measure them alike.
     """
     wanted = recipe.evaluation
     protocols = protocol_windows(documents, tokenizer, source, recipe)
@@ -110,17 +118,20 @@ def compare(
     folders = {"dense": (dense_name, False), "pruned": (pruned_name, needs_remote_code(Path(pruned_name)))}
     found: dict[str, dict[str, Any]] = {"perplexity": {}, "size": {}, "tasks": {}}
     completions: dict[str, list[str]] = {}
+    dense = DenseFigures(dense_file, {"model": checkpoint_sha256(local_folder(dense_name)), **machine(device)})
     for name, (checkpoint, own_code) in folders.items():  # one at a time: together they may be too large
         model = _load_or_offload(checkpoint, device, recipe, own_code, progress)
         for kind in ("dense", "cut") if name == "dense" else ("pruned",):
             with plan_as_gates(model, plan) if kind == "cut" else nullcontext():
-                found["perplexity"][kind] = measure_perplexities(model, protocols, progress)
+                measure = partial(measure_perplexities, model, protocols, progress)
+                texts = [windows.sha256 for windows in protocols]
+                found["perplexity"][kind] = dense.once("perplexity", texts, measure) if kind == "dense" else measure()
                 completions[kind] = [complete(model, tokenizer, prompt) for prompt in prompts]
         found["size"][name] = asdict(measure_size(model))
         if wanted.tasks:
-            progress.stage("tasks")
-            scores = run_tasks(model, tokenizer, wanted.tasks, limit=wanted.task_limit)
-            found["tasks"][name] = {task: asdict(score) for task, score in scores.items()}
+            measure = partial(_task_scores, model, tokenizer, recipe, progress)
+            tasks = [wanted.task_limit, *map(told_apart, wanted.tasks)]
+            found["tasks"][name] = dense.once("tasks", tasks, measure) if name == "dense" else measure()
         del model
     results: dict[str, Any] = {part: each for part, each in found.items() if each}
     results["tokenizer"] = {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)}
@@ -138,6 +149,14 @@ def compare(
             for name, (checkpoint, own_code) in folders.items()
         }
     return results
+
+
+def _task_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
+    progress.stage("tasks")
+    scores = run_tasks(model, tokenizer, recipe.evaluation.tasks, limit=recipe.evaluation.task_limit)
+    return {task: asdict(score) for task, score in scores.items()}
 
 
 def _load_or_offload(

@@ -1,5 +1,6 @@
 """Zero-shot tasks, by lm-evaluation-harness: its own by name, one in a YAML file, or records in a JSONL file."""
 
+import hashlib
 import importlib.util
 import logging
 import re
@@ -127,6 +128,11 @@ def run_tasks(
         raise InputError(f"the tasks {', '.join(tasks)} cannot be run: {type(error).__name__}: {reason}") from error
     assert found is not None
     return {name: _score(found["results"][name], found["n-samples"][name]["effective"]) for name in names.values()}
+
+
+def told_apart(task: str) -> str:
+    """A task's name; of a file its bytes as well."""
+    return f"{task} {hashlib.sha256(Path(task).read_bytes()).hexdigest()}" if _is_file(task) else task
 
 
 def _is_yaml(task: str) -> bool:
