@@ -5,10 +5,12 @@
     python scripts/mutation.py src/regrow/structure src/regrow/planning --results build/mutants.jsonl
 
 The mutants are those of cosmic-ray's operators that need no arguments. Places in the code are drawn by chance, then a
-mutant of each; what only changes an annotation, or is no Python, is not drawn. Each is tried on a copy of the sources,
-in a process forked from one that has imported the libraries, against the tests that run through its statement,
-cheapest first, as many as take `--seconds` by the measurement. Code that runs when its module is imported is reached
-by all tests of that module; what tests do in processes of their own reaches nothing.
+mutant of each. Not drawn is what is no Python, and what only changes an annotation or a guard (`assert`,
+`zip(strict=)`, `dataclass(frozen=)`): as long as the code is right a guard does nothing that a test could miss. Each
+mutant is tried on a copy of the sources, in a process forked from one that has imported the libraries, against the
+tests that run through its statement, cheapest first, as many as take `--seconds` by the measurement. Code that runs
+when its module is imported is reached by all tests of that module; what tests do in processes of their own reaches
+nothing.
 
 A mutant is killed when a test fails or nothing can be imported, out of time when the tests take far longer than they
 did. In the end the tests that have killed must pass without a mutant. Started again, this goes on where it stopped.
@@ -86,10 +88,14 @@ def mutated(place: Place) -> str | None:
 
 
 def meaning(text: str) -> str:
-    """A module's syntax tree without annotations, which no one looks at while the code runs."""
+    """A module's syntax tree without annotations and guards, on which nothing depends while the code is right."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         match node:
+            case ast.Assert():
+                node.test, node.msg = ast.Constant(None), None
+            case ast.keyword(arg="strict" | "frozen"):
+                node.value = ast.Constant(None)
             case ast.arg() | ast.AnnAssign():
                 node.annotation = ast.Constant(None)
             case ast.FunctionDef():
