@@ -27,9 +27,9 @@ def show_sensitivity(sensitivity: Sensitivity, protected: Collection[str], conso
     rows = {**sensitivity.groups, **{f"layers.all.{kind}": group for kind, group in sensitivity.together.items()}}
     for name, group in rows.items():
         _, layer, kind = name.split(".")
-        deltas = [f"{delta:+.4f}" for delta in group.deltas]
+        deltas = [f"{delta:+.3f}" for delta in group.deltas]
         mark = "protected" if name in protected else ""
-        table.add_row(layer, kind, str(group.units), *deltas, f"{group.mean:+.4f}", mark)
+        table.add_row(layer, kind, str(group.units), *deltas, f"{group.mean:+.3f}", mark)
     console.print(table)
     wanted = sensitivity.conditions
     console.print(
