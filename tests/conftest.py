@@ -357,6 +357,7 @@ QUICK = {
     "data.sequence_length": 32,
     "pruning.interval": 1,
     "pruning.calibration_batches": 2,
+    "analysis.calibration_batches": 1,
     "evaluation.windows": [32],
     "evaluation.speed": False,
     "evaluation.memory": False,

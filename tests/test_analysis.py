@@ -340,7 +340,7 @@ class Listening(Silent):
         self.said.append(message)
 
 
-SMALL = {"training.batch_size": 4, "data.sequence_length": 32, "pruning.calibration_batches": 1}
+SMALL = {"training.batch_size": 4, "data.sequence_length": 32, "analysis.calibration_batches": 1}
 
 
 def test_a_second_analysis_finds_the_first(checkpoint: Path, text: Path, tmp_path: Path) -> None:

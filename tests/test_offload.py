@@ -208,7 +208,7 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
     "biases": ("flap", {"compensation.windows": 4}),
-    "lhspg, analysed": ("lorashear", {"analysis.windows": 2, "pruning.periods": 2}),
+    "lhspg, analysed": ("lorashear", {"analysis.windows": 2, "analysis.calibration_batches": 1, "pruning.periods": 2}),
     "hidden channels": (
         "loraprune", {"pruning.kinds": ["ffn", "hidden"], "pruning.criterion": "gate-fisher", "pruning.basis": "total"},
     ),

@@ -280,7 +280,12 @@ def test_a_hybrid_goes_through_the_whole_walk(tmp_path: Path, text: Path, lean: 
     if recipe == "regrow":
         few |= {"compensation.windows": 4, "search.evaluations": 2}
     if recipe == "lorashear":
-        few |= {"analysis.windows": 4, "analysis.shares": [0.5], "pruning.periods": 1}
+        few |= {
+            "analysis.windows": 4,
+            "analysis.shares": [0.5],
+            "analysis.calibration_batches": 1,
+            "pruning.periods": 1,
+        }
     result = prune(str(tmp_path / "model"), tmp_path / "out", recipe, data=str(text), overrides={**QUICK, **few})
     assert result.plan.sparsity.block >= 0.3
     left = zoo.hf.AutoModelForCausalLM.from_pretrained(result.model)
