@@ -82,7 +82,7 @@ def test_closed_layers_are_removed_layers(family: str, seed: int) -> None:
     groups = with_lora(model)
     plan = mixed_plan(groups, seed, GONE[seed])
     whole = logits(model)
-    with plan_as_gates(model, plan):
+    with plan_as_gates(model, groups, plan):
         masked = logits(model)
     left = apply(model, groups, plan)
     assert (masked - logits(model)).abs().max() < CLOSE
@@ -222,7 +222,7 @@ def test_lists_per_layer_follow_and_a_reload_computes_the_same() -> None:
         kinds = list(config.layer_types)
         groups = find_groups(model)
         plan = Plan.whole(groups).keeping({}, [1, 3])
-        with plan_as_gates(model, plan):
+        with plan_as_gates(model, groups, plan):
             masked = logits(model)
         apply(model, groups, plan)
         assert model.config.layer_types == [kinds[number] for number in (0, 2, 4, 5)]

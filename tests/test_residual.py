@@ -306,7 +306,7 @@ def test_an_adapter_of_a_narrow_model_is_carried_to_the_full_one(tmp_path: Path)
     Adapter.of_run(trained, Lora(rank=3, alpha=6), "base").write(tmp_path / "small")
     folder = regrow.scatter(tmp_path / "small", tmp_path / "full", plan=tmp_path / "plan.json", model=str(source))
     PeftModel.from_pretrained(whole, folder)
-    with plan_as_gates(whole, plan):
+    with plan_as_gates(whole, groups, plan):
         assert (logits(whole) - logits(small)).abs().max() < CLOSE
     assert (logits(whole) - logits(small)).abs().max() > 1e-2
 

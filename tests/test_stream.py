@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import regrow
-from regrow.checkpoint.load import load_config, load_model
+from regrow.checkpoint.load import load_config, load_model, load_skeleton
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
@@ -472,16 +472,17 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe("regrow", {"device": "cpu", "distillation.teacher": "auto"})
-    config = load_config(str(checkpoint))
+    skeleton = load_skeleton(str(checkpoint))
+    given = str(checkpoint), skeleton, find_groups(skeleton)
     assert re.fullmatch(
         r"memory, estimated: score \d+ MiB, compensate \d+ MiB, train \d+ MiB, save \d+ MiB; [\d.]+ [GM]iB free on cpu",
-        check_memory(str(checkpoint), config, recipe),
+        check_memory(*given, recipe),
     )
     monkeypatch.setattr("regrow.preflight.free_memory", lambda device: 2**20)
     with pytest.raises(InputError, match=r"will need about .*teacher=cached.*gradient_checkpointing.*batch_size"):
         regrow.prune(str(checkpoint), tmp_path / "out", recipe, data=str(text))
     assert not (tmp_path / "out").exists()
-    check_memory(str(checkpoint), config, recipe.override({"training.check_memory": False}))
+    check_memory(*given, recipe.override({"training.check_memory": False}))
 
 
 def test_a_teacher_that_would_fill_the_disk_is_refused_before_anything_is_scored(

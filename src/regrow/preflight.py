@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.checkpoint.files import amount, check_room
 from regrow.checkpoint.load import (
     check_length,
     compute_dtype,
     load_config,
-    load_skeleton,
     load_tokenizer,
     pick_device,
     weights_folder,
@@ -32,7 +31,6 @@ from regrow.recovery.distillation import check_distillation
 from regrow.recovery.quantised_base import is_streamed
 from regrow.recovery.self_text import start_token, tokens_to_write
 from regrow.recovery.tracking import check_tracker
-from regrow.structure.finding import find_groups
 from regrow.structure.groups import Groups
 from regrow.text import training_tokens
 
@@ -199,10 +197,14 @@ def check_hidden(recipe: Recipe) -> None:
         raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 
-def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes: Processes = ALONE) -> str:
+def check_memory(
+    model: str, skeleton: PreTrainedModel, groups: Groups, recipe: Recipe, processes: Processes = ALONE
+) -> str:
     """Refuse a run that cannot fit; see `planning.memory` for how coarse the estimate is.
 
     Args:
+        skeleton: the model without its weights.
+        groups: its groups.
         processes: those that share the batches and, but for GPUs, a machine's memory, each with a model of its own.
 
     Returns:
@@ -212,14 +214,12 @@ def check_memory(model: str, config: PretrainedConfig, recipe: Recipe, processes
         InputError: if the estimate is more than what is free, and `training.check_memory` has not been turned off.
     """
     device = pick_device(recipe.device)
-    weights = compute_dtype(config, device)
+    weights = compute_dtype(load_config(model), device)
     precision = recipe.training.precision
     lower = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     needs = find_criterion(recipe.pruning.criterion).needs
     if processes.count > 1:
         recipe = recipe.override({"training.batch_size": -(-recipe.training.batch_size // processes.count)})
-    skeleton = load_skeleton(model)
-    groups = find_groups(skeleton)
     sizes = Sizes.of(skeleton, groups, recipe)
     if device.type == "cpu" and recipe.training.offload == "cpu":  # that takes nothing off it
         recipe = recipe.override({"training.offload": "none"})

@@ -27,7 +27,7 @@ from regrow.checkpoint.biases import check_biases
 from regrow.checkpoint.files import write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
-from regrow.checkpoint.load import check_vocabulary, load_config, output_dtype, pick_device
+from regrow.checkpoint.load import check_vocabulary, load_skeleton, output_dtype, pick_device
 from regrow.checkpoint.offer import check_offer
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.originals import Originals
@@ -116,12 +116,13 @@ class Walk:
                 text = read_text(self.recipe, tokenizer)
         check_files(self.name, self.recipe)
         self.recipe = settle_originals(self.name, self.recipe, self.progress)
-        memory = check_memory(self.name, load_config(self.name), self.recipe, self.processes)
+        self.books.begin("trace groups")
+        skeleton = load_skeleton(self.name)
+        whole = prunable_groups(skeleton)
+        check_experts(self.recipe, whole)
+        memory = check_memory(self.name, skeleton, whole, self.recipe, self.processes)
         self.books.begin("load model")
         model = self.load(tokenizer)
-        self.books.begin("trace groups")
-        whole = prunable_groups(model)
-        check_experts(self.recipe, whole)
         notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
         if self.recipe.compensation.method == "bias":
             check_biases(model, whole)
@@ -163,7 +164,7 @@ class Walk:
             self.journal.once(
                 "keep-adapter", lambda: keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
             )
-        results = self.evaluate(trained, tokenizer, text, verification)
+        results = self.evaluate(whole, trained, tokenizer, text, verification)
         return self.report(trained, results)
 
     def part(self) -> bool:
@@ -354,8 +355,9 @@ class Walk:
         return None if done is None else Verification(**done.values)
 
     def evaluate(
-        self, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text, verification: Verification
-    ) -> dict[str, Any]:
+        self, whole: Groups, trained: Trained, tokenizer: PreTrainedTokenizerBase, text: Text,
+        verification: Verification
+    ) -> dict[str, Any]:  # fmt: skip
         """Dense, cut and recovered, all measured alike."""
         self.books.begin("evaluate")
         plan = trained.plan
@@ -363,7 +365,7 @@ class Walk:
         measured = self.journal.once(
             "evaluate",
             lambda: compare(
-                self.name, str(self.folder / "model"), plan, text.test_documents, text.test_source, tokenizer,
+                self.name, str(self.folder / "model"), whole, plan, text.test_documents, text.test_source, tokenizer,
                 self.recipe, device, self.progress, self.dense_file
             )
         )  # fmt: skip

@@ -27,9 +27,8 @@ from regrow.planning.plan import Plan
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
-from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
-from regrow.structure.groups import RESIDUAL
+from regrow.structure.groups import RESIDUAL, Groups
 
 PROMPT_TOKENS = 16
 EVAL_BATCH = 8
@@ -76,9 +75,8 @@ def measure_perplexities(model: PreTrainedModel, protocols: Sequence[Windows], p
     return found
 
 
-def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
-    """The gates that make a whole model compute what it would after the plan's cut."""
-    groups = find_groups(model)
+def plan_as_gates(model: PreTrainedModel, groups: Groups, plan: Plan) -> Gates:
+    """The gates that make a whole model, of these groups, compute what it would after the plan's cut."""
     gone = [layer for layer in groups.layers if layer.number in plan.removed_layers]
     gates = Gates(model, groups.groups, gone, groups.residual if plan.narrows else None)
     for layer in gone:
@@ -95,6 +93,7 @@ def plan_as_gates(model: PreTrainedModel, plan: Plan) -> Gates:
 def compare(
     dense_name: str,
     pruned_name: str,
+    groups: Groups,
     plan: Plan,
     documents: Sequence[str],
     source: str,
@@ -110,6 +109,7 @@ def compare(
     any recovery.
 
     Args:
+        groups: of the dense model.
         dense_file: where perplexity and tasks of the dense model are kept for others who measure them alike.
     """
     wanted = recipe.evaluation
@@ -122,7 +122,7 @@ def compare(
     for name, (checkpoint, own_code) in folders.items():  # one at a time: together they may be too large
         model = _load_or_offload(checkpoint, device, recipe, own_code, progress)
         for kind in ("dense", "cut") if name == "dense" else ("pruned",):
-            with plan_as_gates(model, plan) if kind == "cut" else nullcontext():
+            with plan_as_gates(model, groups, plan) if kind == "cut" else nullcontext():
                 measure = partial(measure_perplexities, model, protocols, progress)
                 texts = [windows.sha256 for windows in protocols]
                 found["perplexity"][kind] = dense.once("perplexity", texts, measure) if kind == "dense" else measure()
