@@ -386,6 +386,7 @@ def test_a_fine_tuned_model_is_another_model(checkpoint: Path, tmp_path: Path) -
     assert checkpoint_sha256(tmp_path / "copy") == checkpoint_sha256(checkpoint)
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_analyses_plans_and_uses_it_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     wanted = QUICK | {"analysis.enabled": True, "analysis.windows": 3, "pruning.allocation": "curves"}
     wanted |= {"pruning.shape": "free", "training.steps": 1, "analysis.protect": 0.34}

@@ -227,7 +227,7 @@ OVERRIDES = QUICK | {"search.evaluations": 6, "search.windows": 4, "search.judge
 
 @pytest.mark.parametrize("shape", ["uniform", "free"])
 def test_the_default_recipe_searches_refits_and_reports_it(
-    checkpoint: Path, text: Path, tmp_path: Path, shape: str
+    checkpoint: Path, text: Path, tmp_path: Path, lean: None, shape: str
 ) -> None:
     result = regrow.prune(
         str(checkpoint),
