@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_evaluated_all_the_same(
     recipe = load_recipe("loraprune", settings | {"evaluation.completions": 1, "evaluation.memory": False})
     heard = Hearing()
     found = compare(
-        str(checkpoint), str(checkpoint), Plan.whole(groups), ["one two three " * 20] * 8, "words",
+        str(checkpoint), str(checkpoint), groups, Plan.whole(groups), ["one two three " * 20] * 8, "words",
         load_tokenizer(str(checkpoint)), recipe, torch.device("cpu"), heard,
     )  # fmt: skip
     told = {kind: found["perplexity"][kind]["window-16"]["value"] for kind in ("dense", "cut", "pruned")}

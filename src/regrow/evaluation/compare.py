@@ -132,7 +132,7 @@ def compare(
             measure = partial(_task_scores, model, tokenizer, recipe, progress)
             tasks = [wanted.task_limit, *map(told_apart, wanted.tasks)]
             found["tasks"][name] = dense.once("tasks", tasks, measure) if name == "dense" else measure()
-        del model
+        del model, measure  # which holds it, too
     results: dict[str, Any] = {part: each for part, each in found.items() if each}
     results["tokenizer"] = {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)}
     results["completions"] = [
