@@ -29,7 +29,7 @@ from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import measure_perplexities
 from regrow.evaluation.dense import DenseFigures
-from regrow.evaluation.tasks import told_apart
+from regrow.evaluation.tasks import task_fingerprint
 from regrow.recipe import parse_recipe
 
 IN_A_PROCESS = grid._run
@@ -168,10 +168,10 @@ def test_figures_are_only_taken_where_they_hold(tmp_path: Path) -> None:
 def test_a_task_file_is_told_by_its_bytes(tmp_path: Path) -> None:
     file = tmp_path / "task.jsonl"
     file.write_text("one")
-    before = told_apart(str(file))
+    before = task_fingerprint(str(file))
     file.write_text("two")
-    assert told_apart(str(file)) != before
-    assert told_apart("boolq") == "boolq"
+    assert task_fingerprint(str(file)) != before
+    assert task_fingerprint("boolq") == "boolq"
 
 
 def test_a_cell_stops_with_whoever_started_it(

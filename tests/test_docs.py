@@ -78,7 +78,9 @@ def test_python_runs(
         (tmp_path / "out" / "model").symlink_to(checkpoint)
     for shown, tried in {"Qwen/Qwen3-0.6B": str(checkpoint), **INSTEAD}.items():
         code = code.replace(shown, tried)
-    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(code, "block", "exec"), names)  # whatever goes wrong raises
+    assert len(names) > 2, "a block that leaves no name has done nothing"
 
 
 def test_the_criterion_on_the_page_scores_units(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, PreTrai
 
 import regrow
 from regrow.checkpoint.journal import Journal
-from regrow.checkpoint.load import load_model, load_tokenizer
+from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.state import State
 from regrow.checkpoint.stock import prunable_groups
@@ -259,6 +260,21 @@ def test_no_full_copy_of_the_base_is_kept(folder: Path, kind: str) -> None:
     del pruner
     release(model)
     assert all(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "kept", [{}, {"quantization": "int8"}, {"quantization": "nf4"}, {"offload": "disk"}], ids=lambda kept: str(kept)
+)
+def test_a_model_without_weights_has_the_groups_of_the_loaded_one(folder: Path, kept: dict[str, str]) -> None:
+    """So that a run need not trace again what it has loaded."""
+    loaded = prunable_groups(load(str(folder), torch.device("cpu"), **kept))
+    skeleton = prunable_groups(load_skeleton(str(folder)))
+    assert loaded.to_json() == skeleton.to_json()
+    assert loaded.linears == skeleton.linears
+    for one, other in zip(loaded, skeleton, strict=True):
+        assert (one.cost, one.hidden, one.widths) == (other.cost, other.hidden, other.widths)
+        slices = [[(s.parameter, s.axis, s.index.tolist()) for s in group.slices] for group in (one, other)]
+        assert slices[0] == slices[1]
 
 
 @BOTH

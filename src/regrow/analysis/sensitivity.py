@@ -58,63 +58,50 @@ def measure_sensitivity(
         InputError: if a loss is not finite.
     """
     alike = {name: each for name, each in families(groups).items() if each[0].units > each[0].least}
-    trials = {
+    removed = {
         name: [units_removed(share, group.units, group.least) for share in shares]
         for name, (group, *_) in alike.items()
     }
     kinds: dict[str, list[str]] = {}
     for name, (group, *_) in alike.items():
         kinds.setdefault(group.kind, []).append(name)
-    progress.stage("sensitivity", sum(len(set(counts)) for counts in trials.values()) + len(kinds) * len(shares))
-    losses: dict[str, dict[int, float]] = {name: {} for name in trials}
-    together: dict[str, list[float]] = {kind: [] for kind in kinds}
+    progress.stage("sensitivity", sum(len(set(counts)) for counts in removed.values()) + len(kinds) * len(set(shares)))
+    losses: dict[str, list[float]] = {}
     walk = LayerWalk(model, torch.split(windows.ids_NT, conditions.batch_size), processes)
-    ranked = {group.name: torch.argsort(scores[group.name], stable=True).cpu() for group in groups}
     with evaluation_mode(model), Gates(model, groups.groups) as gates:
+        trials = _Trials(walk, gates, groups, scores, progress)
         for kind, names in kinds.items():
-            for number, share in enumerate(shares):
-                lost = {group.name: trials[name][number] for name in names for group in alike[name]}
-                together[kind].append(loss := _trial(walk, gates, ranked, lost))
-                progress.advance(1, f"{kind} of all layers, {share:.0%} less: loss {loss:.3f}")
+            losses[kind] = [
+                trials.run(
+                    f"all layers without {share:g} of their {kind}",
+                    {group.name: removed[name][number] for name in names for group in alike[name]},
+                )
+                for number, share in enumerate(shares)
+            ]
         for layer in range(len(groups.layers)):
-            for name, members in alike.items():
-                if members[0].layer != layer:
-                    continue
-                for count in dict.fromkeys(trials[name]):
-                    loss = _trial(walk, gates, ranked, {group.name: count for group in members})
-                    losses[name][count] = loss
-                    progress.advance(1, f"{name} without {count} of {members[0].units}: loss {loss:.3f}")
+            for name in (name for name, members in alike.items() if members[0].layer == layer):
+                losses[name] = [
+                    trials.run(f"{name} without {count} units", {group.name: count for group in alike[name]})
+                    for count in removed[name]
+                ]
             if layer < len(groups.layers) - 1:
                 walk.advance()
         dense = mean_loss(walk)
-    _demand_finite("the model as it is", dense)
-    for name, measured in losses.items():
-        for count, loss in measured.items():
-            _demand_finite(f"{name} without {count} units", loss)
-    for kind, each in together.items():
-        for share, loss in zip(shares, each, strict=True):
-            _demand_finite(f"the model with {share:.0%} less {kind} in all layers", loss)
+    trials.demand_finite(dense)
+
+    def found(name: str, members: Sequence[str]) -> GroupSensitivity:
+        return GroupSensitivity(
+            units=sum(alike[member][0].units for member in members),
+            cost=sum(group.cost for member in members for group in alike[member]),
+            removed=tuple(sum(counts) for counts in zip(*(removed[member] for member in members), strict=True)),
+            deltas=tuple(loss - dense for loss in losses[name]),
+        )
+
     return Sensitivity(
         conditions=conditions,
         dense_nll=dense,
-        groups={
-            name: GroupSensitivity(
-                units=members[0].units,
-                cost=sum(group.cost for group in members),
-                removed=tuple(trials[name]),
-                deltas=tuple(losses[name][count] - dense for count in trials[name]),
-            )
-            for name, members in alike.items()
-        },
-        together={
-            kind: GroupSensitivity(
-                units=sum(alike[name][0].units for name in names),
-                cost=sum(group.cost for name in names for group in alike[name]),
-                removed=tuple(sum(counts) for counts in zip(*(trials[name] for name in names), strict=True)),
-                deltas=tuple(loss - dense for loss in together[kind]),
-            )
-            for kind, names in kinds.items()
-        },
+        groups={name: found(name, [name]) for name in alike},
+        together={kind: found(kind, names) for kind, names in kinds.items()},
     )
 
 
@@ -128,17 +115,40 @@ def mean_loss(walk: LayerWalk) -> float:
     return loss / tokens
 
 
-def _trial(walk: LayerWalk, gates: Gates, ranked: Mapping[str, Tensor], lost: Mapping[str, int]) -> float:
-    for name, count in lost.items():
-        gates.keep(name, ranked[name][count:].tolist())
-    loss = mean_loss(walk)
-    for name in lost:
-        gates.set(name, torch.ones(len(ranked[name])))
-    return loss
+class _Trials:
+    """The loss without some units, from the layer on at which a walk stands."""
 
+    def __init__(
+        self, walk: LayerWalk, gates: Gates, groups: Groups, scores: Mapping[str, Tensor], progress: Progress
+    ) -> None:
+        self._walk, self._gates, self._progress = walk, gates, progress
+        self._ranked = {group.name: torch.argsort(scores[group.name], stable=True).cpu() for group in groups}
+        self._losses: dict[str, float] = {}
 
-def _demand_finite(what: str, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the held-out loss of {what} is {loss}; check the weights, and in float16 use bfloat16 or float32"
-        )
+    def run(self, what: str, lost: Mapping[str, int]) -> float:
+        """Nats per token while groups are without their lowest units; the same trial is not measured twice.
+
+        Args:
+            what: names the trial.
+            lost: group name -> how many units it is without.
+        """
+        if what not in self._losses:
+            for name, count in lost.items():
+                self._gates.keep(name, self._ranked[name][count:].tolist())
+            self._losses[what] = mean_loss(self._walk)
+            for name in lost:
+                self._gates.set(name, torch.ones(len(self._ranked[name])))
+            self._progress.advance(1, f"{what}: loss {self._losses[what]:.3f}")
+        return self._losses[what]
+
+    def demand_finite(self, dense: float) -> None:
+        """See that all losses are numbers, the whole model's first.
+
+        Raises:
+            InputError: if one is not.
+        """
+        for what, loss in {"the model as it is": dense, **self._losses}.items():
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the held-out loss of {what} is {loss}; check the weights, and in float16 use bfloat16 or float32"
+                )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import Speed, measure_speed, ratios
-from regrow.evaluation.tasks import run_tasks, told_apart
+from regrow.evaluation.tasks import run_tasks, task_fingerprint
 from regrow.planning.plan import Plan
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
@@ -118,21 +119,26 @@ def compare(
     folders = {"dense": (dense_name, False), "pruned": (pruned_name, needs_remote_code(Path(pruned_name)))}
     found: dict[str, dict[str, Any]] = {"perplexity": {}, "size": {}, "tasks": {}}
     completions: dict[str, list[str]] = {}
-    dense = DenseFigures(dense_file, {"model": checkpoint_sha256(local_folder(dense_name)), **machine(device)})
+    shared = DenseFigures(dense_file, {"model": checkpoint_sha256(local_folder(dense_name)), **machine(device)})
+    own = DenseFigures(None, {})
     for name, (checkpoint, own_code) in folders.items():  # one at a time: together they may be too large
         model = _load_or_offload(checkpoint, device, recipe, own_code, progress)
         for kind in ("dense", "cut") if name == "dense" else ("pruned",):
             with plan_as_gates(model, groups, plan) if kind == "cut" else nullcontext():
-                measure = partial(measure_perplexities, model, protocols, progress)
-                texts = [windows.sha256 for windows in protocols]
-                found["perplexity"][kind] = dense.once("perplexity", texts, measure) if kind == "dense" else measure()
+                found["perplexity"][kind] = (shared if kind == "dense" else own).once(
+                    "perplexity",
+                    [(windows.length, windows.bos, windows.source, windows.sha256) for windows in protocols],
+                    partial(measure_perplexities, model, protocols, progress),
+                )
                 completions[kind] = [complete(model, tokenizer, prompt) for prompt in prompts]
         found["size"][name] = asdict(measure_size(model))
         if wanted.tasks:
-            measure = partial(_task_scores, model, tokenizer, recipe, progress)
-            tasks = [wanted.task_limit, *map(told_apart, wanted.tasks)]
-            found["tasks"][name] = dense.once("tasks", tasks, measure) if name == "dense" else measure()
-        del model, measure  # which holds it, too
+            found["tasks"][name] = (shared if name == "dense" else own).once(
+                "tasks",
+                [version("lm_eval"), wanted.task_limit, *map(task_fingerprint, wanted.tasks)],
+                partial(_task_scores, model, tokenizer, recipe, progress),
+            )
+        del model
     results: dict[str, Any] = {part: each for part, each in found.items() if each}
     results["tokenizer"] = {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)}
     results["completions"] = [

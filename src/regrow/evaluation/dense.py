@@ -9,7 +9,10 @@ from regrow.checkpoint.files import write_json
 
 
 class DenseFigures:
-    """Figures in a file, each with what it holds for: it is taken from there only where that is the same."""
+    """Figures in a file, each with what it holds for: it is taken from there only where that is the same.
+
+    The tokenizer is taken to be the model's own.
+    """
 
     def __init__(self, file: Path | None, holds_for: Mapping[str, Any]) -> None:
         """Look at what is there when it is asked for.

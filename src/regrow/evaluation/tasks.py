@@ -130,8 +130,8 @@ def run_tasks(
     return {name: _score(found["results"][name], found["n-samples"][name]["effective"]) for name in names.values()}
 
 
-def told_apart(task: str) -> str:
-    """A task's name; of a file its bytes as well."""
+def task_fingerprint(task: str) -> str:
+    """A task's name; of a file a hash of its bytes as well, not of what it names in turn."""
     return f"{task} {hashlib.sha256(Path(task).read_bytes()).hexdigest()}" if _is_file(task) else task
 
 

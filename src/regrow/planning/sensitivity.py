@@ -104,9 +104,9 @@ class Curve:
 
 
 def fit_curve(shares: Sequence[float], deltas: Sequence[float]) -> Curve:
-    """The highest curve that is nowhere above the points, nor above 0 where nothing is removed.
+    """The greatest convex minorant of the points and the origin: the highest such curve that is nowhere above them.
 
-    Those points are left out that lie above what joins their neighbours; damage below zero is noise and counts as none.
+    Damage below zero is noise and counts as none; beyond a point at which it falls again only the lower one counts.
     """
     points = dict(sorted(zip(shares, deltas, strict=True)))
     lowest_from_here_on = np.minimum.accumulate([*points.values()][::-1])[::-1]
