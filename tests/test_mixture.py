@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, STORY, build, with_lora
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -118,6 +118,8 @@ def test_shares_by_hand() -> None:
     assert moved_reference((0.4, 0.6), (1.0, 0.0), (0.2, 0.8)) == pytest.approx((0.4, 0.6))
 
 
+@example(((0.75, 0.25), [5.0, math.nextafter(5.0, 0.0)]), 0)
+@example(((0.75, 0.25), [5e-324, 0.0]), 0)
 @given(degraded(), st.integers(0, 2**32 - 1))
 def test_drpruning_is_the_worst_case_of_its_ball(case: tuple[tuple[float, ...], list[float]], seed: int) -> None:
     initial, gaps = case

@@ -107,9 +107,12 @@ def drpruning_weights(
     the distance from reference losses, which are the dense model's until a law foretells others (`scaling.py`).
     """
     p, gap = np.array(reference), np.array(degradation)
-    spread = float(p @ (gap - p @ gap) ** 2)
-    if spread == 0.0:
+    width = float(np.ptp(gap))
+    if width == 0.0:
         return tuple(p.tolist())
+    # Neither a shift nor a scale of Δ changes q, and differences of a few rounding errors would drown in the mean.
+    gap = (gap - gap.max()) / width
+    spread = float(p @ (gap - p @ gap) ** 2)
     room = radius / (1 - floor) ** 2
 
     def tilted(eta: float) -> Vector:
@@ -119,7 +122,7 @@ def drpruning_weights(
 
     # As long as no source is clipped the divergence is spread / 2 (mean - η)², hence a bound from below.
     low = min(float(gap.min()), float(p @ gap) - math.sqrt(spread / (2 * room)))
-    eta = _last_below(lambda eta: 0.5 * float(p @ (tilted(eta) - 1) ** 2) <= room, low, float(gap.max()))
+    eta = _last_below(lambda eta: 0.5 * float(p @ (tilted(eta) - 1) ** 2) <= room, low, 0.0)
     return _plain(p * (floor + (1 - floor) * tilted(eta)))
 
 
