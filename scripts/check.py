@@ -8,7 +8,7 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"),
-    ("pytest", "--numprocesses=2", "--dist=loadgroup"),
+    ("pytest", "--numprocesses=2", "--dist=loadfile"),  # so that what a file's tests share is made once
 )
 
 

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-pytestmark = pytest.mark.xdist_group("browser")  # what its fixtures make is made once
-
 WIDTHS = {"phone": 360, "desktop": 1280}
 HEIGHT = 900
 SCHEMES = {"dark": 0, "light": 1}  # Chromium's own numbers

@@ -32,8 +32,6 @@ from regrow.evaluation.dense import DenseFigures
 from regrow.evaluation.tasks import task_fingerprint
 from regrow.recipe import parse_recipe
 
-pytestmark = pytest.mark.xdist_group("compare")  # what its fixtures make is made once
-
 IN_A_PROCESS = grid._run
 SMALL = {**QUICK, "evaluation.max_windows": 4}
 

@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from regrow.demo import corpus as demo
 from regrow.errors import InputError
 
-pytestmark = pytest.mark.xdist_group("demo corpus")  # what its fixtures make is made once
-
 MODEL = Path(demo.__file__).parent / "model"
 
 

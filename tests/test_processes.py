@@ -29,10 +29,6 @@ FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("src", "scripts", 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-in_one_worker = pytest.mark.xdist_group("launched")
-"""What needs `launched`, so that two processes are not started by every worker."""
-
-
 @dataclass(frozen=True)
 class Launched:
     """What two processes left, and said."""
@@ -74,7 +70,6 @@ def assert_close(one: Any, other: Any) -> None:
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-@in_one_worker
 @pytest.mark.parametrize("name", together.WORK)
 def test_two_processes_train_as_one(name: str, launched: Launched, tmp_path: Path) -> None:
     alone = json.loads(json.dumps(together.outcome(together.session(together.WORK[name], tmp_path))))
@@ -83,7 +78,6 @@ def test_two_processes_train_as_one(name: str, launched: Launched, tmp_path: Pat
     assert launched.found[name]["adapters"] == pytest.approx(alone["adapters"], rel=1e-4, abs=1e-6)
 
 
-@in_one_worker
 def test_two_processes_end_on_the_original_weights_as_one(launched: Launched, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     done = together.on_originals(tmp_path)
@@ -94,12 +88,10 @@ def test_two_processes_end_on_the_original_weights_as_one(launched: Launched, tm
     assert launched.found["originals"]["adapters"] == pytest.approx(alone["adapters"], rel=1e-4, abs=1e-6)
 
 
-@in_one_worker
 def test_two_processes_analyse_as_one(launched: Launched) -> None:
     assert_close(launched.found["sensitivity"], json.loads(json.dumps(together.sensitivity())))
 
 
-@in_one_worker
 @pytest.mark.usefixtures("lean")
 def test_two_processes_prune_as_one(launched: Launched, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """The same plan, losses and files as one process leaves; one of the two speaks."""
@@ -226,7 +218,6 @@ def test_parts_are_of_several_processes(text: Path) -> None:
         regrow.analyze("anything", str(text), overrides={"training.offload": "shards"})
 
 
-@in_one_worker
 @pytest.mark.usefixtures("lean")
 def test_weights_in_parts_are_pruned_as_whole_ones(
     launched: Launched, checkpoint: Path, text: Path, tmp_path: Path
@@ -244,7 +235,6 @@ def test_weights_in_parts_are_pruned_as_whole_ones(
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-@in_one_worker
 def test_one_process_goes_on_with_what_two_began(launched: Launched, tmp_path: Path) -> None:
     """Their journal holds the chance of both; a single process has its own."""
     shutil.copytree(launched.folder / "broken", tmp_path / "broken")

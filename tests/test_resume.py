@@ -37,8 +37,6 @@ from regrow.recovery.train import train
 from regrow.settings import Lora
 from regrow.structure.groups import Groups
 
-pytestmark = pytest.mark.xdist_group("resume")  # what its fixtures make is made once
-
 STEPS = 8
 COMMON = {
     "training.steps": STEPS,

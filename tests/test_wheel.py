@@ -15,8 +15,6 @@ import pytest
 
 from regrow.recipe import shipped_recipes
 
-pytestmark = pytest.mark.xdist_group("wheel")  # what its fixtures make is made once
-
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "tests", "scripts", "benchmarks", "docs")
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

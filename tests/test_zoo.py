@@ -63,7 +63,6 @@ def folder_of(scratch: Path, family: str) -> Path:
     return scratch / str(list(FAMILIES).index(family))
 
 
-@pytest.mark.xdist_group("families")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_is_cut(family: str, checked: dict[str, Found], scratch: Path) -> None:
     found = checked[family] = zoo.check(family, folder_of(scratch, family))
@@ -77,9 +76,8 @@ def test_masked_is_cut(family: str, checked: dict[str, Found], scratch: Path) ->
     assert all(widths.refusal for widths in found.widths.values() if len(widths.counts) == 1)
 
 
-@pytest.mark.xdist_group("families")
 def test_a_fresh_process_computes_and_writes_the_same(checked: dict[str, Found], scratch: Path) -> None:
-    """One process for all of them; what was not pruned in this worker is pruned now.
+    """One process for all of them; those that another worker has been given are pruned here too.
 
     Beside them lies a Qwen2 with so few heads that it is saved as a Llama. The page tells what is seen here.
     """
