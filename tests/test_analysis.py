@@ -59,7 +59,8 @@ def sensitivity_of(deltas: dict[str, tuple[float, ...]], units: int = 8) -> Sens
         name: GroupSensitivity(units=units, cost=1, removed=(units // 4, units // 2), deltas=both)
         for name, both in deltas.items()
     }
-    return Sensitivity(conditions=CONDITIONS, dense_nll=1.0, groups=groups)
+    together = {"ffn": GroupSensitivity(units=units, cost=1, removed=(1,), deltas=(0.5,))}
+    return Sensitivity(conditions=CONDITIONS, dense_nll=1.0, groups=groups, together=together)
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ def test_it_survives_json_and_nonsense_does_not() -> None:
     found = sensitivity_of({"layers.0.ffn": (0.1, 0.30000000000000004), "layers.1.ffn": (-0.1, 1e-17)})
     assert Sensitivity.parse(json.dumps(found.to_json())) == found
     assert found.conditions.fingerprint != CONDITIONS.model_copy(update={"shares": (0.5,)}).fingerprint
-    for text in ("", "[]", json.dumps(found.to_json()).replace("0.1", "NaN")):
+    older = json.dumps({key: value for key, value in found.to_json().items() if key != "together"})
+    for text in ("", "[]", json.dumps(found.to_json()).replace("0.1", "NaN"), older):
         with pytest.raises(InputError, match="not a valid sensitivity file"):
             Sensitivity.parse(text)
 
@@ -434,17 +436,23 @@ def test_analyze_shows_a_table(command: CommandLine, checkpoint: Path, text: Pat
             "--set data.sequence_length=32 --set evaluation.windows=[32]",
             "no.json: cannot be read",
         ),
+        (
+            "prune LLAMA --data TEXT --out out --set analysis.enabled=true --set analysis.from_file=older.json "
+            "--set data.sequence_length=32 --set evaluation.windows=[32]",
+            "older.json: not a valid sensitivity file: format",
+        ),
     ],
 )
 def test_bad_input(
     words: str, complaint: str, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "note.txt").write_text("")
+    (tmp_path / "older.json").write_text('{"format": "regrow-sensitivity-1"}')
     done = command(*[{"LLAMA": checkpoint, "TEXT": text}.get(word, word) for word in words.split()], cwd=tmp_path)
     assert done.code == 2
     assert complaint in done.stderr
     assert len(done.complaint.splitlines()) == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+    assert {file.name for file in tmp_path.iterdir()} == {"note.txt", "older.json"}
 
 
 def test_the_heat_map_can_be_read() -> None:

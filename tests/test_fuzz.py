@@ -246,6 +246,7 @@ SENSITIVITY = Sensitivity(
         for n in range(3)
         for kind in ("attention", "ffn")
     },
+    together={"ffn": GroupSensitivity(units=24, cost=5, removed=(6, 12), deltas=(0.2, 0.4))},
 ).to_json()
 
 
@@ -255,7 +256,8 @@ def test_sensitivities(document: Any) -> None:
     found = tried(lambda: Sensitivity.parse(json.dumps(document)))
     if found is not None:
         prior = found.prior(0.3)
-        assert all(math.isfinite(curve(0.5)) and curve(0.5) >= 0 for curve in prior.curves.values())
+        curves = [*prior.curves.values(), *prior.together.values()]
+        assert all(math.isfinite(curve(0.5)) and curve(0.5) >= 0 for curve in curves)
         assert Sensitivity.parse(json.dumps(found.to_json())) == found
 
 

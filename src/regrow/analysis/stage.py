@@ -57,12 +57,14 @@ def read_sensitivity(path: Path, folder: Path, groups: Groups) -> Sensitivity:
     """An earlier analysis, which must be of this checkpoint; shares, text and criterion may be any.
 
     Raises:
-        InputError: if there is none, or it is of another model.
+        InputError: if there is none, or it is no analysis (of this version's format), or of another model.
     """
     try:
         found = Sensitivity.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"analysis.from_file {path}: cannot be read: {error}") from error
+    except InputError as error:
+        raise InputError(f"analysis.from_file {path}: {error}; leave it out to measure this model anew") from error
     if found.conditions.model_sha256 != checkpoint_sha256(folder) or not found.describes(groups):
         raise InputError(f"analysis.from_file {path}: was measured on another model; leave it out to measure this one")
     return found

@@ -131,7 +131,7 @@ class Prior:
     curves: Mapping[str, Curve]
     """Of each group alone."""
     together: Mapping[str, Curve] = field(default_factory=dict)
-    """Of each kind in all layers at once; none if that was not measured."""
+    """Of each kind in all layers at once; where it is not known, curves of groups are added up."""
 
 
 class Sensitivity(Document):
@@ -142,13 +142,13 @@ class Sensitivity(Document):
 
     called: ClassVar[str] = "sensitivity file"
 
-    format: Literal["regrow-sensitivity-1"] = "regrow-sensitivity-1"
+    format: Literal["regrow-sensitivity-2"] = "regrow-sensitivity-2"
     conditions: Conditions
     dense_nll: Annotated[float, Field(ge=0, le=MOST_NATS)]
     """Of the whole model, nats per token."""
     groups: Annotated[dict[str, GroupSensitivity], Field(min_length=1)]
-    together: dict[str, GroupSensitivity] = Field(default_factory=dict)
-    """Kind -> its groups in all layers pruned at once; none in analyses from before that was measured."""
+    together: Annotated[dict[str, GroupSensitivity], Field(min_length=1)]
+    """Kind -> its groups in all layers pruned at once."""
 
     def describes(self, groups: Groups) -> bool:
         """Whether the analysis is of a model with these groups."""
