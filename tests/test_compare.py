@@ -174,6 +174,26 @@ def test_a_task_file_is_told_by_its_bytes(tmp_path: Path) -> None:
     assert task_fingerprint("boolq") == "boolq"
 
 
+def test_a_task_is_told_by_the_bytes_of_what_its_file_names(tmp_path: Path) -> None:
+    """Another YAML file, data by its whole path, a module of a function; a file that nothing names changes nothing."""
+    files = {
+        "task.yaml": f"include: more/base.yaml\ndoc_to_text: !function utils.read\ndoc_to_choice: {'x' * 5000}",
+        "more/base.yaml": f"include: ../more/base.yaml\ndata_files: {{test: '{tmp_path / 'data.jsonl'}'}}",
+        "data.jsonl": "{}", "utils.py": "", "other.jsonl": "{}",
+    }  # fmt: skip
+    (tmp_path / "more").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    told = [task_fingerprint(str(tmp_path / "task.yaml"))]
+    for name in files:
+        with (tmp_path / name).open("a") as file:
+            file.write("\n# more")
+        told.append(task_fingerprint(str(tmp_path / "task.yaml")))
+    assert len(set(told)) == len(files), "all but the last are different"
+    assert all(each.startswith("task.yaml ") for each in told)
+    assert told[-1] == told[-2]
+
+
 def test_a_cell_stops_with_whoever_started_it(
     command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:

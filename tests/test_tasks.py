@@ -81,6 +81,9 @@ def test_a_run_scores_the_dense_and_the_pruned_model(checkpoint: Path, text: Pat
     scores = result.results["tasks"]
     assert {kind: one["questions"]["items"] for kind, one in scores.items()} == {"dense": 2, "pruned": 2}
     assert "questions" in (result.folder / "report.md").read_text()
+    write(tmp_path / "questions.jsonl", QUESTIONS[:2])
+    with pytest.raises(InputError, match=r"holds a run with evaluation\.tasks\.0 = 'questions\.jsonl "):
+        regrow.prune(str(checkpoint), tmp_path / "out", "magnitude", data=str(text), steps=0, overrides=overrides)
 
 
 @pytest.mark.parametrize(

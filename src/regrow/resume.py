@@ -17,6 +17,7 @@ from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
 from regrow.errors import InputError
+from regrow.evaluation.tasks import task_fingerprint
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -36,6 +37,7 @@ def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": checkpoint_sha256(weights_folder(model)),
         **dict(_flat(settings, "")),
+        **{f"evaluation.tasks.{n}": task_fingerprint(task) for n, task in enumerate(recipe.evaluation.tasks)},
         "device": pick_device(recipe.device).type,
         "regrow": version("regrow"),
     }

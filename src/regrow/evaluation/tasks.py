@@ -53,6 +53,9 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
 }
 """Fields of a JSONL file's records -> what the harness is told to do with them."""
 
+LONGEST_NAME = 250
+"""Bytes; systems refuse to look for longer ones."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -131,8 +134,27 @@ def run_tasks(
 
 
 def task_fingerprint(task: str) -> str:
-    """A task's name; of a file a hash of its bytes as well, not of what it names in turn."""
-    return f"{task} {hashlib.sha256(Path(task).read_bytes()).hexdigest()}" if _is_file(task) else task
+    """A task's name; of a file, its own and a hash of its bytes and those of all files that a YAML file names in turn.
+
+    Folders and names with blanks in them are passed over.
+    """
+    if not _is_file(task):
+        return task
+    files = [Path(task).resolve()]
+    for file in files:  # grows as it goes
+        if _is_yaml(str(file)):
+            files += [named for named in _named_in(file) if named not in files]
+    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return f"{files[0].name} {hashlib.sha256(hashes.encode()).hexdigest()}"
+
+
+def _named_in(file: Path) -> list[Path]:
+    """Files that a YAML file names: data, other YAML files, modules of its functions (`!function utils.read`)."""
+    words = re.findall(r"[^\s\"'#,\[\]{}]+", file.read_text(encoding="utf-8", errors="replace"))
+    words = [word for word in words if len(word.encode()) <= LONGEST_NAME]
+    beside = (place for word in words for place in (file.parent / word, file.parent / f"{word.partition('.')[0]}.py"))
+    places = (place.resolve() for place in (*beside, *map(Path, words)) if place.is_file())
+    return list(dict.fromkeys(places))
 
 
 def _is_yaml(task: str) -> bool:
@@ -170,7 +192,7 @@ def _settle(task: str) -> str | dict[str, Any]:
 
 def _name_of(file: Path) -> str:
     """The task that a YAML file describes; read as text, since only the harness knows the file's own tags."""
-    found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     if found is None:
         raise InputError(f"{file} names no task; it needs a line such as task: my_task")
     return found[1]
