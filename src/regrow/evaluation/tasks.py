@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from regrow.checkpoint.files import sha256_of
 from regrow.data.source import load_records
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
@@ -52,9 +54,6 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
     },
 }
 """Fields of a JSONL file's records -> what the harness is told to do with them."""
-
-LONGEST_NAME = 250
-"""Bytes; systems refuse to look for longer ones."""
 
 
 @dataclass(frozen=True)
@@ -140,21 +139,20 @@ def task_fingerprint(task: str) -> str:
     """
     if not _is_file(task):
         return task
-    files = [Path(task).resolve()]
+    files = [Path(os.path.abspath(task))]
     for file in files:  # grows as it goes
         if _is_yaml(str(file)):
             files += [named for named in _named_in(file) if named not in files]
-    hashes = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    hashes = "".join(map(sha256_of, files))
     return f"{files[0].name} {hashlib.sha256(hashes.encode()).hexdigest()}"
 
 
 def _named_in(file: Path) -> list[Path]:
     """Files that a YAML file names: data, other YAML files, modules of its functions (`!function utils.read`)."""
     words = re.findall(r"[^\s\"'#,\[\]{}]+", file.read_text(encoding="utf-8", errors="replace"))
-    words = [word for word in words if len(word.encode()) <= LONGEST_NAME]
-    beside = (place for word in words for place in (file.parent / word, file.parent / f"{word.partition('.')[0]}.py"))
-    places = (place.resolve() for place in (*beside, *map(Path, words)) if place.is_file())
-    return list(dict.fromkeys(places))
+    beside = (file.parent / name for word in words for name in (word, f"{word.partition('.')[0]}.py"))
+    places = (os.path.abspath(place) for place in (*beside, *words))
+    return [Path(place) for place in dict.fromkeys(places) if os.path.isfile(place)]
 
 
 def _is_yaml(task: str) -> bool:
