@@ -611,7 +611,7 @@ def test_a_refit_makes_the_best_of_the_tokens_that_come_to_an_expert(
     family: str, carrier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weighted by the router; against moments taken by hand. And the layer is nearer to what it was than merely cut."""
-    monkeypatch.setattr("regrow.recovery.compensate.GRAMS", 8 * 40**2 * 2)  # two experts at a time
+    monkeypatch.setattr("regrow.compensation.moments.GRAMS", 8 * 40**2 * 2)  # two experts at a time
     model = build(family)
     groups = with_lora(model, rank=40, fill=False)
     keep = {n: u for n, u in thinned(groups, 4, 8).items() if n.startswith("layers.0.") and n.endswith(".ffn")}

@@ -13,7 +13,7 @@ import zoo
 from conftest import QUICK, CommandLine, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig
 
 import regrow
 from regrow.checkpoint.load import load_config, load_model, load_skeleton
@@ -378,6 +378,44 @@ def test_the_memory_model_of_refits_counts_the_largest_consumer_and_the_hidden_s
     assert "compensate" not in estimate_memory(
         sizes, recipe.override({"compensation.method": "none"}), frozenset(), torch.float32, torch.float32
     )
+
+
+def test_the_memory_model_of_finalists_counts_a_step_on_the_whole_model(checkpoint: Path) -> None:
+    recipe = load_recipe("regrow", SIXTEEN_TOKENS)
+    model = load_model(str(checkpoint))
+    sizes = Sizes.of(model, find_groups(model), recipe)
+
+    def finalists(**changes: object) -> int | None:
+        changed = recipe.override({key.replace("__", "."): value for key, value in changes.items()})
+        found = estimate_memory(sizes, changed, frozenset(), torch.float32, torch.float32)
+        return found.get("train finalists")
+
+    assert finalists() is finalists(search__evaluations=0, search__finalists=3) is None
+    trained = finalists(compensation__carrier="adapter")
+    assert trained == OVERHEAD + 4 * sizes.parameters + 16 * sizes.adapters + 4 * 3 * INTERNALS + 8 * 16 * 300
+    assert finalists(search__finalists=3) == trained
+    assert finalists(search__finalists=3, pruning__shape="free") is None
+
+
+def test_the_memory_model_of_refits_counts_the_experts_that_are_measured_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=96, num_hidden_layers=2, vocab_size=64, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    recipe = load_recipe("regrow", {"lora.rank": 4, "compensation.windows": 1, "search.evaluations": 0})
+
+    def refit() -> int:
+        sizes = Sizes.of(model, find_groups(model), recipe)
+        found = estimate_memory(sizes, recipe, frozenset(), torch.float32, torch.float32)["compensate"]
+        return found - OVERHEAD - 4 * sizes.parameters - 8 * sizes.adapters - 2 * 4 * recipe.data.sequence_length * 32
+
+    assert refit() == 24 * 96 * (96 + 32) + 3 * 8 * 96**2
+    monkeypatch.setattr("regrow.compensation.moments.GRAMS", 8 * 96**2 * 2)  # two experts at a time
+    assert refit() == 24 * 96 * (96 + 32) + 8 * 96**2
 
 
 def test_the_memory_model_counts_the_factors_of_experts() -> None:

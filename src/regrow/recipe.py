@@ -56,6 +56,14 @@ class Recipe(Section):
         _change(tree, settings)
         return parse_recipe(tree, self.name)
 
+    @property
+    def finalists(self) -> int:
+        """How many of a search's candidates are trained before one is chosen; 1: none is."""
+        if self.pruning.shape == "free" or not self.search.evaluations:
+            return 1
+        carried = self.compensation.carrier == "adapter" and self.compensation.method != "none"
+        return self.search.finalists or (2 if carried else 1)
+
     def with_sparsity(self, share: float, basis: str = "block") -> "Recipe":
         """This recipe with a share of the block parameters (or of `total`) to remove; a target stays written in it."""
         pruning = self.pruning.model_copy(update={"sparsity": share, "basis": basis})

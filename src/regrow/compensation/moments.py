@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+GRAMS = 2 * 2**30
+"""Bytes of moments of experts' inputs that are taken at once, or those of one expert."""
+
+
+def at_once(channels: int) -> int:
+    """Of how many experts of so many channels the moments are taken in one pass; at least 1."""
+    return max(1, GRAMS // (8 * channels**2))
+
 
 @dataclass
 class InputMoments:

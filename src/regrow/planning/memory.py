@@ -8,21 +8,25 @@ size, F FFN width, V vocabulary, b_a bytes of an activation):
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
     teacher      b_t P for a copy of the model, and its logits, T V b_a
-    refits       24 C² + 24 C O for the consumer with the most inputs C, and its O outputs: moments, what is solved,
-                 weights, in float64; 2 b_a d for each token of the windows that are walked through
+    refits       24 C² + 24 C O for a consumer with C inputs and O outputs: moments, what is solved, weights, in
+                 float64; 8 C² for each further expert of the layer that is measured along with it; 2 b_a d for each
+                 token of the windows that are walked through
+    finalists    of a search: a training step without the teacher, nothing cut
     the rest     128 MiB: what tracing and the libraries take once they are at work
 
 It is coarse: it knows neither the allocator's fragments nor what a kernel keeps for itself, and takes every attention
 for one that never holds T × T scores. On small LLaMAs on a CPU, which the constant was fitted to, scoring and training
-came to 0.82 to 0.94 of what was measured, refits to 1.17 (`benchmarks/memory.py`); finalists' training and experts'
-moments are left out. Take it for the order of magnitude that tells a run that fits from one that does not.
+came to 0.82 to 0.94 of what was measured, refits to 1.17 (`benchmarks/memory.py`). Take it for the order of magnitude
+that tells a run that fits from one that does not.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from regrow.compensation.moments import at_once
 from regrow.recipe import Recipe
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups, Slice
@@ -51,8 +55,8 @@ class Sizes:
     """Inputs of the adapted linears, summed up: what dropout keeps a second time, for each token."""
     gram: int
     """Squared inputs of every layer's consumers, summed up: what moments of inputs are kept in."""
-    consumer: tuple[int, int]
-    """Inputs and outputs of the consumer with the most inputs."""
+    refit: int
+    """Bytes that the dearest refit of a consumer takes; 0 if there is nothing to refit."""
     layers: int
     hidden: int
     channels: int
@@ -65,7 +69,9 @@ class Sizes:
         linears = {name: model.get_parameter(f"{name}.weight") for name in groups.linears}
         adapted = [w for name, w in linears.items() if not lora.targets or name.rpartition(".")[2] in lora.targets]
         in_experts = [(rank, model.get_parameter(name).shape) for name, rank in groups.expert_ranks(lora).items()]
-        consumers = [group.consumers[0] for group in groups if group.consumers and group.expert is None]
+        consumers = [group.consumers[0] for group in groups if group.consumers]
+        alone = [consumer for consumer in consumers if consumer.expert is None]
+        beside = Counter(consumer.parameter for consumer in consumers if consumer.expert is not None)
         return cls(
             parameters=groups.total_parameters,
             block_parameters=groups.block_parameters,
@@ -73,8 +79,8 @@ class Sizes:
             adapters=sum(lora.rank * sum(weight.shape) for weight in adapted)
             + sum(rank * count * (one + other) for rank, (count, one, other) in in_experts),
             dropped=sum(weight.shape[1] for weight in adapted) if lora.dropout else 0,
-            gram=sum(consumer.index.size**2 for consumer in consumers),
-            consumer=max(((each.index.size, _outputs(model, each)) for each in consumers), default=(0, 0)),
+            gram=sum(consumer.index.size**2 for consumer in alone),
+            refit=max((_refit(model, each, beside[each.parameter]) for each in consumers), default=0),
             layers=len(groups.layers),
             hidden=config.hidden_size,
             channels=max((group.units for group in groups if group.kind.startswith("ffn")), default=0),
@@ -101,7 +107,8 @@ def estimate_memory(
         streamed: whether the result is made from the original files tensor by tensor.
 
     Returns:
-        `score`, `compensate` (the search included), `train` and `save`, of the stages that the recipe has.
+        `score`, `compensate` (the search included), `train finalists`, `train` and `save`, of the stages that the
+        recipe has.
     """
     b_w, b_a = weights.itemsize, activations.itemsize
     tokens = recipe.training.batch_size * recipe.data.sequence_length
@@ -119,12 +126,13 @@ def estimate_memory(
         found["score"] += b_w * sizes.block_parameters if "weight" in needs else 0
         found["score"] += 4 * sizes.block_parameters if "squares" in needs else 0
         found["score"] += 8 * sizes.gram if "inputs" in needs else 0
-    if recipe.compensation.method != "none" and sizes.consumer[0]:
-        inputs, outputs = sizes.consumer
+    if recipe.compensation.method != "none" and sizes.refit:
         walked = max(recipe.compensation.windows, recipe.search.windows if recipe.search.evaluations else 0)
         found["compensate"] = whole + one_layer + (ADAPTER_BYTES + GRADIENT_BYTES) * sizes.adapters
-        found["compensate"] += 24 * inputs * (inputs + outputs)
-        found["compensate"] += 2 * b_a * walked * recipe.data.sequence_length * sizes.hidden
+        found["compensate"] += sizes.refit + 2 * b_a * walked * recipe.data.sequence_length * sizes.hidden
+    if recipe.finalists > 1:
+        trained = (ADAPTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES) * sizes.adapters
+        found["train finalists"] = whole + trained + step
     cut_at_once = recipe.pruning.schedule == "one-shot" and not recipe.pruning.decay_steps
     stays_whole = recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals
     present = left if cut_at_once and not stays_whole else whole
@@ -147,9 +155,12 @@ def estimate_memory(
     return {stage: size + OVERHEAD for stage, size in found.items()}
 
 
-def _outputs(model: PreTrainedModel, consumer: Slice) -> int:
-    shape = weight_shape(model.get_parameter(consumer.parameter))
-    return shape[1 - consumer.axis]
+def _refit(model: PreTrainedModel, consumer: Slice, experts: int) -> int:
+    """Bytes that the refit of a consumer takes, which so many experts of its layer have (0: it is not an expert's)."""
+    shape, inputs = weight_shape(model.get_parameter(consumer.parameter)), consumer.index.size
+    outputs = shape[1 - consumer.axis] if consumer.expert is None else shape[3 - consumer.axis]  # experts' axis is 0
+    ahead = min(experts, at_once(inputs)) - 1 if experts else 0
+    return 24 * inputs * (inputs + outputs) + 8 * ahead * inputs**2
 
 
 def _base(sizes: Sizes, recipe: Recipe, b_w: int, removed: int, processes: int) -> int:

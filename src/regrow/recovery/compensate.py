@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.biases import lone_consumers, possible_biases
-from regrow.compensation.moments import InputMoments
+from regrow.compensation.moments import InputMoments, at_once
 from regrow.compensation.solve import (
     bias_only,
     elimination_order,
@@ -45,8 +45,6 @@ from regrow.structure.quantised import kept_as, weight_shape
 
 Units = NDArray[np.int64]
 
-GRAMS = 2 * 2**30
-"""Bytes of moments of experts' inputs that are taken at once, or those of one expert."""
 SWEEPS = 2
 """Of the factors that an adapter would carry in a candidate of a search."""
 EXACT, MANY_SWEEPS = 1024, 16
@@ -217,7 +215,7 @@ class Compensator:
             weight = self.model.get_parameter(consumer.parameter)
             channels = weight.shape[consumer.axis]
             rest = [each for each in here if each.expert is not None and each.consumers[0].module == consumer.module]
-            together = rest[rest.index(group) :][: max(1, GRAMS // (8 * channels**2))]
+            together = rest[rest.index(group) :][: at_once(channels)]
             found = {each.consumers[0].expert: InputMoments.zeros(channels, weight.device) for each in together}
 
             def see(h_SF: Tensor, expert_S: Tensor, weight_S: Tensor) -> None:

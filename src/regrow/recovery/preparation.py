@@ -64,17 +64,9 @@ def windows_wanted(recipe: Recipe) -> int:
     A search refits, and trains finalists, on the first ones and judges by the last ones: not by those refitted on.
     """
     search, compensation = recipe.search, recipe.compensation
-    training = search.trial_steps * recipe.training.batch_size if finalists(recipe) > 1 else 0
+    training = search.trial_steps * recipe.training.batch_size if recipe.finalists > 1 else 0
     searching = max(search.windows, training) + search.judge_windows if search.evaluations else 0
     return max(searching, compensation.windows if compensation.walks else 0)
-
-
-def finalists(recipe: Recipe) -> int:
-    """How many of a search's candidates are trained before one is chosen; 1: none is."""
-    if recipe.pruning.shape == "free":
-        return 1
-    carried = recipe.compensation.carrier == "adapter" and recipe.compensation.method != "none"
-    return recipe.search.finalists or (2 if carried else 1)
 
 
 class Preparation:
@@ -199,7 +191,7 @@ class Preparation:
             values = [measured(counts) for counts in starts]
             finite = [math.inf if math.isnan(value) else value for value in values]
             order = sorted(range(len(starts)), key=lambda number: finite[number])
-            nearest = [number for number in order[: finalists(self.recipe)] if math.isfinite(finite[number])]
+            nearest = [number for number in order[: self.recipe.finalists] if math.isfinite(finite[number])]
             self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
             best = order[0]
             if len(nearest) > 1:
