@@ -175,13 +175,15 @@ def test_a_task_file_is_told_by_its_bytes(tmp_path: Path) -> None:
 
 
 def test_a_task_is_told_by_the_bytes_of_what_its_file_names(tmp_path: Path) -> None:
-    """Another YAML file, data by its whole path, a module of a function; a file that nothing names changes nothing."""
+    """Another YAML file, data by its whole path or in a folder, a module of a function; else nothing changes."""
     files = {
         "task.yaml": f"include: more/base.yaml\ndoc_to_text: !function utils.read\ndoc_to_choice: {'x' * 5000}",
-        "more/base.yaml": f"include: ../more/base.yaml\ndata_files: {{test: '{tmp_path / 'data.jsonl'}'}}",
-        "data.jsonl": "{}", "utils.py": "", "other.jsonl": "{}",
+        "more/base.yaml": f"include: ../more/base.yaml\ndata_files: {{test: '{tmp_path / 'data.jsonl'}'}}"
+        f"\ndataset_path: {tmp_path / 'parts'}",
+        "data.jsonl": "{}", "utils.py": "", "parts/of/it.jsonl": "{}", "other.jsonl": "{}",
     }  # fmt: skip
     (tmp_path / "more").mkdir()
+    (tmp_path / "parts" / "of").mkdir(parents=True)
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     told = [task_fingerprint(str(tmp_path / "task.yaml"))]

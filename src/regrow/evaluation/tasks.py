@@ -135,7 +135,7 @@ def run_tasks(
 def task_fingerprint(task: str) -> str:
     """A task's name; of a file, its own and a hash of its bytes and those of all files that a YAML file names in turn.
 
-    Folders and names with blanks in them are passed over.
+    Names with blanks in them are passed over, and folders other than those that its data are said to lie in.
     """
     if not _is_file(task):
         return task
@@ -149,9 +149,12 @@ def task_fingerprint(task: str) -> str:
 
 def _named_in(file: Path) -> list[Path]:
     """Files that a YAML file names: data, other YAML files, modules of its functions (`!function utils.read`)."""
-    words = re.findall(r"[^\s\"'#,\[\]{}]+", file.read_text(encoding="utf-8", errors="replace"))
+    text = file.read_text(encoding="utf-8", errors="replace")
+    words = re.findall(r"[^\s\"'#,\[\]{}]+", text)
     beside = (file.parent / name for word in words for name in (word, f"{word.partition('.')[0]}.py"))
-    places = (os.path.abspath(place) for place in (*beside, *words))
+    folders = re.findall(r"\b(?:dataset_path|data_dir):\s*[\"']?([^\s\"'#,}]+)", text)
+    inside = (each for name in folders if os.path.isdir(name) for each in sorted(Path(name).rglob("*")))
+    places = (os.path.abspath(place) for place in (*beside, *words, *inside))
     return [Path(place) for place in dict.fromkeys(places) if os.path.isfile(place)]
 
 
