@@ -18,6 +18,7 @@ os.environ.setdefault("REGROW_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES",
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from hypothesis import settings
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -36,6 +37,9 @@ from regrow.run import prune
 from regrow.structure.adapters import adapter_parameters, attach_lora
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import Groups
+
+settings.register_profile("any machine", deadline=None)  # a busy one takes its time
+settings.load_profile("any machine")
 
 os.environ.setdefault("REGROW_CACHE", "")  # tests that mean it name a folder; the user's is left alone
 

@@ -205,7 +205,7 @@ def test_it_survives_json_and_nonsense_does_not() -> None:
 # --- what a plan makes of it ---------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0.01, 9), st.floats(1, 4)), min_size=3, max_size=3), st.integers(1, 9))
 def test_greedy_is_optimal_where_all_units_cost_the_same(laws: list[tuple[float, float]], amount: int) -> None:
     names, units = ["a", "b", "c"], 3
@@ -249,7 +249,7 @@ def find_groups_once(family: str = "llama-mha-tied") -> Groups:
     return FOUND[family]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.sampled_from(["uniform", "free"]),
     basis=st.sampled_from(["block", "total"]),

@@ -217,6 +217,10 @@ MODELS = [
     case("own code to evaluate", remote_code, EVALUATE_MODEL, *TRUST),
     case("own code to inspect", remote_code, "inspect model", *TRUST),
     case("own code to bench", remote_code, "bench model", *TRUST),
+    case(
+        "quantised", config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), PRUNE_MODEL,
+        "model is quantised (bitsandbytes)", "give the checkpoint it was made of",
+    ),
     case("no tokenizer", copy(without_tokenizer), PRUNE_MODEL, "model holds no tokenizer", "put tokenizer.json"),
     case("no tokenizer to evaluate", copy(without_tokenizer), EVALUATE_MODEL, "no tokenizer", "put tokenizer.json"),
     case(
@@ -312,6 +316,10 @@ SETTINGS = [
     case("target of a wrong kind", nothing, PRUNE + "--target memory=3GB", "'memory=3GB'", "write one of params=2.0B"),
     case("target too large", nothing, PRUNE + "--target params=1M", "out of reach", "47,072 parameters", "26,624"),
     case("target too small", nothing, PRUNE + "--target size=9KB", "out of reach", "cut to 109,", "ask for so many"),
+    case(
+        "sparsity twice", nothing, "compare LLAMA --data TEXT --recipes random --sparsity 0.3,0.30 --out out",
+        "a sparsity is named twice", "name each once",
+    ),
     case("steps -1", nothing, PRUNE + "--steps=-1", "training.steps = -1", "greater than or equal to 0"),
     case("steps abc", nothing, PRUNE + "--steps abc", "--steps 'abc'", "give a whole number"),
     case("steps 1.5", nothing, PRUNE + "--steps 1.5", "--steps '1.5'", "give a whole number"),

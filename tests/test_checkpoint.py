@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import FAMILIES, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import regrow
 from regrow.checkpoint.files import check_folder, new_folder, write_json
 from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import needs_remote_code, save_checkpoint
 from regrow.checkpoint.shape import describe, layer_widths, pruned_config
 from regrow.checkpoint.verify import verify_checkpoint
 from regrow.errors import InputError
+from regrow.planning.plan import Plan
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
@@ -138,6 +142,61 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
             (partial / "file").write_text(content)
     assert (target / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_mount_point_is_filled_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "volume"
+    target.mkdir()
+    (target / ".lock").touch()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    monkeypatch.setattr(Path, "rename", None)
+    with pytest.raises(RuntimeError), new_folder(target) as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    with new_folder(target) as partial:
+        assert partial.parent == target
+        for name in ("config.json", "weights"):
+            (partial / name).write_text(name)
+        (partial / "weights").chmod(0o400)
+    assert {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()} == dict.fromkeys(
+        [".lock", "config.json", "weights"], (target / ".lock").stat().st_mode & 0o777
+    )
+
+
+def test_the_present_folder_and_links_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere" / "here").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/here", target_is_directory=True)
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "file").write_text("first")
+    assert (tmp_path / "elsewhere" / "here" / "file").read_text() == "first"
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with new_folder(Path()) as partial:
+        (partial / "file").write_text("second")
+    assert (tmp_path / "elsewhere" / "file").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_transformers_keeps_in_float32_stays_so(in_memory: bool, tmp_path: Path) -> None:
+    zoo.build("ERNIE 4.5 MoE").bfloat16().save_pretrained(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "stock")
+    make_tokenizer(tmp_path / "stock")
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    assert {tensor.dtype for tensor in stock.values()} == {torch.float32, torch.bfloat16}
+    if in_memory:
+        model = load_model(str(tmp_path / "stock"))
+        save_checkpoint(
+            model, AutoTokenizer.from_pretrained(tmp_path / "stock"), tmp_path / "ours", dtype=torch.bfloat16,
+            shard_size="5GB", extras={},
+        )  # fmt: skip
+    else:
+        plan = Plan.whole(find_groups(load_model(str(tmp_path / "stock"))))
+        (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+        regrow.apply(str(tmp_path / "stock"), tmp_path / "ours", plan=tmp_path / "plan.json")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in stock.items()}
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

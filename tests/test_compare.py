@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 import signal
 import statistics
 from dataclasses import replace
@@ -132,8 +133,24 @@ def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
     before = len(started)
     assert len(compared(sparsities=(0.25, 0.5, 0.4), seeds=1).rows) == 6
     assert len(started) == before + 2
-    with pytest.raises(InputError, match="of a comparison with other settings; choose another --out"):
+    with pytest.raises(InputError, match="of a comparison with another model, text, setting, criterion's file"):
         compared(steps=3)
+    with pytest.raises(InputError, match="a sparsity is named twice"):
+        compared(sparsities=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("changed", ["mine.py", "text.txt", "model/tokenizer.json"])
+def test_a_comparison_is_of_what_its_files_hold(changed: str, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    for name in ("mine.py", "text.txt"):
+        (tmp_path / name).write_text("def score(evidence): ...\n")
+    settings = {"data.source": str(tmp_path / "text.txt")}
+    (cell,) = lay_out([f"random+{tmp_path / 'mine.py'}:score"], [0.5], 1, settings, tmp_path / "out")
+    before = cell.request(str(tmp_path / "model"), 1)
+    assert json.loads(json.dumps(before)) == cell.request(str(tmp_path / "model"), 1) == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    assert cell.request(str(tmp_path / "model"), 1) != before
 
 
 def test_a_cell_runs_in_a_process_of_its_own(

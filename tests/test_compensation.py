@@ -257,6 +257,28 @@ def test_blending_goes_back_to_the_plain_cut_and_forth() -> None:
     assert any(not torch.equal(full[name], before[name]) for name in full)
 
 
+def test_what_is_told_of_a_refit_is_what_the_adapter_could_hold_of_it() -> None:
+    """Nothing before the group is pruned: its inputs stay what they were, and the outputs tell what came of it."""
+    model = build("llama-gqa")
+    groups = with_lora(model, rank=2, fill=False)
+    group, linear = groups.by_name("layers.0.ffn"), model.model.layers[0].mlp.down_proj
+    keep, outputs = np.arange(group.units // 2, group.units), list[torch.Tensor]()
+    linear.register_forward_hook(lambda module, args, output: outputs.append(output.double()))
+    settings = Compensation(method="least-squares", carrier="adapter")
+    with Gates(model, groups.groups) as gates, torch.no_grad():
+        run = partial(model, input_ids=IDS, use_cache=False)
+        run()
+        gates.keep(group.name, keep.tolist())
+        run()
+        gates.open()
+        done = Compensator(model, gates, settings).run(groups, {group.name: keep}, [IDS], Silent())
+        run()
+    dense, cut_out, refitted = outputs[0], outputs[1], outputs[-1]
+    taken = 1 - float((refitted - dense).square().sum() / (cut_out - dense).square().sum())
+    assert 0.05 < taken < 0.95
+    assert done.repaired == {group.name: pytest.approx(taken, rel=1e-4)}
+
+
 def test_an_adapter_of_full_rank_carries_the_whole_refit() -> None:
     results = []
     for carrier in ("base", "adapter"):

@@ -329,7 +329,7 @@ def removed(plan: Plan, basis: str) -> int:
 ALL = ("attention", "ffn", "layer")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sparsity=st.floats(0.05, 0.85),
     shape=st.sampled_from(["uniform", "free"]),

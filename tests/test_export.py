@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import FAMILIES, CommandLine, make_tokenizer, random_keep, uniform_keep
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,6 +126,15 @@ def test_a_half_that_is_gone_comes_back_as_zeros(tmp_path: Path) -> None:
     padded = load_model(str(tmp_path / "padded"))
     assert not padded.model.layers[1].mlp.down_proj.weight.any()
     assert close(logits(padded.double()), logits(model.double()))
+
+
+@pytest.mark.parametrize("family", ["Phi-3", "Mixtral", "StarCoder2"])
+def test_what_a_stock_class_would_not_load_is_not_written(family: str, tmp_path: Path) -> None:
+    """Fused and otherwise named linears are none that padding knows."""
+    folder = save(zoo.build(family), tmp_path)
+    with pytest.raises(InputError, match="it cannot be padded with zeros"):
+        regrow.export(folder, tmp_path / "padded", pad=True, multiple=64)
+    assert not (tmp_path / "padded" / "config.json").exists()
 
 
 def test_a_norm_over_all_heads_is_not_padded(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 
 bounded = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None,
+    max_examples=150, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -351,7 +351,7 @@ def test_a_scale_is_a_number(scale: str, tmp_path: Path) -> None:
 # --- any shape ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, derandomize=True, database=None)
 @given(
     kv=st.integers(1, 3), queries=st.integers(1, 3), width=st.integers(3, 30), layers=st.integers(1, 3),
     sparsity=st.floats(0.05, 0.6), shape=st.sampled_from(["free", "uniform"]), equal=st.booleans(),

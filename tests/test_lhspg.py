@@ -162,7 +162,7 @@ def test_periods_always_reach_the_target_within_the_steps(steps, periods, warm_u
     assert list(ends.values())[:-1] == list(events)[1:]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sparsity=st.floats(0.1, 0.6), periods=st.integers(1, 7), shape=st.sampled_from(["uniform", "free"]))
 def test_the_units_of_all_periods_are_those_of_one(sparsity: float, periods: int, shape: str) -> None:
     groups = groups_of("llama-mha-tied")

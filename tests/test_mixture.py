@@ -36,7 +36,7 @@ from regrow.evaluation.compare import held_out_nll
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
 from regrow.recovery.losses import language_loss
-from regrow.recovery.mixing import DataMix
+from regrow.recovery.mixing import DataMix, calibration_batches
 from regrow.recovery.train import train
 from regrow.settings import Data, TextSource
 
@@ -418,6 +418,20 @@ def mix_of(text: Corpus, losses: Losses, steps: int = 20, size: int = 8, **setti
     return mix
 
 
+def test_what_is_calibrated_on_is_pretraining_text_in_its_shares_and_mixed() -> None:
+    """Windows of source n have numbers from 30 n on (8 of them, at most 3 tokens apart)."""
+    text = corpus("pretrain", "instruct", "pretrain", weights=(3, 1, 1)).pretrain
+    for windows in (text.sample(8), text.held_out(2)):
+        assert {int(ids[0]) // 30 for ids in windows.ids_NT} <= {0, 2}
+    of_source = [int(ids[0]) // 30 for ids in text.sample(8).ids_NT]
+    assert (of_source.count(0), of_source.count(2)) == (6, 2)
+    assert of_source[:4].count(2) == of_source[4:].count(2) == 1, "head and tail are alike"
+    assert len(text.sample(100).ids_NT) == 16, "all that there is"
+    alone = corpus("pretrain", "instruct").pretrain
+    assert torch.equal(alone.sample(3).ids_NT, numbered(8).first(3).ids_NT)
+    assert torch.equal(alone.held_out(9).ids_NT, numbered(2).ids_NT)
+
+
 def test_shares_follow_the_rounds() -> None:
     losses = Losses(1.0, 2.0)
     mix = mix_of(corpus("pretrain", "pretrain", weights=(3, 1)), losses, mixture="degradation")
@@ -510,7 +524,8 @@ def test_a_single_source_is_not_measured() -> None:
     assert (losses.measured, mix.history, mix.in_rounds) == (0, [], False)
     assert mix.validation_loss(20) == 1.5
     assert torch.equal(next(mix).ids_BT, next(batches(numbered(8), 8, seed=0)).ids_BT)
-    assert torch.equal(next(mix.calibration()).ids_BT, next(batches(numbered(8), 8, seed=1)).ids_BT)
+    scored_on = calibration_batches(mix.corpus, mix.recipe)
+    assert torch.equal(next(scored_on).ids_BT, next(batches(numbered(8), 8, seed=1)).ids_BT)
 
 
 # --- what a law foretells ------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Schedules and plans: targets are reached to one step, and nothing comes back."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ def demanded(groups: Groups, pruning: Pruning) -> float:
     return pruning.sparsity * (groups.block_parameters if pruning.basis == "block" else groups.total_parameters)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     family=st.sampled_from(["llama-gqa", "llama-mha-tied", "llama-mqa", "llama-biases", "qwen3"]),
     sparsity=st.floats(0.02, 0.6),
@@ -79,7 +80,7 @@ def test_by_count_every_kind_loses_its_share(shape: str, sparsity: float) -> Non
     for kind, units in (("attention", 12), ("ffn", 80)):
         lost = sum(g.units - len(g.keep) for name, g in plan.groups.items() if name.endswith(kind))
         slack = 2 if shape == "uniform" else 1
-        assert 0 <= lost - round(sparsity * units) < slack
+        assert 0 <= lost - math.ceil(sparsity * units - 1e-6) < slack
 
 
 def test_the_lowest_scores_go() -> None:
@@ -209,7 +210,7 @@ def test_out_of_reach_says_what_is_within() -> None:
         choose(groups, Plan.whole(groups), scores_of(groups, 0), Pruning(sparsity=within + 0.02))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.sampled_from(["uniform", "free"]),
     allocation=st.sampled_from(["local", "global", "by-kind"]),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache, partial
@@ -34,6 +35,7 @@ from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import train
+from regrow.reuse import report
 from regrow.settings import Lora
 from regrow.structure.groups import Groups
 
@@ -407,6 +409,42 @@ def test_faults_along_the_walk(
     assert result.results["seconds"]["train"] > 0
     assert result.results["seconds"]["score"] > 0, "from before the fault: it was not done again"
     assert result.results["seconds"]["total"] == pytest.approx(sum(list(result.results["seconds"].values())[:-1]))
+
+
+@pytest.mark.usefixtures("lean")
+def test_nothing_tells_of_an_earlier_run_once_another_has_begun(
+    finished: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    write = Journal.write
+
+    def write_and_fail(self: Journal, stage: str, state: State, step: int | None = None, files=()) -> None:
+        write(self, stage, state, step, files)
+        if stage == "train":  # all is cut: the plan is there, what was trained is not
+            raise Fault
+
+    monkeypatch.setattr(Journal, "write", write_and_fail)
+    settings = {**QUICKER, "seed": 1}
+    with pytest.raises(Fault):
+        regrow.prune(str(checkpoint), out, "random", data=str(text), overrides=settings, fresh=True)
+    assert (out / "plan.json").is_file()
+    with pytest.raises(regrow.InputError, match="holds no finished run"):
+        report(out)
+    with pytest.raises(regrow.InputError, match=r"adapters\.safetensors"):
+        regrow.apply(str(checkpoint), tmp_path / "applied", run=out)
+    assert not (tmp_path / "applied" / "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_finished_run_with_another_tokenizer_is_another(finished: Path, checkpoint: Path, text: Path) -> None:
+    files = {file: file.read_bytes() for file in checkpoint.glob("tokenizer*")}
+    try:
+        (checkpoint / "tokenizer_config.json").write_bytes(files[checkpoint / "tokenizer_config.json"] + b"\n")
+        with pytest.raises(regrow.InputError, match="holds a run of another tokenizer; give a new --out, or --fresh"):
+            prune(checkpoint, text, finished)
+    finally:
+        for file, content in files.items():
+            file.write_bytes(content)
 
 
 @pytest.mark.usefixtures("lean")

@@ -100,6 +100,14 @@ def test_no_steps_is_a_plain_cut(checkpoint: Path, text: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("lean")
+def test_without_steps_there_is_nobody_to_teach(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    few = {"search__evaluations": 4, "search__windows": 4, "search__judge_windows": 2, "compensation__windows": 4}
+    result = prune(checkpoint, text, tmp_path / "out", "regrow", steps=0, **few)
+    training = result.results["training"]
+    assert (training["steps"], training["compensation"]["repaired"] > 0) == (0, True), "refitted all the same"
+
+
+@pytest.mark.usefixtures("lean")
 def test_early_stop(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     result = prune(
         checkpoint, text, tmp_path / "out", "magnitude", steps=100, training__learning_rate=1.0,
@@ -122,7 +130,7 @@ def test_an_earlier_run_is_done_afresh(checkpoint: Path, text: Path, tmp_path: P
 @pytest.mark.usefixtures("lean")
 def test_a_recipe_may_be_an_object(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     recipe = load_recipe("magnitude", QUICK)
-    result = regrow.prune(str(checkpoint), tmp_path / "out", recipe, data=str(text), steps=2, sparsity=0.25)
+    result = regrow.prune(checkpoint, tmp_path / "out", recipe, data=str(text), steps=2, sparsity=0.25)
     assert result.results["sparsity"]["requested"] == 0.25
     assert "sparsity: 0.25" in (result.folder / "recipe.yaml").read_text()
     assert dump_recipe(recipe) != (result.folder / "recipe.yaml").read_text()

@@ -1,6 +1,8 @@
 """Tokens kept on disk, text tokenized beforehand, and memory that does not follow the size of a file."""
 
 import json
+import os
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,20 @@ def windows(tokenizer: PreTrainedTokenizerFast, documents: list[str] = DOCUMENTS
 
 
 # --- tokens kept on disk -------------------------------------------------------------------------
+
+
+def test_what_killed_processes_left_goes_after_a_day(tokenizer: PreTrainedTokenizerFast, cache: Path) -> None:
+    cache.mkdir()
+    for name, age in ((".old.partial", 2 * 24 * 3600), (".new.partial", 60)):
+        (cache / name).write_bytes(b"x")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    windows(tokenizer)
+    assert sorted(path.name for path in cache.iterdir() if path.suffix == ".partial") == [".new.partial"]
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_another(cache: Path) -> None:
+    plain, splitting = (AutoTokenizer.from_pretrained(model_folder(), split_special_tokens=s) for s in (False, True))
+    assert store.name_of(["text"], plain, "how") != store.name_of(["text"], splitting, "how")
 
 
 @pytest.mark.parametrize(

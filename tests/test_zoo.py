@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import QUICK, CommandLine, make_tokenizer
-from transformers import AutoConfig, PreTrainedModel, Qwen2Config
+from conftest import QUICK, CommandLine, logits, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StableLmConfig
 from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
 from zoo_families import GQA
 
@@ -173,6 +173,30 @@ def test_what_cannot_be_saved_is_refused_before_the_run(family: str, pruning: Pr
     model = build(family)
     with pytest.raises(InputError, match=reason):
         check_offer(model.config, prunable_groups(model), pruning)
+
+
+def test_a_norm_of_its_own_for_every_head_keeps_heads_and_lets_channels_go() -> None:
+    """StableLM 2 12B: each head is a group, and all of them share one output projection."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(StableLmConfig(
+        hidden_size=48, intermediate_size=40, num_hidden_layers=2, vocab_size=64, num_attention_heads=6,
+        num_key_value_heads=3, qk_layernorm=True,
+    )).eval()  # fmt: skip
+    groups = with_lora(model)
+    plan = choose(groups, Plan.whole(groups), flat_scores(groups), Pruning(sparsity=0.2))
+    assert {len(plan.groups[group.name].keep) < group.units for group in groups if group.kind == "ffn"} == {True}
+    keep = plan.positions_within(Plan.whole(groups))
+    with Gates(model, groups.groups) as gates:
+        whole, seen = logits(model), dict[str, torch.Tensor]()
+        with gates.recording(1.0, lambda name, c_BU: seen.update({name: c_BU})):
+            model(input_ids=torch.arange(12)[None]).logits.logsumexp(-1).sum().backward()
+        for name, units in keep.items():
+            gates.keep(name, units.tolist())
+        masked = logits(model)
+    assert {name: c_BU.shape[1] for name, c_BU in seen.items()} == {group.name: group.units for group in groups}
+    cut(model, groups, keep)
+    torch.testing.assert_close(logits(model), masked, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole, masked)
 
 
 def test_what_tracing_cannot_see_into_is_told() -> None:

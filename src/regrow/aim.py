@@ -18,10 +18,10 @@ from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.checkpoint.shape import added_parameters
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
-from regrow.data.tokens import Windows
 from regrow.errors import InputError
 from regrow.evaluation.latency import Latency, measure_latency, probe_turns
 from regrow.planning.plan import Plan
+from regrow.planning.sensitivity import Prior
 from regrow.planning.target import Target, check_speedup, sparsity_for, sparsity_for_speedup
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
@@ -97,7 +97,8 @@ class Aim:
             case "speedup":
                 found = self.processes.by_main(lambda: self._table(model, groups, machine).to_json())
                 self.latency = Latency.parse(json.dumps(found), {group.kind for group in groups})
-                check_speedup(self.target, groups, recipe.pruning, self._seconds(recipe))
+                scoreless = recipe.pruning.model_copy(update={"allocation": SCORELESS})  # no analysis has been made
+                check_speedup(self.target, groups, scoreless, self._seconds(recipe))
                 return recipe.override({"evaluation.speed": True, "evaluation.speed_batches": _with_one(recipe)})
             case "perplexity":
                 return recipe
@@ -109,6 +110,7 @@ class Aim:
         corpus: Corpus,
         fresh: Callable[[], PreTrainedModel],
         train_into: TrainInto,
+        prior: Prior | None = None,
     ) -> tuple[PreTrainedModel, Trained, Recipe]:
         """Settle what the sparsity is, and train to it.
 
@@ -117,31 +119,33 @@ class Aim:
             model: whole, LoRA-wrapped. For a perplexity another takes its place, and it is left without weights.
             corpus: to train on, and for the validation.
             fresh: another such model.
+            prior: what an analysis has found.
 
         Returns:
             The cut and recovered model, adapters attached; what training found; the recipe with the sparsity.
 
         Raises:
-            InputError: if no trial holds a perplexity.
+            InputError: if no trial holds a perplexity, or a speed-up is out of reach after all.
         """
         scores = None
         if self.target.kind == "perplexity":
-            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal)
+            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal, prior)
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
-            recipe, scores = self._settle_speedup(recipe, model, prunable_groups(model), corpus.train)
+            recipe, scores = self._settle_speedup(recipe, model, corpus, prior)
         return model, train_into(model, recipe, self.folder, scores), recipe
 
     def _settle_speedup(
-        self, recipe: Recipe, model: PreTrainedModel, groups: Groups, text: Windows
+        self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, prior: Prior | None
     ) -> tuple[Recipe, Average | None]:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
-        scores = None
+        groups, scores = prunable_groups(model), None
         if recipe.pruning.allocation != SCORELESS or "layer" in recipe.pruning.kinds:
-            scores = measure_scores(model, groups, recipe, text, self.progress, self.journal, self.processes)
+            scores = measure_scores(model, groups, recipe, corpus, self.progress, self.journal, self.processes)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
-        predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, self._seconds(recipe), known)
+        seconds = self._seconds(recipe)
+        predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, seconds, known, prior)
         share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table
         self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
         return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None

@@ -11,11 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from regrow.analysis.stage import analyse, conditions_of
 from regrow.checkpoint.files import storage_errors, write_json, write_text
-from regrow.checkpoint.load import check_length, check_vocabulary, load_config, load_model, load_tokenizer, pick_device
+from regrow.checkpoint.load import (
+    check_length,
+    check_unquantised,
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.offloaded import load
 from regrow.data.source import load_documents, split_documents
-from regrow.data.tokens import Bos, Windows, make_windows
+from regrow.data.tokens import Bos, Windows, batches, make_windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import local_folder, measure_perplexities
 from regrow.evaluation.memory import measure_memory
@@ -163,6 +171,7 @@ def analyze(
 
 def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progress: Progress) -> Sensitivity:
     check_length(load_config(model), recipe.data.sequence_length)
+    check_unquantised(model)
     tokenizer = load_tokenizer(model)
     progress.stage("read text")
     held_out, calibration = _analysis_text(data, tokenizer, recipe)
@@ -176,7 +185,8 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
         progress.say(f"{folder / SENSITIVITY} holds this analysis already; not measured again")
         return known
     attach(loaded, find_groups(loaded), recipe.lora)
-    found = analyse(loaded, find_groups(loaded), recipe, held_out, calibration, conditions, progress)
+    scored_on = batches(calibration, training.batch_size, recipe.seed + 1)
+    found = analyse(loaded, find_groups(loaded), recipe, held_out, scored_on, conditions, progress)
     if folder is not None:
         write_json(folder / SENSITIVITY, found.to_json())
         protected = found.protected(recipe.analysis.protect)

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from regrow.checkpoint.files import amount, check_room
 from regrow.checkpoint.load import (
     check_length,
+    check_unquantised,
     compute_dtype,
     load_config,
     load_tokenizer,
@@ -159,6 +160,7 @@ def check_model(model: str, recipe: Recipe) -> PreTrainedTokenizerBase:
         InputError: naming what is in the way.
     """
     config = load_config(model)
+    check_unquantised(model)
     if "layer" in recipe.pruning.kinds:
         check_fewer_layers(config)
     for length in (recipe.data.sequence_length, *recipe.evaluation.windows):

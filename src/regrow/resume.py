@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.files import RUN_FILE, check_folder, sha256_of, sweep, write_bytes, write_json
-from regrow.checkpoint.fingerprint import checkpoint_sha256
+from regrow.checkpoint.fingerprint import checkpoint_sha256, folder_sha256
 from regrow.checkpoint.journal import FORMAT, Forgetful, Journal
 from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.checkpoint.shared import shared
@@ -24,11 +24,19 @@ from regrow.recipe import Recipe
 from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
 from regrow.text import Text
 
-FILES_NAMED = ("source", "eval_source", "instructions", "from_file", "criterion")
-"""Settings that may name a file: what is in it counts, not where it lies."""
+TEXTS = ("source", "eval_source", "instructions")
+FILES_NAMED = (*TEXTS, "from_file", "criterion")
+"""Settings that may name a file (a text also a folder): what is in it counts, not where it lies."""
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt", "added_tokens.json")
+"""Its files in a model's folder."""
 WAY_OUT = "give a new --out, or --fresh to do it again from the start"
 OF_A_RUN = ("checkpoint", "trials", "teacher", "base", "adapter", TRACKER_FOLDER)
 """Folders that a run done from the start finds empty. Its model is replaced when there is a new one."""
+FILES_OF_A_RUN = (
+    "results.json", "report.md", "report.html", "plan.json", "scores.safetensors", "adapters.safetensors",
+    "history.json", "sensitivity.json", "sensitivity.svg",
+)  # fmt: skip
+"""Files that it does not find, the first to go being what says that a run is finished: none shall tell of another."""
 
 
 def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
@@ -38,6 +46,7 @@ def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
         "model": checkpoint_sha256(weights_folder(model)),
         **dict(_flat(settings, "")),
         **{f"evaluation.tasks.{n}": task_fingerprint(task) for n, task in enumerate(recipe.evaluation.tasks)},
+        "tokenizer": folder_sha256(Path(model), TOKENIZER) if Path(model).is_dir() else "",
         "device": pick_device(recipe.device).type,
         "regrow": version("regrow"),
     }
@@ -145,6 +154,8 @@ class Books:
         if not self.goes_on:
             for left_over in OF_A_RUN:
                 shutil.rmtree(self.folder / left_over, ignore_errors=True)
+            for file in FILES_OF_A_RUN:
+                (self.folder / file).unlink(missing_ok=True)
         self.mark("running", recipe)
         sweep(self.folder)
 
@@ -197,21 +208,24 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         for key, each in pairs:
             yield from _flat(each, f"{path}.{key}" if path else str(key))
     else:
-        yield path, _content(value) if path.rpartition(".")[2] in FILES_NAMED else value
+        key = path.rpartition(".")[2]
+        yield path, _content(value, key in TEXTS) if key in FILES_NAMED else value
 
 
-def _content(name: str | None) -> str | None:
+def _content(name: str | None, is_text: bool) -> str | None:
     if name is None:
         return None
     file, colon, function = name.rpartition(":")
     for path, rest in ((Path(name), ""), (Path(file), colon + function)):
         if str(path) != "." and path.is_file():
             return f"sha256 {sha256_of(path)}{rest}"
+    if is_text and name and Path(name).is_dir():
+        return f"sha256 {folder_sha256(Path(name))}"
     return name
 
 
 def _told(key: str, before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     values = [each.get(key) for each in (before, asked)]
-    if key == "model" or any(str(value).startswith("sha256 ") for value in values):
+    if key in ("model", "tokenizer") or any(str(value).startswith("sha256 ") for value in values):
         return f"of another {key}"
     return f"with {key} = {values[0]!r}, not {values[1]!r}"

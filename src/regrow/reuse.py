@@ -131,7 +131,7 @@ def keep_adapter(
     )  # fmt: skip
     factors = load_file(folder / "adapters.safetensors")
     mixture = any(expert_of(name) is not None for name in plan.groups)
-    Adapter.of_run(factors, recipe.lora, str(folder / "base"), mixture).write(folder / "adapter")
+    Adapter.of_run(factors, recipe.lora, str((folder / "base").resolve()), mixture).write(folder / "adapter")
 
 
 def save_streamed(

@@ -19,7 +19,7 @@ from regrow.walk import Walk
 
 
 def prune(
-    model: str,
+    model: str | Path,
     out: str | Path,
     recipe: str | Recipe = "regrow",
     *,
@@ -79,6 +79,7 @@ def prune(
         "training.offload": offload,
     }
     settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
+    model = str(model)
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     folder, together = Path(out), join(chosen.device, processes)
     told = progress if progress is not None and together.is_main else Silent()

@@ -24,6 +24,7 @@ from regrow.data.corpus import Corpus
 from regrow.errors import InputError
 from regrow.planning.bracket import Search
 from regrow.planning.demand import reach
+from regrow.planning.sensitivity import Prior
 from regrow.planning.target import Target, share_of
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -56,7 +57,14 @@ class Trials:
     """The search: a loop around the training part of the walk."""
 
     def __init__(
-        self, name: str, folder: Path, recipe: Recipe, corpus: Corpus, progress: Progress, journal: Forgetful
+        self,
+        name: str,
+        folder: Path,
+        recipe: Recipe,
+        corpus: Corpus,
+        progress: Progress,
+        journal: Forgetful,
+        prior: Prior | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -64,6 +72,7 @@ class Trials:
         self.corpus = corpus
         self.progress = progress
         self.journal = journal
+        self.prior = prior
 
     def search(
         self, target: Target, model: PreTrainedModel, fresh: Callable[[], PreTrainedModel], train_into: TrainInto
@@ -85,12 +94,15 @@ class Trials:
         most = target.most_perplexity(math.exp(dense))
         self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")
         # The one place where what is known of the whole model is measured; every trial shares it.
-        scores = measure_scores(model, groups, recipe, self.corpus.train, self.progress, self.journal)
-        largest = share_of(reach(groups, recipe.pruning), groups)
+        scores = measure_scores(model, groups, recipe, self.corpus, self.progress, self.journal)
+        largest = share_of(reach(groups, recipe.pruning, prior=self.prior), groups)
         shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
         curve = self.journal.once(
-            "forecast", lambda: cut_losses(model, groups, recipe, scores.scores, self.corpus, shares, self.progress)
-        )
+            "forecast",
+            lambda: cut_losses(
+                model, groups, recipe, scores.scores, self.corpus, shares, self.progress, self.prior
+            )
+        )  # fmt: skip
         release(model)
         search, trials = Search(dense, math.log(most), [(share, loss) for share, loss in curve]), list[Trial]()
         known = scores if recipe.pruning.schedule == "one-shot" else None

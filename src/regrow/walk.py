@@ -59,6 +59,7 @@ from regrow.progress import Progress
 from regrow.recipe import Recipe, dump_recipe
 from regrow.recovery.average import Average
 from regrow.recovery.learner import attach
+from regrow.recovery.mixing import calibration_batches
 from regrow.recovery.outcome import FILES, Trained, read_trained
 from regrow.recovery.preparation import anything
 from regrow.recovery.pruner import CutEvent
@@ -245,9 +246,9 @@ class Walk:
         self.books.begin("analyse")
         groups = prunable_groups(model)
         if known is None:
-            held_out = corpus.validation.first(recipe.analysis.windows)
-            conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.train)
-            measure = partial(analyse, model, groups, recipe, held_out, corpus.train, conditions, self.progress)
+            held_out, scored_on = corpus.pretrain.held_out(recipe.analysis.windows), calibration_batches(corpus, recipe)
+            conditions = conditions_of(local_folder(self.name), model.dtype, recipe, held_out, corpus.pretrain.train)
+            measure = partial(analyse, model, groups, recipe, held_out, scored_on, conditions, self.progress)
             found = self.journal.once("analyse", lambda: measure(self.processes).to_json())
             known = Sensitivity.parse(json.dumps(found))
         prior = known.prior(recipe.analysis.protect)
@@ -274,6 +275,7 @@ class Walk:
             text.corpus,
             fresh=lambda: self.attach(self.load(tokenizer), whole),
             train_into=lambda each, recipe, folder, scores: self.train(each, text, recipe, folder, scores, prior),
+            prior=prior,
         )
         self.books.leave(self.folder / "recipe.yaml", dump_recipe(self.recipe))
         return model, trained

@@ -1,5 +1,6 @@
 """The analysis as a whole: score the units, then measure; or take what an earlier analysis found."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 
 from regrow.analysis.sensitivity import measure_sensitivity
 from regrow.checkpoint.fingerprint import checkpoint_sha256
-from regrow.data.tokens import Windows, batches
+from regrow.data.tokens import Batch, Windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import local_folder
 from regrow.planning.sensitivity import Conditions, Sensitivity
@@ -75,7 +76,7 @@ def analyse(
     groups: Groups,
     recipe: Recipe,
     held_out: Windows,
-    calibration: Windows,
+    calibration: Iterator[Batch],
     conditions: Conditions,
     progress: Progress,
     processes: Processes = ALONE,
@@ -85,6 +86,8 @@ def analyse(
     Args:
         model: with fresh adapters, which compute nothing yet.
         groups: of the whole model, adapters attached.
+        held_out: text to measure on.
+        calibration: batches to score on.
 
     Raises:
         InputError: if a loss or a score is not finite.
@@ -100,7 +103,7 @@ def _proxy_scores(
     model: PreTrainedModel,
     groups: Groups,
     recipe: Recipe,
-    calibration: Windows,
+    calibration: Iterator[Batch],
     progress: Progress,
     processes: Processes,
 ) -> dict[str, Tensor]:
@@ -112,9 +115,8 @@ def _proxy_scores(
             "pruning.schedule": "one-shot",
         }
     )
-    data = batches(calibration, recipe.training.batch_size, recipe.seed + 1)
-    learner = Learner(model, recipe.training, data, processes)
-    with Pruner(model, groups, proxy, learner, data) as pruner:
+    learner = Learner(model, recipe.training, calibration, processes)
+    with Pruner(model, groups, proxy, learner, calibration) as pruner:
         progress.stage("score", proxy.pruning.calibration_batches)
         pruner.calibrate(progress.advance)
         return pruner.scorer.average.scores

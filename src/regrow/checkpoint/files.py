@@ -19,6 +19,9 @@ RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 """Is in a folder while a process works in it; see `regrow.checkpoint.lock`."""
 
+PARTIAL = ".partial"
+"""The end of the name of what is not yet whole."""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically, folders included."""
@@ -102,17 +105,29 @@ def check_room(folder: Path, size: int, what: str, otherwise: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` when everything is in it, and vanishes on an error."""
+    """A folder to fill, which takes the place of `path` when everything is in it, and vanishes on an error.
+
+    Where no other can take its place, for it is a mount point or what it lies in is not ours to write to, it is filled
+    in a folder within, and `config.json` is the last to come out of there.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    stays = path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK))
+    temporary = path / PARTIAL if stays else path.with_name(f".{path.name}{PARTIAL}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    readable = temporary.stat().st_mode & 0o666
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(readable)  # safetensors makes files that nobody else can read
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
+        if stays:
+            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "config.json"):
+                os.replace(entry, path / entry.name)
+            return
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
@@ -149,7 +164,8 @@ def check_new(folder: Path) -> None:
     Raises:
         InputError: if something is there already.
     """
-    if folder.exists() and (not folder.is_dir() or any(file.name != LOCK_FILE for file in folder.iterdir())):
+    left_over = (LOCK_FILE, PARTIAL)
+    if folder.exists() and (not folder.is_dir() or any(file.name not in left_over for file in folder.iterdir())):
         raise InputError(f"{folder} is there already and not empty; give a new folder")
 
 

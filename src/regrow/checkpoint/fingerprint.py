@@ -1,7 +1,9 @@
 """Tell one checkpoint from another without reading all of it."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from regrow.errors import InputError
 
@@ -27,10 +29,33 @@ def checkpoint_sha256(folder: Path) -> str:
                 length = handle.read(8)
                 header = handle.read(min(int.from_bytes(length, "little"), size))  # a damaged length may say anything
                 digest.update(length + header)
-                start = handle.tell()
-                for number in range(SAMPLES):
-                    handle.seek(start + (size - start) * number // SAMPLES)
-                    digest.update(handle.read(SAMPLE_BYTES))
+                _add_samples(digest, handle, size)
     except OSError as error:
         raise InputError(f"{error.filename or folder}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def folder_sha256(folder: Path, patterns: Sequence[str] = ("*",)) -> str:
+    """A hash of the names, sizes and samples of the files in a folder that match one of some patterns.
+
+    Raises:
+        InputError: if one cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode(errors="surrogatepass"))
+            with open(file, "rb") as handle:
+                _add_samples(digest, handle, size)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _add_samples(digest: "hashlib._Hash", handle: BinaryIO, size: int) -> None:
+    """Count in what stands at even steps from where a file is read on."""
+    start = handle.tell()
+    for number in range(SAMPLES):
+        handle.seek(start + (size - start) * number // SAMPLES)
+        digest.update(handle.read(SAMPLE_BYTES))

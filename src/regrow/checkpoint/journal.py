@@ -22,7 +22,7 @@ from regrow.checkpoint.files import new_folder, sha256_of
 from regrow.checkpoint.state import State, chance, named, set_chance
 from regrow.clock import Clock
 
-FORMAT = 4
+FORMAT = 5
 """Of what entries hold: raised whenever a stage or a part of one notes something else, or under another name."""
 FOLDER, VALUES, TENSORS, CHECKSUMS = "checkpoint", "values.json", "tensors.safetensors", "checksums.json"
 ENTRY = re.compile(r"(?P<number>\d+)-(?P<stage>[a-z-]*[a-z])(-(?P<step>\d+))?")

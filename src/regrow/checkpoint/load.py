@@ -188,6 +188,19 @@ def load_config(name: str, trust_remote_code: bool = False):  # type: ignore[no-
     return config
 
 
+def check_unquantised(name: str) -> None:
+    """Refuse a checkpoint whose weights have been quantised: it is the originals that are cut.
+
+    Raises:
+        InputError: if it is one.
+    """
+    if (quantised := _read_config(name).get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "by an unknown method") if isinstance(quantised, dict) else quantised
+        raise InputError(
+            f"{name} is quantised ({method}); give the checkpoint it was made of, and --quantize if memory is short"
+        )
+
+
 def _own_code(name: str) -> InputError:
     return InputError(
         f"{name} runs Python files of its own; read them, then give --trust-remote-code to inspect, evaluate or "

@@ -34,6 +34,7 @@ from regrow.structure.cut import cut
 from regrow.structure.expert_lora import ADAPTER, adapted_parameter, adapter_name
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import Groups
+from regrow.structure.offload import convert
 from regrow.structure.positions import IndexMap, index_map
 
 SCALING = "lora_scaling"
@@ -189,8 +190,7 @@ def stream_checkpoint(
         biases = (key.replace(".base_layer.", ".") for key in adapters.entries if key.endswith(".bias"))
         add_missing_biases(model, frozenset(biases))
         change.check()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    convert(model, dtype)
     describe(model, whole, left)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]

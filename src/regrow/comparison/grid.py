@@ -17,6 +17,7 @@ from regrow.errors import InputError
 from regrow.preflight import check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, load_recipe, parse_assignments
+from regrow.resume import describe_request
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Cell:
         return self.folder.with_name(self.name + suffix)
 
     def request(self, model: str, threads: int | None) -> dict[str, Any]:
-        """All that decides what comes out."""
-        return {"model": model, "threads": threads, "recipe": self.recipe.model_dump(mode="json")}
+        """All that decides what comes out, what files hold included."""
+        recipe = self.recipe.model_dump(mode="json")
+        return {"model": model, "threads": threads, "recipe": recipe, "asked": describe_request(model, self.recipe)}
 
     @property
     def finished(self) -> bool:
@@ -91,11 +93,13 @@ def lay_out(
         settings: `key.path` -> value, for all; a contender's own come last.
 
     Raises:
-        InputError: if a contender is named twice, or a recipe or setting is wrong.
+        InputError: if a contender or a sparsity is named twice, or a recipe or setting is wrong.
     """
     taking_part = [Contender.parse(label) for label in contenders]
     if len({each.label for each in taking_part}) < len(taking_part):
         raise InputError("a contender is named twice; name each once")
+    if len({f"{sparsity:g}" for sparsity in sparsities}) < len(sparsities):
+        raise InputError("a sparsity is named twice; name each once")
     cells = []
     for sparsity in sparsities:
         for seed in range(seeds):
@@ -120,7 +124,10 @@ def run_cells(cells: Sequence[Cell], model: str, threads: int | None, progress: 
     for cell in cells:
         file = cell.beside(".json")
         if file.is_file() and json.loads(file.read_text()) != cell.request(model, threads):
-            raise InputError(f"{cell.folder} is of a comparison with other settings; choose another --out")
+            raise InputError(
+                f"{cell.folder} is of a comparison with another model, text, setting, criterion's file or regrow; "
+                "choose another --out"
+            )
     waiting = [cell for cell in cells if not cell.finished]
     if len(waiting) < len(cells):
         progress.say(f"{len(cells) - len(waiting)} of {len(cells)} runs are there already")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from regrow.data.instructions import make_examples, pack_examples
 from regrow.data.shards import holds_tokens, load_rows
 from regrow.data.source import load_documents, load_records, split_documents, split_pieces
-from regrow.data.tokens import Windows, join_windows, make_windows, pack_rows
+from regrow.data.tokens import Windows, join_windows, make_windows, mix_windows, pack_rows
 from regrow.errors import InputError
 from regrow.settings import Data, Stage, TextSource
 
@@ -68,6 +68,23 @@ class Corpus:
     def members(self, stage: Stage) -> list[int]:
         """Numbers of a stage's sources."""
         return [number for number, source in enumerate(self.sources) if source.stage == stage]
+
+    @cached_property
+    def pretrain(self) -> "Corpus":
+        """What models are scored, searched and analysed on: the sources of that stage alone."""
+        return Corpus(tuple(self.sources[number] for number in self.members("pretrain")))
+
+    def sample(self, count: int) -> Windows:
+        """At most `count` windows to train on; see `mix_windows`."""
+        return mix_windows([source.train for source in self.sources], self._weights, count)
+
+    def held_out(self, count: int) -> Windows:
+        """At most `count` held-out windows; see `mix_windows`."""
+        return mix_windows([source.validation for source in self.sources], self._weights, count)
+
+    @property
+    def _weights(self) -> list[float]:
+        return [source.weight for source in self.sources]
 
 
 def writes_own_text(data: Data) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 VARIABLE = "REGROW_CACHE"
 LIMIT = 4 * 2**30
-SUFFIX = ".int64"
+SUFFIX, PARTIAL = ".int64", ".partial"
+DAY = 24 * 60 * 60
+"""Seconds; nothing is written for longer."""
 
 Ids = NDArray[np.int64]
 
@@ -43,7 +46,7 @@ def name_of(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, how: o
     """
     if home() is None or not tokenizer.is_fast:
         return None
-    digest = hashlib.sha256(f"{version('tokenizers')} {how}".encode())
+    digest = hashlib.sha256(f"{version('tokenizers')} {how} {tokenizer.split_special_tokens}".encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode(errors="surrogatepass"))
     for document in documents:
         text = document.encode(errors="surrogatepass")
@@ -78,7 +81,7 @@ def _in_memory(make: Callable[[], Iterator[Ids]]) -> Tensor:
 def _write(file: Path, tokens: Iterable[Ids]) -> None:
     """Piece by piece, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".")
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=PARTIAL)
     try:
         with open(handle, "wb") as out:
             for ids in tokens:
@@ -92,6 +95,9 @@ def _write(file: Path, tokens: Iterable[Ids]) -> None:
 
 
 def _make_room(folder: Path, newest: Path) -> None:
+    for file in folder.glob(f".*{PARTIAL}"):  # of processes that were killed
+        if file.stat().st_mtime < time.time() - DAY:
+            file.unlink(missing_ok=True)
     files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
     excess = sum(file.stat().st_size for file in files) - LIMIT
     for file in files:

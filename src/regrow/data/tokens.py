@@ -56,9 +56,12 @@ class Windows:
         """At most `count` windows, evenly spread over the text."""
         if count is None or count >= len(self):
             return self
-        chosen = torch.linspace(0, len(self) - 1, count).long()
-        scored_NT = None if self.scored_NT is None else self.scored_NT[chosen]
-        return Windows(self.ids_NT[chosen], self.source, self.bos, scored_NT)
+        return self.only(torch.linspace(0, len(self) - 1, count).long())
+
+    def only(self, numbers_N: Tensor) -> "Windows":
+        """The windows of these numbers, in this order."""
+        scored_NT = None if self.scored_NT is None else self.scored_NT[numbers_N]
+        return Windows(self.ids_NT[numbers_N], self.source, self.bos, scored_NT)
 
     def batch(self, numbers_B: Tensor) -> "Batch":
         """The windows of these numbers."""
@@ -188,6 +191,18 @@ def join_windows(parts: Sequence[Windows]) -> Windows:
         scored_NT = torch.cat(masks)
     source = ", ".join(part.source for part in parts)
     return Windows(torch.cat([part.ids_NT for part in parts]), source, parts[0].bos, scored_NT)
+
+
+def mix_windows(parts: Sequence[Windows], weights: Sequence[float], count: int) -> Windows:
+    """At most `count` windows, of each part its share by weight, evenly spread over it; any stretch of them is mixed.
+
+    A part that has fewer gives all that it has.
+    """
+    ends = [round(count * end / sum(weights)) for end in itertools.accumulate(weights)]
+    chosen = [part.first(end - start) for part, (start, end) in zip(parts, itertools.pairwise([0, *ends]), strict=True)]
+    places = torch.cat([(torch.arange(len(each)) + 0.5) / max(len(each), 1) for each in chosen])
+    mixed = join_windows(chosen)
+    return mixed if len(parts) == 1 else mixed.only(places.argsort(stable=True))
 
 
 def window_order(count: int, seed: int) -> Iterator[int]:

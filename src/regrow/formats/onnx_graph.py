@@ -75,7 +75,7 @@ def write_onnx(model: PreTrainedModel, source: Path, out: Path) -> Graph:
         if difference > TOLERANCE * max(1.0, float(expected.abs().max())):
             raise InputError(f"onnxruntime's logits differ by {difference:.2g} from those of {source}; nothing written")
         for tokens in source.glob("*token*"):
-            shutil.copy(tokens, partial / tokens.name)
+            shutil.copyfile(tokens, partial / tokens.name)
     return Graph(out / "model.onnx", difference)
 
 

@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from regrow.checkpoint.files import check_new, new_folder, write_json
+from regrow.checkpoint.source import stored_form
 from regrow.errors import InputError
 from regrow.formats.source import LAYER, WIDTH_KEYS, Checkpoint, LayerWidths, layer_of
 
@@ -48,6 +50,8 @@ def pad_checkpoint(source: Checkpoint, out: Path, multiple: int = 1) -> LayerWid
     wide = widest(source.widths, multiple)
     outlines = {name: widen(name, source.outline(name), source, wide) for name in source.names}
     check_even(source.folder, outlines)
+    described = even_config(source, wide)
+    check_shapes(source.folder, described, outlines)
     plan = split_torch_state_dict_into_shards(outlines, max_shard_size=SHARD_SIZE)
     with new_folder(out) as partial:
         for shard, names in plan.filename_to_tensors.items():
@@ -56,9 +60,9 @@ def pad_checkpoint(source: Checkpoint, out: Path, multiple: int = 1) -> LayerWid
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
-        write_json(partial / "config.json", even_config(source, wide))
+        write_json(partial / "config.json", described)
         for file in {file for pattern in COPIED for file in source.folder.glob(pattern)}:
-            shutil.copy(file, partial / file.name)
+            shutil.copyfile(file, partial / file.name)
     return wide
 
 
@@ -128,7 +132,24 @@ def check_even(folder: Path, outlines: Mapping[str, Tensor]) -> None:
             raise InputError(f"{part} of {folder} differs from layer to layer and cannot be padded with zeros")
 
 
-def even_config(source: Checkpoint, wide: LayerWidths) -> dict[str, object]:
+def check_shapes(folder: Path, described: Mapping[str, Any], outlines: Mapping[str, Tensor]) -> None:
+    """Refuse a model that its stock class would not load, for it has linears that are not known here.
+
+    Raises:
+        InputError: if there is a tensor of another shape than the class has.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described))
+    built = stored_form(model, model.state_dict())
+    for name, outline in outlines.items():
+        if name in built and built[name].shape != outline.shape:
+            raise InputError(
+                f"{name} of {folder} would be {list(outline.shape)}, where a {described['model_type']} of such layers "
+                f"has {list(built[name].shape)}: it cannot be padded with zeros"
+            )
+
+
+def even_config(source: Checkpoint, wide: LayerWidths) -> dict[str, Any]:
     """`config.json` of the padded checkpoint: a stock class, `head_dim` written out, the same widths everywhere.
 
     Raises:

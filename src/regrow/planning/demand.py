@@ -111,11 +111,12 @@ def most_removed(groups: Groups, pruning: Pruning, prior: Prior | None = None) -
     return nothing | {group.name: demand.most(group) for demand in asked for group in demand.groups}
 
 
-def reach(groups: Groups, pruning: Pruning, basis: str = "block") -> int:
+def reach(groups: Groups, pruning: Pruning, basis: str = "block", prior: Prior | None = None) -> int:
     """Most parameters that the recipe's shape and limits let go, hidden channels apart.
 
     Args:
         basis: `block`, or `total`.
+        prior: what an analysis has found: in the free shape it protects groups.
     """
     nothing = {group.name: 0 for group in groups}
     most = pruning.model_copy(update={"sparsity": 1 - 1e-9, "basis": basis})
@@ -124,7 +125,7 @@ def reach(groups: Groups, pruning: Pruning, basis: str = "block") -> int:
     for layers in layer_choices(groups, nothing, zeros, most):
         for experts in expert_choices(groups, nothing, most, layers, groups.block_parameters):
             folded, gone, _ = fold(groups, nothing, zeros, experts)
-            (one,) = demands(folded, gone, most, layers, by_experts=experts_bring(groups, experts, layers))
+            (one,) = demands(folded, gone, most, layers, prior, experts_bring(groups, experts, layers))
             found = max(found, one.by_layers + one.within())
     return found
 
@@ -170,7 +171,7 @@ def demands(
         units = sum(group.units for group in groups if group.kind == kind)
         by_layers = sum(group.units for group in groups if group.kind == kind and group.layer in layers)
         price = dict.fromkeys((group.name for group in part), 1)
-        asked.append(demand(part, price, units, round(pruning.sparsity * units), by_layers))
+        asked.append(demand(part, price, units, math.ceil(pruning.sparsity * units - 1e-6), by_layers))
     return asked or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
 
 

@@ -89,7 +89,7 @@ def reach_with_hidden(groups: Groups, pruning: Pruning, basis: str) -> int:
 
 def _wanted(groups: Groups, pruning: Pruning) -> int:
     if pruning.basis == "units":
-        return 0 if groups.residual is None else round(pruning.sparsity * groups.residual.units)
+        return 0 if groups.residual is None else math.ceil(pruning.sparsity * groups.residual.units - 1e-6)
     return math.ceil(pruning.sparsity * _whole(groups, pruning) - 1e-6)
 
 

@@ -12,6 +12,7 @@ from regrow.errors import InputError
 from regrow.planning.allocation import final_counts
 from regrow.planning.demand import reach
 from regrow.planning.hidden import reach_with_hidden
+from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
 
@@ -168,12 +169,9 @@ def check_speedup(
         InputError: the message says what is within reach.
     """
     scores = {group.name: Tensor([0.0] * group.units) for group in groups}
-    most = _speedup_of(reach(groups, pruning), groups, pruning, seconds, scores)
+    most = _speedup_of(reach(groups, pruning), groups, pruning, seconds, scores, None)
     if most < target.value:
-        raise InputError(
-            f"target {target.text!r} is out of reach: the smallest model that this recipe allows is {most:.2f}x as "
-            "fast here by the latency table; ask for less"
-        )
+        raise _too_slow(target, most)
 
 
 def sparsity_for_speedup(
@@ -182,6 +180,7 @@ def sparsity_for_speedup(
     pruning: Pruning,
     seconds: Callable[[Mapping[str, int]], float],
     scores: Mapping[str, Tensor],
+    prior: Prior | None = None,
 ) -> float:
     """The least share of the block parameters to remove for a speed-up, to the cost of a unit.
 
@@ -192,14 +191,21 @@ def sparsity_for_speedup(
         groups: of the whole model.
         seconds: how long a model takes of which so many units of each group are left.
         scores: one per unit; where the allocation goes by them, they decide the widths.
+        prior: what an analysis has found; where the allocation goes by it, so does that.
+
+    Raises:
+        InputError: if the target is out of reach; the message says what is within it.
     """
 
     def fast(removed: int) -> bool:
-        return _speedup_of(removed, groups, pruning, seconds, scores) >= target.value
+        return _speedup_of(removed, groups, pruning, seconds, scores, prior) >= target.value
 
-    most = reach(groups, pruning)
+    most = reach(groups, pruning, prior=prior)
     steps = pairwise(most * number // STEPS for number in range(STEPS + 1))
-    low, high = next((step for step in steps if fast(step[1])), (0, most))
+    found = next((step for step in steps if fast(step[1])), None)
+    if found is None:
+        raise _too_slow(target, _speedup_of(most, groups, pruning, seconds, scores, prior))
+    low, high = found
     while high - low > min(group.cost for group in groups):
         middle = (low + high) // 2
         if fast(middle):
@@ -209,14 +215,22 @@ def sparsity_for_speedup(
     return share_of(high, groups)
 
 
+def _too_slow(target: Target, most: float) -> InputError:
+    return InputError(
+        f"target {target.text!r} is out of reach: the smallest model that this recipe allows is {most:.2f}x as fast "
+        "here by the latency table; ask for less"
+    )
+
+
 def _speedup_of(
     removed: int,
     groups: Groups,
     pruning: Pruning,
     seconds: Callable[[Mapping[str, int]], float],
     scores: Mapping[str, Tensor],
+    prior: Prior | None,
 ) -> float:
     nothing = {group.name: 0 for group in groups}
-    counts = final_counts(groups, nothing, scores, with_share(pruning, share_of(removed, groups)))
+    counts = final_counts(groups, nothing, scores, with_share(pruning, share_of(removed, groups)), prior)
     whole = {group.name: group.units for group in groups}
     return seconds(whole) / seconds({name: units - counts[name] for name, units in whole.items()})

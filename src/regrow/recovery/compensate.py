@@ -269,18 +269,23 @@ class Compensator:
         change_OK = fitted_OK - weight_OC[:, kept_K]
         parameter, bias = self.model.get_parameter(group.consumers[0].parameter), self._bias(group)
         before = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K])
-        written_OK = change_OK if self.settings.carrier == "adapter" else change_OK.to(parameter.dtype).double()
+        writes: list[Write] = []
+        if self.settings.carrier == "adapter":
+            sweeps = MANY_SWEEPS if min(change_OK.shape) > EXACT else None
+            writes = self.adapter_writes(linear, change_OK, moments, kept_K, sweeps)
+            factor_b, factor_a = (write.values.double() for write in writes)
+            written_OK = linear.scaling * factor_b @ factor_a
+        else:
+            written_OK = change_OK.to(parameter.dtype).double()
         rounded_O = extra if bias is None or extra is None else extra.to(bias.dtype).double()
         after = output_error(weight_OC, moments, kept_K, weight_OC[:, kept_K] + written_OK, rounded_O)
         if not after < before:  # nothing to repair, or rounding to the weights' dtype outweighs it
             return 0.0
         if bias is not None and extra is not None:
             self._add(bias, extra, done)
-        if self.settings.carrier == "adapter":
-            sweeps = MANY_SWEEPS if min(change_OK.shape) > EXACT else None
-            for write in self.adapter_writes(linear, change_OK, moments, kept_K, sweeps):
-                write.do()
-        elif self.settings.method == "least-squares":
+        for write in writes:
+            write.do()
+        if not writes and self.settings.method == "least-squares":
             change_OC = torch.zeros_like(weight_OC)
             change_OC[:, kept_K] = change_OK
             expert, axis = group.consumers[0].expert, group.consumers[0].axis

@@ -18,7 +18,8 @@ from regrow.processes import ALONE, Processes
 from regrow.recovery.probe import Probes
 from regrow.structure.adapters import is_linear
 from regrow.structure.groups import Group, Slice
-from regrow.structure.prefix import watching_inputs
+from regrow.structure.prefix import sequences_in, watching_inputs
+from regrow.structure.trace import decoder_layers
 
 
 def base_pieces(model: PreTrainedModel, group: Group) -> list[Slice]:
@@ -51,6 +52,11 @@ class Squares:
         self.sequences += len(x_BTI)
 
 
+def _by_sequence(x: Tensor, sequences: int) -> Tensor:
+    """`[B, T, C]`, also of what a family has flattened to `[B T, C]`."""
+    return x.reshape(sequences, -1, x.shape[-1])
+
+
 class Measured:
     """Statistics of the linears in some groups, by the linears' names; `clear` begins anew."""
 
@@ -69,6 +75,8 @@ class Measured:
         self._modules: dict[str, nn.Module] = {}
         self._channels: dict[str, ChannelMoments] = {}
         self._squares: dict[str, Squares] = {}
+        self._sequences = 0
+        """In the pass that is going on."""
 
     def watch(self, groups: Collection[Group]) -> None:
         """From now on look at the linears of these groups."""
@@ -90,6 +98,8 @@ class Measured:
     def recording(self, scale: float) -> Iterator[None]:
         """A context for one forward and backward pass; `scale` as for `Gates.recording`."""
         with ExitStack() as stack:
+            for layer in decoder_layers(self.model)[1] if "squares" in self.needs else ():
+                stack.callback(layer.register_forward_pre_hook(self._see_batch, with_kwargs=True).remove)
             for name, module in self._modules.items():
                 if "channels" in self.needs:
                     stack.enter_context(watching_inputs(module, partial(self._count_channels, name)))
@@ -103,13 +113,16 @@ class Measured:
             self._channels[name] = ChannelMoments.zeros(x.shape[-1], x.device)
         self._channels[name].add(x)
 
+    def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._sequences = sequences_in(args, kwargs)
+
     def _square(self, name: str, scale: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x_BTI = args[0].detach()
+        sequences, x_BTI = self._sequences, _by_sequence(args[0].detach(), self._sequences)
         if name not in self._squares:
             shape = output.shape[-1], x_BTI.shape[-1]
             self._squares[name] = Squares(torch.zeros(shape, device=x_BTI.device))
         squares = self._squares[name]
-        output.register_hook(lambda grad_BTO: squares.add(x_BTI, grad_BTO, scale))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda grad: squares.add(x_BTI, _by_sequence(grad, sequences), scale))  # type: ignore[no-untyped-call]
 
     def channels(self, name: str) -> ChannelMoments | None:
         """Moments of a linear's input channels, if they are measured."""

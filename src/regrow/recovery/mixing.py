@@ -99,13 +99,8 @@ class DataMix:
     def _plan_stage(self, name: Stage, part: float, steps: range) -> StagePlan:
         members = self.corpus.members(name)
         shares = Shares.start([self.corpus.sources[number].weight for number in members])
-        sampler = self._sampler(members, shares, self.recipe.seed)
+        sampler = _sampler(self.corpus, members, shares, self.recipe, self.recipe.seed)
         return StagePlan(name, part, steps, members, sampler, StageState(sampler.state, shares))
-
-    def _sampler(self, members: list[int], shares: Shares, seed: int) -> Sampler:
-        ranges = [self.corpus.ranges[number] for number in members]
-        state = SamplerState(list(shares.current), [0] * len(members))
-        return Sampler(self.corpus.train, ranges, self.recipe.training.batch_size, seed, state)
 
     def state(self) -> State:
         """How far every stage is, and what has been measured."""
@@ -128,11 +123,6 @@ class DataMix:
         self.history[:] = state.values["history"]
         self.stage = self._stage_of(step)
 
-    def calibration(self) -> Sampler:
-        """Other batches of the first stage, in its initial shares."""
-        first = self.stages[0]
-        return self._sampler(first.members, first.state.shares, self.recipe.seed + 1)
-
     def upcoming(self) -> Tensor:
         """Numbers of all windows that training may draw, ascending, int64 `[n]`."""
         return torch.tensor(sorted(set().union(*map(self._upcoming, self.stages))))
@@ -140,7 +130,7 @@ class DataMix:
     def _upcoming(self, stage: StagePlan) -> Iterable[int]:
         if len(stage.members) > 1 and self.recovery.mixture != "fixed":
             return itertools.chain.from_iterable(self.corpus.ranges[number] for number in stage.members)
-        foretold = self._sampler(stage.members, stage.state.shares, self.recipe.seed)
+        foretold = _sampler(self.corpus, stage.members, stage.state.shares, self.recipe, self.recipe.seed)
         draws = len(stage.steps) * self.recipe.training.accumulate
         return itertools.chain.from_iterable(foretold.draw() for _ in range(draws))
 
@@ -300,6 +290,19 @@ class DataMix:
             "ended_early_at": {s.name: s.state.ended_at for s in self.stages if s.state.ended_at is not None},
             "rounds": self.history,
         }
+
+
+def calibration_batches(corpus: Corpus, recipe: Recipe) -> Sampler:
+    """Batches to score on: of the pretraining stage, in its initial shares, not in training's order."""
+    members = corpus.members("pretrain")
+    shares = Shares.start([corpus.sources[number].weight for number in members])
+    return _sampler(corpus, members, shares, recipe, recipe.seed + 1)
+
+
+def _sampler(corpus: Corpus, members: list[int], shares: Shares, recipe: Recipe, seed: int) -> Sampler:
+    ranges = [corpus.ranges[number] for number in members]
+    state = SamplerState(list(shares.current), [0] * len(members))
+    return Sampler(corpus.train, ranges, recipe.training.batch_size, seed, state)
 
 
 def validation_loss(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, processes: Processes = ALONE) -> float:

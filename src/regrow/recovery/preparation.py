@@ -317,7 +317,7 @@ def preparer(
     if not (wanted := windows_wanted(recipe)):
         return None
     size = recipe.training.batch_size
-    batches = list(torch.split(corpus.train.first(wanted).ids_NT, size))
+    batches = list(torch.split(corpus.pretrain.sample(wanted).ids_NT, size))
     if len(batches[0]) < processes.count:
         raise InputError(f"{len(batches[0])} windows of text are too few for {processes.count} processes; give more")
     shown = progress if recipe.pruning.schedule == "one-shot" else Silent()  # else it interrupts the training's bar

@@ -24,7 +24,7 @@ from regrow.recipe import Recipe
 from regrow.recovery.average import Average
 from regrow.recovery.distillation import distil
 from regrow.recovery.learner import Learner
-from regrow.recovery.mixing import DataMix
+from regrow.recovery.mixing import DataMix, calibration_batches
 from regrow.recovery.outcome import Best, History, Trained
 from regrow.recovery.preparation import Allows, anything, preparer
 from regrow.recovery.pruner import CutEvent, Pruner
@@ -84,7 +84,7 @@ def train(
         groups,
         recipe,
         loop.learner,
-        loop.mix.calibration(),
+        calibration_batches(corpus, recipe),
         loop.record_cut,
         early,
         prepare,
@@ -93,7 +93,7 @@ def train(
         journal.timing,
     ) as pruner:
         loop.score(pruner, known=scores is not None)
-        if recipe.distillation.on:
+        if recipe.distillation.on and recipe.training.steps:
             with journal.timing("teach"):
                 loop.learner.objective = distil(
                     recipe.distillation, loop.learner, pruner.gates, corpus.train, loop.mix.upcoming, teacher_folder,

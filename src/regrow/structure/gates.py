@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 
 from regrow.structure.experts import ExpertGates, Router, Sink, Watch, is_experts
 from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
+from regrow.structure.prefix import sequences_in
+from regrow.structure.quantised import weight_shape
 from regrow.structure.residual import mask_hooks, writers
 from regrow.structure.trace import decoder_layers
 
@@ -163,7 +165,8 @@ class Gates:
         for group in self._groups.values():
             for consumer in group.consumers if group.expert is None else ():
                 module = self.model.get_submodule(consumer.module)
-                unit_of_column = torch.zeros(consumer.index.size, dtype=torch.long)
+                width = weight_shape(self.model.get_parameter(consumer.parameter))[consumer.axis]
+                unit_of_column = torch.full([width], group.units)  # columns that are another group's: behind the last
                 for unit, columns in enumerate(consumer.index):
                     unit_of_column[torch.from_numpy(columns)] = unit
                 hook = partial(self._gate_input, group.name, unit_of_column)
@@ -179,7 +182,7 @@ class Gates:
             self._undo += [handle.remove for handle in (*masks, *self._stream_hooks(self._residual))]
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._batch = len(args[0] if args else kwargs["hidden_states"])
+        self._batch = sequences_in(args, kwargs)
 
     def _slices(self) -> list[Slice]:
         """Those of experts and of their channels."""
@@ -245,7 +248,9 @@ class Gates:
     def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
         value = self._values[name]
-        gate = None if bool((value == 1).all()) else value[unit_of_column].to(x.device, x.dtype)
+        gate = None
+        if not bool((value == 1).all()):
+            gate = torch.cat([value, value.new_ones(1)])[unit_of_column].to(x.device, x.dtype)
         sink = self._sink
         if sink is None or not torch.is_grad_enabled():
             return args if gate is None else (x * gate, *args[1:])
@@ -253,8 +258,8 @@ class Gates:
             x = x.detach().requires_grad_(True)
 
         def report(product_BC: Tensor) -> None:
-            units = torch.zeros(len(product_BC), len(value), device=product_BC.device)
-            sink(name, units.index_add_(1, unit_of_column.to(product_BC.device), product_BC))
+            units = torch.zeros(len(product_BC), len(value) + 1, device=product_BC.device)
+            sink(name, units.index_add_(1, unit_of_column.to(product_BC.device), product_BC)[:, :-1])
 
         return (self._reported(x, gate, report), *args[1:])
 

@@ -13,6 +13,7 @@ A cut is made on the way: rows and columns that are gone are not brought. So is 
 Not covered: writing to such a weight, and gradients of it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from regrow.sharding import Held
 from regrow.structure.take import take
@@ -206,10 +208,16 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(isinstance(parameter, Offloaded) for parameter in model.parameters())
 
 
-def convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a model's parameters in place. Not the buffers: rotary tables stay as precise as a reload makes them."""
-    for parameter in model.parameters():
+def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert a model's parameters in place. Not the buffers: rotary tables stay as precise as a reload makes them.
+
+    Nor what transformers keeps in float32 in such a model, whatever it is loaded in: a router, for example.
+    """
+    lower = dtype in (torch.float16, torch.bfloat16)
+    precise = [re.compile(rf"(^|\.){name}($|\.)") for name in model._keep_in_fp32_modules_strict or () if lower]
+    for name, parameter in model.named_parameters():
+        kept = torch.float32 if any(each.search(name) for each in precise) else dtype
         if isinstance(parameter, Offloaded):
-            parameter.retype(dtype)
+            parameter.retype(kept)
         else:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(kept)

@@ -7,7 +7,7 @@ What a layer leaves in a mapping that it is given, for later ones, is cached alo
 that several layers of Gemma 4 share. Not covered: models whose layers get more than that from the layers before.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,11 @@ from regrow.structure.trace import decoder_layers
 
 class _Reached(Exception):
     """The layer wanted has run; nothing after it needs to."""
+
+
+def sequences_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many sequences a decoder layer is called with; some families flatten them and their tokens within."""
+    return len(args[0] if args else kwargs["hidden_states"])
 
 
 class LayerWalk:
