@@ -1,5 +1,7 @@
 """Compensation: closed forms against solved references, and a refitted model that stays the same when cut."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
