@@ -204,7 +204,7 @@ def check_unquantised(name: str) -> None:
 def _own_code(name: str) -> InputError:
     return InputError(
         f"{name} runs Python files of its own; read them, then give --trust-remote-code to inspect, evaluate or "
-        "bench it (prune takes no such models)"
+        "bench it (prune and analyze take no such models)"
     )
 
 
