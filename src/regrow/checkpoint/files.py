@@ -26,7 +26,7 @@ PARTIAL = ".partial"
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically, folders included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -151,7 +151,7 @@ def sha256_of(file: Path) -> str:
 
 def sweep(folder: Path) -> None:
     """Take away what a process that was killed had not finished writing."""
-    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
+    for left_over in [*folder.rglob(f".*{PARTIAL}"), *folder.rglob(".*.old")]:
         if left_over.is_dir():
             shutil.rmtree(left_over)
         else:
@@ -173,7 +173,7 @@ def check_new(folder: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when it is whole, and vanishes on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -195,7 +195,7 @@ def check_folder(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give a folder for the results")
     earlier = (path / RUN_FILE).is_file()
-    left_over = (".partial", LOCK_FILE)  # by a process that was killed before it had begun
+    left_over = (PARTIAL, LOCK_FILE)  # by a process that was killed before it had begun
     if path.is_dir() and not earlier and any(not file.name.endswith(left_over) for file in path.iterdir()):
         raise InputError(f"{path} is not empty and holds no run of regrow; give another folder")
     return earlier

@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from regrow.structure.experts import ExpertGates, Router, Sink, Watch, is_experts
 from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
 from regrow.structure.prefix import sequences_in
-from regrow.structure.quantised import weight_shape
 from regrow.structure.residual import mask_hooks, writers
 from regrow.structure.trace import decoder_layers
 
@@ -165,8 +164,7 @@ class Gates:
         for group in self._groups.values():
             for consumer in group.consumers if group.expert is None else ():
                 module = self.model.get_submodule(consumer.module)
-                width = weight_shape(self.model.get_parameter(consumer.parameter))[consumer.axis]
-                unit_of_column = torch.full([width], group.units)  # columns that are another group's: behind the last
+                unit_of_column = torch.full([int(consumer.index.max(initial=-1)) + 1], group.units)
                 for unit, columns in enumerate(consumer.index):
                     unit_of_column[torch.from_numpy(columns)] = unit
                 hook = partial(self._gate_input, group.name, unit_of_column)
@@ -246,8 +244,10 @@ class Gates:
         return gated.view_as(x)
 
     def _gate_input(self, name: str, unit_of_column: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = args[0]
-        value = self._values[name]
+        x, value = args[0], self._values[name]
+        # Columns that are another group's belong to a unit behind the last, whose gate is open.
+        others = x.shape[-1] - len(unit_of_column)
+        unit_of_column = nn.functional.pad(unit_of_column, (0, others), value=len(value))
         gate = None
         if not bool((value == 1).all()):
             gate = torch.cat([value, value.new_ones(1)])[unit_of_column].to(x.device, x.dtype)
