@@ -176,7 +176,7 @@ def test_what_cannot_be_saved_is_refused_before_the_run(family: str, pruning: Pr
 
 
 def test_a_norm_of_its_own_for_every_head_keeps_heads_and_lets_channels_go() -> None:
-    """StableLM 2 12B: each head is a group, and all of them share one output projection."""
+    """Each head is a group, and all of them share one output projection."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(StableLmConfig(
         hidden_size=48, intermediate_size=40, num_hidden_layers=2, vocab_size=64, num_attention_heads=6,

@@ -107,12 +107,12 @@ def check_room(folder: Path, size: int, what: str, otherwise: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when everything is in it, and vanishes on an error.
 
-    Where no other can take its place, for it is a mount point or what it lies in is not ours to write to, it is filled
-    in a folder within, and `config.json` is the last to come out of there.
+    Where no other can take its place, for it is a mount point or what it lies in is not ours to write to, or should
+    not, for somebody stands in it, it is filled in a folder within, and `config.json` is the last to come out of there.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    stays = path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK))
+    stays = path.is_dir() and (path.is_mount() or path == Path.cwd() or not os.access(path.parent, os.W_OK))
     temporary = path / PARTIAL if stays else path.with_name(f".{path.name}{PARTIAL}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
