@@ -19,8 +19,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -81,6 +83,39 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
             else:
                 parameter.copy_(0.15 * torch.randn_like(parameter))
     return model
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""What four bits of MXFP4 stand for."""
+
+
+def mxfp4_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Write a gpt-oss with experts in MXFP4, as the hub has it, and a tokenizer.
+
+    Returns:
+        The weights it stands for, by the names and in the shapes of the stock class.
+    """
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 8, "vocab_size": 300}
+    few = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**shape, **few)).to(torch.bfloat16)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    packed = dict(weights)
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, into, out = packed.pop(name).shape
+        codes = torch.randint(0, 16, (experts, out, into // 32, 32))
+        exponents = torch.randint(121, 127, (experts, out, into // 32))
+        packed[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        packed[f"{name}_scales"] = exponents.to(torch.uint8)
+        whole = FP4[codes] * 2.0 ** (exponents - 127)[..., None]
+        weights[name] = whole.view(experts, out, into).transpose(1, 2).to(torch.bfloat16)
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left}
+    (folder / "config.json").write_text(json.dumps(config))
+    return weights
 
 
 def two_by_two(axis: int) -> Linear:

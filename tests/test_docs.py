@@ -8,7 +8,10 @@ import docs_pages
 import pytest
 import torch
 import typer
+from conftest import mxfp4_checkpoint
+from safetensors.torch import load_file
 
+import regrow
 from regrow.cli import app
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.registry import find_criterion
@@ -76,11 +79,27 @@ def test_python_runs(
     if 'from_pretrained("out/model")' in code:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "model").symlink_to(checkpoint)
-    for shown, tried in {"Qwen/Qwen3-0.6B": str(checkpoint), **INSTEAD}.items():
+    packed = tmp_path / "packed"
+    if "openai/gpt-oss-20b" in code:
+        mxfp4_checkpoint(packed)
+    for shown, tried in {"Qwen/Qwen3-0.6B": str(checkpoint), "openai/gpt-oss-20b": str(packed), **INSTEAD}.items():
         code = code.replace(shown, tried)
     names: dict[str, object] = {"__name__": "__main__"}
     exec(compile(code, "block", "exec"), names)  # whatever goes wrong raises
     assert len(names) > 2, "a block that leaves no name has done nothing"
+
+
+def test_a_checkpoint_in_mxfp4_is_refused_and_can_be_written_as_the_page_says(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lean: None
+) -> None:
+    weights = mxfp4_checkpoint(tmp_path / "packed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(regrow.InputError, match=r"quantised \(mxfp4\)"):
+        regrow.prune("packed", "out", "magnitude", data=str(text), sparsity=0.3, steps=1)
+    (code,) = [code for _, code in BLOCK.findall((ROOT / "docs" / "models.md").read_text()) if "Mxfp4Config" in code]
+    exec(compile(code.replace("openai/gpt-oss-20b", "packed"), "block", "exec"), {})
+    written = load_file(tmp_path / "gpt-oss-20b-bf16" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in written.items()} == {n: t.tolist() for n, t in weights.items()}
 
 
 def test_the_criterion_on_the_page_scores_units(tmp_path: Path) -> None:

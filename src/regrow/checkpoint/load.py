@@ -197,7 +197,8 @@ def check_unquantised(name: str) -> None:
     if (quantised := _read_config(name).get("quantization_config")) is not None:
         method = quantised.get("quant_method", "by an unknown method") if isinstance(quantised, dict) else quantised
         raise InputError(
-            f"{name} is quantised ({method}); give the checkpoint it was made of, and --quantize if memory is short"
+            f"{name} is quantised ({method}); give the checkpoint it was made of, and --quantize if memory is short "
+            "(docs/models.md tells how to write one where there is none)"
         )
 
 
