@@ -19,7 +19,7 @@ import regrow
 from regrow.checkpoint.load import load_model
 from regrow.checkpoint.offer import check_offer, choices
 from regrow.checkpoint.peft_folder import Adapter
-from regrow.checkpoint.shape import pruned_config
+from regrow.checkpoint.shape import describe, pruned_config
 from regrow.checkpoint.stock import prunable_groups
 from regrow.criteria.registry import find_criterion
 from regrow.errors import InputError
@@ -101,6 +101,39 @@ def test_masked_zeroed_and_cut_are_one(family: str) -> None:
         assert all(np.array_equal(ours.index, theirs.index) for ours, theirs in pairs)
     merge_lora(model)
     assert (logits(model) - after).abs().max() < 1e-10
+
+
+NO_HIDDEN = {
+    "Gemma", "Gemma 2", "Gemma 3", "Gemma 3 (text)", "Gemma 4", "Gemma 4 (MoE)", "VaultGemma", "GPT-2", "GPT-J", "OPT",
+    "GPT-NeoX", "StableLM", "Helium", "Doge", "Persimmon", "GPT-Neo", "GPTBigCode", "CodeGen", "XGLM", "Falcon (MQA)",
+    "Falcon (GQA)", "BLOOM", "MPT", "OLMoE",
+}  # fmt: skip
+"""Families whose class ties a head's size, or a factor, to the hidden size."""
+NO_STREAM = {
+    "Gemma 4 (E4B)", "Gemma 4 (E4B, sees)", "LFM2", "LFM2-MoE", "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Next", "OLMo hybrid",
+    "MiniMax", "Jamba", "Bamba", "Granite 4", "Falcon-H1", "Nemotron-H", "DeepSeek-V2",
+    "DeepSeek-V3", "GLM-4 MoE Lite", "MiniCPM3",
+}  # fmt: skip
+"""Families in which tracing follows no one stream."""
+
+
+@pytest.mark.parametrize("family", sorted(set(zoo.FAMILIES) - NO_HIDDEN - NO_STREAM))
+def test_fewer_hidden_channels_are_masked_as_they_are_cut_and_built(family: str) -> None:
+    """The stock class, given the narrow config and the narrow weights, computes what the cut model does."""
+    model = zoo.build(family)
+    residual = (groups := prunable_groups(model)).residual
+    width = max(width for width in residual.widths if width % 8 == 0 and width < residual.units)
+    keep = np.sort(np.random.default_rng(0).choice(residual.units, width, replace=False))
+    whole = zoo.logits_of(model)
+    with Gates(model, groups.groups, residual=residual) as gates:
+        gates.keep(RESIDUAL, keep)
+        masked = zoo.logits_of(model)
+    left = cut(model, groups, {RESIDUAL: keep})
+    assert (masked - zoo.logits_of(model)).abs().max() < 1e-4 < 1e-2 < (masked - whole).abs().max()
+    describe(model, groups, left)
+    built = zoo.hf.AutoModelForCausalLM.from_config(model.config).eval()
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(zoo.logits_of(built), zoo.logits_of(model))
 
 
 def test_a_norm_of_one_operator_is_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +271,31 @@ def test_what_is_out_of_reach_says_what_is_within_it(traced) -> None:
         with pytest.raises(InputError, match=r"hidden channels left.*use at most (0\.\d+)") as refused:
             check_reach(groups, pruning)
         check_reach(groups, pruning.model_copy(update={"sparsity": float(str(refused.value).split()[-1])}))
+
+
+def test_where_tracing_follows_no_stream_the_others_bring_all() -> None:
+    with torch.device("meta"):
+        model = zoo.hf.AutoModelForCausalLM.from_config(zoo.FAMILIES["LFM2"]())
+    groups = prunable_groups(model)
+    assert groups.residual is None
+    scores = {group.name: torch.arange(group.units, dtype=torch.float32) for group in groups}
+    both = Pruning(sparsity=0.1, kinds=("attention", "ffn", "hidden"))
+    plan = choose(groups, Plan.whole(groups), scores, both)
+    assert plan == choose(groups, Plan.whole(groups), scores, both.model_copy(update={"kinds": ("attention", "ffn")}))
+    assert plan.sparsity.block >= 0.1
+    with pytest.raises(InputError, match="use at most") as refused:
+        check_reach(groups, both.model_copy(update={"sparsity": 0.99}))
+    assert "hidden" not in str(refused.value)
+
+
+def test_layers_that_go_take_their_norms_without_weights_along() -> None:
+    model = zoo.build("NanoChat")
+    groups = prunable_groups(model)
+    none = np.zeros(0, dtype=np.int64)
+    keep = {group.name: none for group in groups if group.layer == 1} | {RESIDUAL: np.arange(40)}
+    left = cut(model, groups, keep)
+    assert left.residual.bare_norms == find_groups(model).residual.bare_norms
+    assert len(left.residual.bare_norms) < len(groups.residual.bare_norms)
 
 
 def test_a_target_in_parameters_counts_the_embeddings(traced) -> None:

@@ -281,7 +281,8 @@ def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedCon
     if residual is not None:
         gone = tuple(f"{layer.name}." for layer in groups.layers[last + 1 :])
         along = tuple(s for s in residual.slices if not gone or not s.parameter.startswith(gone))
-        residual = replace(residual, slices=along)
+        bare = tuple(name for name in residual.bare_norms if not gone or not f"{name}.".startswith(gone))
+        residual = replace(residual, slices=along, bare_norms=bare)
     return config, replace(groups, groups=kept, layers=groups.layers[: last + 1], residual=residual)
 
 

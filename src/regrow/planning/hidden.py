@@ -36,6 +36,8 @@ def with_hidden(
 ) -> Counts:
     """Units that each group has lost once the target is reached, `residual` among them.
 
+    Where tracing follows no one stream there is no hidden size to settle, and the others bring all.
+
     Args:
         gone: units lost already.
         others: counts of the other kinds that reach a target in a model that is narrower already.
@@ -43,10 +45,11 @@ def with_hidden(
     Raises:
         InputError: if the target is out of reach; the message says what is within it.
     """
+    if groups.residual is None:
+        return others(groups, _of_others(pruning))
     options = removals(groups, pruning, gone.get(RESIDUAL, 0))
     wanted = _wanted(groups, pruning)
     if set(pruning.kinds) == {"hidden"}:
-        assert groups.residual is not None
         price = 1 if pruning.basis == "units" else _price(groups, pruning)
         enough = [count for count in options if count * price >= wanted]
         if not enough:
@@ -68,18 +71,23 @@ def with_hidden(
 def the_rest(groups: Groups, pruning: Pruning, removed: int) -> tuple[Groups, Pruning]:
     """The model without some hidden channels, and what is left to ask of it: the target less what they brought."""
     less = narrowed(groups, removed)
-    changes: dict[str, object] = {"kinds": tuple(kind for kind in pruning.kinds if kind != "hidden")}
-    if pruning.basis != "units":
-        amount = _wanted(groups, pruning) - removed * _price(groups, pruning)
-        changes["sparsity"] = (amount - 0.5) / _whole(less, pruning)  # half a parameter off: see `share_of`
-    return less, pruning.model_copy(update=changes)
+    rest = _of_others(pruning)
+    if pruning.basis == "units":
+        return less, rest
+    amount = _wanted(groups, pruning) - removed * _price(groups, pruning)
+    share = (amount - 0.5) / _whole(less, pruning)  # half a parameter off: see `share_of`
+    return less, rest.model_copy(update={"sparsity": share})
+
+
+def _of_others(pruning: Pruning) -> Pruning:
+    return pruning.model_copy(update={"kinds": tuple(kind for kind in pruning.kinds if kind != "hidden")})
 
 
 def reach_with_hidden(groups: Groups, pruning: Pruning, basis: str) -> int:
     """Most parameters (of the blocks, or in total) that the recipe's shape and limits let go, of all its kinds."""
     pruning = pruning.model_copy(update={"basis": basis})
-    if "hidden" not in pruning.kinds:
-        return reach(groups, pruning, basis)
+    if "hidden" not in pruning.kinds or groups.residual is None:
+        return reach(groups, _of_others(pruning), basis)
     options = removals(groups, pruning)
     alone = set(pruning.kinds) == {"hidden"}
     count = options[-1] if alone or pruning.hidden is None else _preferred(groups, pruning, options)

@@ -15,7 +15,7 @@ from regrow.structure.depth import remove_layers
 from regrow.structure.groups import RESIDUAL, Group, Groups, Slice
 from regrow.structure.offload import Offloaded
 from regrow.structure.quantised import cut_weight, kept_as, weight_shape
-from regrow.structure.residual import follow, narrowed
+from regrow.structure.residual import follow, follow_bare, narrowed
 from regrow.structure.take import take
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
@@ -24,7 +24,7 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_k
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Under which names experts, their router and the modules around them keep how many there are."""
 
-HIDDEN_SIZES = ("hidden_dim", "hidden_size")
+HIDDEN_SIZES = ("hidden_dim", "hidden_size", "input_size")
 """Under which names a module with weights along the residual stream keeps how wide it is."""
 
 
@@ -148,6 +148,8 @@ def _cut_stream(
         _cut_slice(model, piece, units, optimizer)
     for piece in residual.slices:  # routers, experts and what is around them reshape by their own
         _tell(model, piece.module, HIDDEN_SIZES, residual.units, len(units))
+    for name in residual.bare_norms:
+        follow_bare(model.get_submodule(name), len(units))
     return replace(narrowed(groups, residual.units - len(units)), residual=residual.keep(units))
 
 

@@ -107,12 +107,18 @@ def _without_layers(residual: Group, removed: Sequence[Layer], rename: Callable[
     """The residual stream's group once some layers are no longer along it."""
     gone = tuple(f"{layer.name}." for layer in removed)
     path = removed[0].name.rpartition(".")[0]
-    slices = tuple(
-        replace(s, parameter=rename(s.parameter) if s.parameter.startswith(f"{path}.") else s.parameter)
-        for s in residual.slices
-        if not s.parameter.startswith(gone)
+
+    def moved(name: str) -> str:
+        return rename(name) if name.startswith(f"{path}.") else name
+
+    return replace(
+        residual,
+        slices=tuple(
+            replace(s, parameter=moved(s.parameter)) for s in residual.slices if not s.parameter.startswith(gone)
+        ),
+        bare_norms=tuple(moved(name) for name in residual.bare_norms if not name.startswith(gone)),
+        cost=residual.cost - sum(layer.hidden for layer in removed),
     )
-    return replace(residual, slices=slices, cost=residual.cost - sum(layer.hidden for layer in removed))
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

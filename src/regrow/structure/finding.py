@@ -194,7 +194,8 @@ def _crossing(model: PreTrainedModel, group: Group, residual: Group | None) -> i
 def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[Sequence[int]]) -> Group | None:
     """The classes that the layers both read and write, and that reach outside of them.
 
-    None where they do not all own alike: there is then no one number that says how wide the stream is.
+    None where they do not all own alike: there is then no one number that says how wide the stream is. None, too, where
+    a mean of them is taken by more than a norm: no other module can be made to take it of fewer.
     """
     first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
     owners: dict[int, dict[int, NDArray[np.int64]]] = defaultdict(dict)
@@ -208,12 +209,13 @@ def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[S
             axis.parameter.startswith(f"{path}.") == inside and is_input in (None, axis.is_input) for axis in axes
         )
 
-    stream = [
-        owned
+    members = {
+        c
         for c, owned in owners.items()
         if c != -1 and c not in found.attention and c not in found.fixed
         if has(owned, False) and has(owned, True, True) and has(owned, True, False)
-    ]
+    }
+    stream = [owners[c] for c in members]
     if len({tuple((n, len(p)) for n, p in sorted(owned.items())) for owned in stream}) != 1:
         return None
     stream.sort(key=lambda owned: int(owned[min(owned)][0]))
@@ -224,7 +226,11 @@ def _residual(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[S
             name = first.get(id(model.get_parameter(name)), name)
             slices.setdefault((name, axis.axis), Slice(name, axis.axis, axis.is_input, index))
     found_slices = (*slices.values(), *_below_experts(model, tuple(slices.values())))
-    return Group(RESIDUAL, -1, "hidden", len(stream), found_slices, _cost(model, found_slices))
+    norms = {name for at, mixed in found.norms.items() if mixed & members for name in replicated(at, path, alike)}
+    bare = tuple(sorted(norms - {s.module for s in found_slices}, key=_natural))
+    if any(next(model.get_submodule(name).parameters(), None) is not None for name in bare):
+        return None
+    return Group(RESIDUAL, -1, "hidden", len(stream), found_slices, _cost(model, found_slices), bare_norms=bare)
 
 
 def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> Iterator[Group]:
@@ -263,7 +269,8 @@ def _groups_of_layer(axes: Sequence[Axis], outside: set[int], found: Trace) -> I
             Slice(axes[n].parameter, axes[n].axis, axes[n].is_input, np.stack([owners[c][n] for c in members]))
             for n, _ in signature
         )
-        if members[0] in found.normed and not routed:  # none can go without changing the others: one unit, all of them
+        normed = any(members[0] in mixed for mixed in found.norms.values())
+        if normed and not routed:  # none can go without changing the others: one unit, all of them
             slices = tuple(replace(s, index=s.index.reshape(1, -1)) for s in slices)
         kind = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
         group = Group(kind, -1, kind, len(slices[0].index), slices, 0)

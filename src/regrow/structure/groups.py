@@ -76,6 +76,8 @@ class Group:
     """What the number of units that stay is a multiple of, unless all do."""
     least: int = 1
     """How many stay at least while their layer does."""
+    bare_norms: tuple[str, ...] = ()
+    """Of the residual stream: dotted names of the norms of it that have no weights."""
 
     def keep(self, units: NDArray[np.int64]) -> "Group":
         """The group once only `units` are left."""

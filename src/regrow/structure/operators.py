@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regrow.structure.channels import Facet, Value, align, reshape, varies
+from regrow.structure.channels import Facet, Value, align, reshape
 from regrow.structure.ties import UnknownOperator, Walk
 
 Rule = Callable[[Walk, Sequence[Any], dict[str, Any], Any], Any]
@@ -91,23 +91,18 @@ def _reduce(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any)
     value: Value = args[0]
     axes = args[1] if len(args) > 1 else range(len(value.shape))
     axes = [axes] if isinstance(axes, int) else list(axes)
-    walk.averaged += [(facet, tuple(axes)) for facet in value.facets if varies(facet, axes)]
+    walk.average(value, axes)
     return walk.reduce(value, axes, shape)
 
 
 def _layer_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
-    _average_last_axes(walk, args)
+    walk.average(args[0], range(-len(args[1]), 0))
     return walk.elementwise(_values([args[0], *args[2:4]]), shape)
 
 
 def _rms_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
-    _average_last_axes(walk, args)
+    walk.average(args[0], range(-len(args[1]), 0))
     return walk.elementwise(_values([args[0], *args[2:3]]), shape)
-
-
-def _average_last_axes(walk: Walk, args: Sequence[Any]) -> None:
-    value, axes = args[0], tuple(range(-len(args[1]), 0))
-    walk.averaged += [(facet, axes) for facet in value.facets if varies(facet, axes)]
 
 
 def _embedding(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
@@ -303,7 +298,8 @@ RULES: dict[str, Rule] = {
             "le eq ne _to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax "
             "hardswish hardsigmoid hardtanh leaky_relu elu celu selu relu6 log_sigmoid log1p log2 exp2 floor "
             "ceil round sign rsub multiply subtract divide true_divide bitwise_not bitwise_and bitwise_or logical_not "
-            "logical_and logical_or nan_to_num add_ mul_ sub_ div_ relu_ silu_ masked_fill_ copy"
+            "logical_and logical_or nan_to_num add_ mul_ sub_ div_ relu_ silu_ clamp_ "
+            "clamp_min_ clamp_max_ masked_fill_ copy"
         ),
         _elementwise,
     ),
@@ -311,7 +307,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("view reshape _unsafe_view flatten unflatten unsqueeze squeeze"), _rearranged(_reshape)),
     **dict.fromkeys(_names("transpose t swapaxes numpy_T"), _rearranged(_transpose)),
     "aten.permute": _rearranged(_permute),
-    **dict.fromkeys(_names("expand broadcast_to"), _rearranged(_expand)),
+    **dict.fromkeys(_names("expand expand_as broadcast_to"), _rearranged(_expand)),
     "aten.slice": _rearranged(_slice),
     "aten.select": _rearranged(_select),
     "aten.repeat_interleave": _rearranged(_repeat_interleave),

@@ -89,6 +89,7 @@ def narrow_norm(module: nn.Module, kept: Tensor) -> nn.Module:
     for parameter in small.parameters():
         parameter.data = parameter.data[kept.to(parameter.device)]
     follow(small)
+    follow_bare(small, len(kept))
     return small
 
 
@@ -103,6 +104,12 @@ def follow(module: nn.Module) -> None:
             module.nx, module.nf = module.weight.shape
 
 
+def follow_bare(norm: nn.Module, width: int) -> None:
+    """Let a norm without weights, if it keeps a record of its width, know what it now is."""
+    if "normalized_shape" in vars(norm):
+        norm.normalized_shape = (width,)  # type: ignore[assignment]
+
+
 def mask_hooks(model: nn.Module, residual: Group, values: Callable[[], Tensor]) -> Iterator[RemovableHandle]:
     """Hooks that make a model compute as if the hidden units whose value is 0 were cut.
 
@@ -110,10 +117,11 @@ def mask_hooks(model: nn.Module, residual: Group, values: Callable[[], Tensor]) 
         values: the units' gates as they are now, `[U]`, each 0 or 1.
     """
     mask = _Mask(residual, values)
-    for name in dict.fromkeys(s.module for s in residual.slices if not s.is_adapter and is_norm(model, s)):
+    norms = [s.module for s in residual.slices if not s.is_adapter and is_norm(model, s)]
+    for name in dict.fromkeys((*norms, *residual.bare_norms)):
         yield model.get_submodule(name).register_forward_hook(partial(_narrow, mask))
-    consumers = [s.module for s in residual.consumers if is_linear(model.get_submodule(s.module))]
-    for name in dict.fromkeys(consumers):
+    consumers = [s.module for s in residual.consumers]  # but a head that is tied: an embedding takes tokens
+    for name in (n for n in dict.fromkeys(consumers) if not isinstance(model.get_submodule(n), nn.Embedding)):
         yield model.get_submodule(name).register_forward_pre_hook(partial(_blank, mask))
 
 

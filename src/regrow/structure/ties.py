@@ -5,7 +5,7 @@ kept one is tied along the reduced axis; one that depends on reduced axes alone 
 broadcast multiplication followed by a reduction, and a linear layer is a matrix product with a weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,8 +23,10 @@ class Walk:
         self.channels = Channels()
         self.attended: list[Facet] = []
         """Facets that took part in a product of two activations, that is in attention."""
-        self.averaged: list[tuple[Facet, tuple[int, ...]]] = []
-        """Facets of activations, and the axes along which a norm takes a mean of them."""
+        self.module = ""
+        """The dotted name of the module that computes what is looked at."""
+        self.averaged: list[tuple[Facet, tuple[int, ...], str]] = []
+        """Facets of activations, the axes along which a norm takes a mean of them, and the norm."""
         self.contracted: set[int] = set()
         """Channels of weights along whose axis a product sums: a consumer's input axis."""
         self.shared: list[tuple[Facet, Facet]] = []
@@ -59,6 +61,11 @@ class Walk:
         # What is computed from weights alone (`1 + weight` in a norm) is a weight still.
         is_weight = bool(kept) and all(value.is_weight for value in values if value.facets)
         return Value(shape, tuple(facet for facet, _ in kept), is_weight)
+
+    def average(self, value: Value, axes: Iterable[int]) -> None:
+        """A norm, or some such, computes with a mean of a value along `axes`."""
+        along = tuple(axes)
+        self.averaged += [(facet, along, self.module) for facet in value.facets if varies(facet, along)]
 
     def reduce(self, value: Value, axes: Sequence[int], shape: tuple[int, ...], whole: bool = False) -> Value:
         """Sum over `axes`; with `whole`, a facet that depends on them alone stays as one single channel."""

@@ -62,8 +62,8 @@ class Trace:
 
     axes: tuple[Axis, ...]
     attention: frozenset[int]
-    normed: frozenset[int] = frozenset()
-    """Classes of which a norm takes the mean of several: removing one changes what is left of the others."""
+    norms: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Modules -> classes of which they take the mean of several: removing one changes what is left of the others."""
     experts: Mapping[int, int] = field(default_factory=dict)
     """Classes that a router chooses among -> how many of them it chooses for a token."""
     fixed: frozenset[int] = frozenset()
@@ -282,6 +282,7 @@ class _Tracing:
         try:
             if rule is None:
                 raise UnknownOperator(name)
+            self.learnt.module = module_of(node)
             return rule(self.learnt, args, kwargs, _shapes(node.meta["val"]))
         except UnknownOperator as error:
             raise _Unruled(str(error), module_of(node)) from error
@@ -371,11 +372,11 @@ def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
         low, high = np.broadcast_to(low, weight.shape), np.broadcast_to(high, weight.shape)
         removable[weight] = np.where(low == high, low, -1)
     attention = {int(c) for facet in walk.attended for c in np.unique(classes[facet])}
-    normed: set[int] = set()
-    for facet, along in walk.averaged:
+    norms: dict[str, frozenset[int]] = defaultdict(frozenset)
+    for facet, along, module in walk.averaged:
         each = classes[facet]
         mixed = each.min(along, keepdims=True) != each.max(along, keepdims=True)
-        normed.update(np.unique(each[np.broadcast_to(mixed, each.shape)]).tolist())
+        norms[module] |= frozenset(np.unique(each[np.broadcast_to(mixed, each.shape)]).tolist())
     offered = [(set(classes[facet].tolist()), count) for facet, count in walk.offered]
     experts = {
         c: max(count for channels, count in offered if c in channels)
@@ -389,4 +390,4 @@ def _resolve(walk: Walk, facets: Mapping[str, tuple[Facet, ...]]) -> Trace:
             is_input = int(channels[0]) in walk.contracted
             found.append(Axis(parameter, axis, is_input, removable[channels]))
     fixed = frozenset(int(c) for facet in walk.fixed for c in np.unique(classes[facet]))
-    return Trace(tuple(found), frozenset(attention), frozenset(normed), experts, fixed)
+    return Trace(tuple(found), frozenset(attention), norms, experts, fixed)
