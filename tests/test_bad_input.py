@@ -368,6 +368,18 @@ SETTINGS = [
     case("no windows", nothing, PRUNE + "--set evaluation.windows=[]", "evaluation.windows", "at least 1 item"),
     case("window of one", nothing, PRUNE + "--set evaluation.windows=[1]", "evaluation.windows.0", "equal to 2"),
     case("batch of none", nothing, PRUNE + "--set evaluation.speed_batches=[0]", "speed_batches.0", "equal to 1"),
+    case(
+        "teacher whose weights change", nothing, PRUNE + "--set distillation.teacher=self",
+        "distillation.teacher=self", "compensation would change", "or another teacher",
+    ),
+    case(
+        "analysis by whole layers", nothing, "analyze LLAMA --data TEXT --set analysis.criterion=block-influence",
+        "analysis.criterion=block-influence scores whole layers only", "take another",
+    ),
+    case(
+        "analysis by masks", nothing, PRUNE + "--set analysis.enabled=true --set analysis.criterion=learned-mask",
+        "analysis.criterion=learned-mask reads masks", "take another",
+    ),
     case("shard size", nothing, PRUNE + "--set output.shard_size=big", "output.shard_size = 'big'"),
     case("all held out", nothing, PRUNE + "--set data.held_out=0.6", "data.held_out", "less than 0.5"),
     case("--set not YAML", nothing, PRUNE + "--set 'lora.rank=[3'", "--set 'lora.rank=[3'", "not valid YAML"),

@@ -38,7 +38,7 @@ from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.progress import Silent
 from regrow.recipe import Recipe, load_recipe
-from regrow.recovery.average import Average
+from regrow.recovery.average import Average, MeanGradients
 from regrow.recovery.compensate import Compensator
 from regrow.recovery.learner import Diverged, Learner, clip_gradients
 from regrow.recovery.losses import hidden_distance, language_loss
@@ -432,6 +432,36 @@ def test_calibration_does_without_a_bad_batch_but_not_without_all(criterion: str
     assert learner.skipped == 1
     scores = pruner.scorer.average.scores
     assert all(bool(torch.isfinite(score).all()) and score.unique().numel() > 1 for score in scores.values())
+
+
+def test_what_is_scored_once_has_gradients_of_adapters_too(tmp_path: Path) -> None:
+    """A criterion of one's own that reads the LoRA factors' gradients beside sums over all batches."""
+    found = []
+    for needs in ({"lora"}, {"lora", "channels"}):
+        file = tmp_path / f"of_{len(needs)}.py"
+        file.write_text(f"from regrow.criteria.lora import lora\nNEEDS = {needs}\ndef score(e): return lora(e)\n")
+        changes = {"pruning.criterion": f"{file}:score", "pruning.schedule": "one-shot", "training.clip": 1e9}
+        recipe = recipe_for(**changes)
+        model, groups = wrapped()
+        Spoiler(model, "nan")
+        learner = Learner(model, recipe.training, data())
+        with Pruner(model, groups, recipe, learner, inserted(data(1), (1,))) as pruner:
+            pruner.calibrate()
+        assert all(parameter.grad is None for parameter in learner.parameters)
+        found.append(pruner.scorer.average.scores)
+    once, both = found
+    assert all(torch.equal(score, both[name]) and score.sum() > 0 for name, score in once.items())
+
+
+def test_gradients_are_averaged_over_batches() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    mean = MeanGradients(parameters)
+    for gradient in ([1.0, 2.0], [3.0, 6.0]):
+        parameters[0].grad = torch.tensor(gradient)
+        mean.add()
+    mean.put()
+    assert parameters[0].grad.tolist() == [2.0, 4.0]
+    assert parameters[1].grad is None
 
 
 def test_nothing_is_chosen_by_scores_that_nobody_measured() -> None:

@@ -125,10 +125,13 @@ def test_only_adapters_are_trained() -> None:
     assert changed == {name for name in before if ".lora_" in name}
 
 
-def test_accumulation_is_one_large_batch() -> None:
+@pytest.mark.parametrize("scored", [None, [9, 7, 1, 2]], ids=["all tokens", "responses only"])
+def test_accumulation_is_one_large_batch(scored: list[int] | None) -> None:
+    """Also where the halves have unequal numbers of tokens that count."""
     ids = torch.randint(0, 64, (4, 10))
+    whole = Batch(ids, scored and torch.arange(10) >= 10 - torch.tensor(scored)[:, None])
     results = []
-    for accumulate, batches in ((1, [Batch(ids)]), (2, [Batch(part) for part in ids.split(2)])):
+    for accumulate, batches in ((1, [whole]), (2, [whole.rows(slice(0, 2)), whole.rows(slice(2, 4))])):
         model = build("llama-gqa")
         with_lora(model)
         learner = learner_for(model, itertools.cycle(batches), accumulate=accumulate)

@@ -22,6 +22,7 @@ from regrow.checkpoint.load import (
 )
 from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.offloaded import load
+from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
 from regrow.data.tokens import Bos, Windows, batches, make_windows
 from regrow.errors import InputError
@@ -154,6 +155,7 @@ def analyze(
     """
     given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
     recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
+    find_criterion(recipe.analysis.criterion).check_widths("analysis.criterion")
     check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.quantization)
     if recipe.training.offloaded:
         if recipe.training.offload == "shards":
@@ -184,7 +186,10 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
     if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:
         progress.say(f"{folder / SENSITIVITY} holds this analysis already; not measured again")
         return known
-    attach(loaded, find_groups(loaded), recipe.lora)
+    whole = find_groups(loaded)
+    criterion, adapted = find_criterion(recipe.analysis.criterion), bool(whole.expert_ranks(recipe.lora))
+    criterion.check_experts(whole, recipe.pruning.kinds, adapted)
+    attach(loaded, whole, recipe.lora)
     scored_on = batches(calibration, training.batch_size, recipe.seed + 1)
     found = analyse(loaded, find_groups(loaded), recipe, held_out, scored_on, conditions, progress)
     if folder is not None:

@@ -44,7 +44,7 @@ def check_settings(recipe: Recipe) -> None:
     """
     find_criterion(recipe.pruning.criterion).check_kinds(recipe.pruning.kinds)
     if recipe.analysis.enabled:
-        find_criterion(recipe.analysis.criterion)
+        find_criterion(recipe.analysis.criterion).check_widths("analysis.criterion")
     elif recipe.pruning.allocation == "curves":
         raise InputError("pruning.allocation=curves needs measured curves: set analysis.enabled=true too")
     if "expert" in recipe.pruning.kinds and recipe.pruning.shape == "free" and recipe.search.evaluations:
@@ -181,6 +181,8 @@ def check_experts(recipe: Recipe, groups: Groups) -> None:
     """
     adapted = bool(groups.expert_ranks(recipe.lora))
     find_criterion(recipe.pruning.criterion).check_experts(groups, recipe.pruning.kinds, adapted)
+    if recipe.analysis.enabled:
+        find_criterion(recipe.analysis.criterion).check_experts(groups, recipe.pruning.kinds, adapted)
 
 
 def check_hidden(recipe: Recipe) -> None:

@@ -57,6 +57,16 @@ class Criterion:
                 "out of pruning.kinds, or another criterion"
             )
 
+    def check_widths(self, setting: str) -> None:
+        """Refuse what scores no single units, or only reads what a schedule has learned, where just that is asked for.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        if "width" not in self.scores or "mask" in self.needs:
+            what = "reads masks that a schedule learns" if "mask" in self.needs else "scores whole layers only"
+            raise InputError(f"{setting}={self.name} {what}, an analysis wants units scored: take another criterion")
+
     def check_experts(self, groups: Groups, kinds: Collection[str], adapted: bool = True) -> None:
         """Refuse to prune experts by a criterion that knows nothing of them: of what is measured at linears only the
         gradients of their weights are taken, and adapters tell of the channels inside, not of whole experts.

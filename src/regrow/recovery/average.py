@@ -1,10 +1,10 @@
-"""Scores averaged over batches."""
+"""Scores, and gradients, averaged over batches."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.checkpoint.state import State
 from regrow.planning.plan import Plan
@@ -56,3 +56,25 @@ class Average:
     def scores(self) -> dict[str, Tensor]:
         """Bias-corrected averages, one per original unit."""
         return {name: value / max(self._weight, 1e-12) for name, value in self.values.items()}
+
+
+class MeanGradients:
+    """The mean over batches of some parameters' gradients, for what is only scored when all batches are in."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sums: dict[int, Tensor] = {}
+        self.count = 0
+
+    def add(self) -> None:
+        """Count the gradients that there are now."""
+        self.count += 1
+        for number, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                held = self._sums.get(number)
+                self._sums[number] = parameter.grad.clone() if held is None else held.add_(parameter.grad)
+
+    def put(self) -> None:
+        """Give the parameters the mean for their gradients."""
+        for number, held in self._sums.items():
+            self._parameters[number].grad = held / self.count

@@ -36,6 +36,13 @@ def check_distillation(recipe: Recipe) -> None:
         raise InputError(
             "distillation.hidden_weight: a cached teacher has no hidden states; choose another teacher, or 0"
         )
+    refit = recipe.compensation
+    writes = refit.method == "bias" or (refit.method == "least-squares" and refit.carrier == "base")
+    if settings.on and settings.teacher == "self" and writes:
+        raise InputError(
+            "distillation.teacher=self learns from the model's own weights, which compensation would change: set "
+            "compensation.method=none (or least-squares with compensation.carrier=adapter), or another teacher"
+        )
     if settings.on and settings.teacher_dtype in ("int8", "nf4"):
         check_bitsandbytes("distillation.teacher_dtype", settings.teacher_dtype)
     pruning = recipe.pruning

@@ -162,7 +162,7 @@ class Learner:
         labels: torch.Generator | None = None,
         look: Callable[[Batch], None] = lambda batch: None,
     ) -> float:
-        """Gradients of one step: `accumulate` forward and backward passes.
+        """Gradients of one step: `accumulate` forward and backward passes, those of one batch of all their tokens.
 
         Args:
             labels: if given, the model's own predictions are sampled with it and take the place of the text as
@@ -173,19 +173,20 @@ class Learner:
             The mean loss of the whole batches; not a number as soon as one is not finite.
         """
         self.model.train()
-        total, self.terms, accumulate = 0.0, {}, self.training.accumulate
-        for _ in range(accumulate):
-            whole = next(data)
+        total, self.terms = 0.0, {}
+        drawn = [next(data) for _ in range(self.training.accumulate)]
+        tokens = sum(whole.tokens for whole in drawn)
+        for whole in drawn:
             batch = whole.rows(self.processes.rows(len(whole.ids_BT))).to(self.model.device)
-            share = batch.tokens / max(whole.tokens, 1)
+            share = batch.tokens / max(tokens, 1)
             look(whole)
             with self.autocast:
                 lesson = self.objective.lesson(batch)
-            with recording(whole.tokens * accumulate) if recording else nullcontext():
+            with recording(tokens) if recording else nullcontext():
                 with self.autocast:
                     loss, terms = self.objective.loss(self.model, batch, lesson, labels)
-                    loss = loss * share / accumulate
-                parts = [loss.item(), *(term.item() * share / accumulate for term in terms.values())]
+                    loss = loss * share
+                parts = [loss.item(), *(term.item() * share for term in terms.values())]
                 summed, *parts = self.processes.sum(parts)
                 if not math.isfinite(summed):
                     return math.nan

@@ -24,7 +24,7 @@ from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events, fade_ends
 from regrow.planning.sensitivity import Prior
 from regrow.recipe import Recipe
-from regrow.recovery.average import Average
+from regrow.recovery.average import Average, MeanGradients
 from regrow.recovery.learner import Learner, clip_gradients
 from regrow.recovery.lhspg import HalfSpace, forget_moments
 from regrow.recovery.masks import learned_masks
@@ -152,27 +152,30 @@ class Pruner:
         # What adds up over batches is scored when all are in: over more tokens, and once.
         at_once = bool(self.scorer.criterion.needs & {"inputs", "channels", "probes"})
         self.scorer.keep_samples = self.pruning.interactions > 1
-        good = 0
+        mean = MeanGradients(self.learner.parameters)
         for _ in range(batches := max(count, 1 if 0 in self.events else 0)):
-            fine = not self.scorer.criterion.needs or self._measure()
+            fine = not self.scorer.criterion.needs or self._measure(math.inf if at_once else self.learner.training.clip)
             fine = fine and (at_once or self._score())
-            if not (fine or at_once):
+            if fine and at_once:
+                mean.add()
+            elif not fine and not at_once:
                 self.scorer.forget(self.groups)
-            good += fine
             self.learner.count(skipped=not fine)
             self.learner.optimizer.zero_grad(set_to_none=True)
             on_batch()
-        if at_once and good:
+        if mean.count:
+            mean.put()
             self._score()
+            self.learner.optimizer.zero_grad(set_to_none=True)
         if batches:
             self._check_scored(f"none of {batches} calibration batches gave")
         self.scorer.keep_samples = False
         gather_samples(self.processes, self.scorer.samples)
 
-    def _measure(self) -> bool:
+    def _measure(self, clip: float) -> bool:
         labels = self.scorer.generator if self.pruning.labels == "model" else None
         loss = self.learner.backward(self.calibration, self.scorer.recording, labels, self.scorer.look)
-        norm = clip_gradients(self.learner.parameters, self.learner.training.clip)
+        norm = clip_gradients(self.learner.parameters, clip)
         return math.isfinite(loss) and math.isfinite(norm)
 
     def _check_scored(self, told: str) -> None:

@@ -105,7 +105,7 @@ class SelfTeacher:
     def before_change(self) -> None:
         """See `Teacher`."""
         raise InputError(
-            "distillation.teacher=self learns from the model's own weights, which are about to change; "
+            "distillation.teacher=self learns from the model's own weights, which compensation is about to change; "
             "choose auto, model or cached"
         )
 
