@@ -386,7 +386,7 @@ SETTINGS = [
     case("criterion fails to load", file("my.py", "1 / 0"), PRUNE + CRITERION, "my.py fails", "ZeroDivisionError"),
     case(
         "--out holds the model", copy(lambda folder: None), "prune model --data TEXT --out .",
-        "model is where the result would go", "choose another --out",
+        "model: this run would replace or delete model", "choose another --out",
     ),
     case("--out is a file", file("out", "x"), PRUNE, "out is a file", "give a folder"),
     case("--out below a file", file("a", "x"), "prune LLAMA --data TEXT --out a/out", "a/out: Not a directory"),

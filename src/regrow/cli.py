@@ -131,13 +131,16 @@ def prune(
         "device": device,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
-    chosen = load_recipe(recipe, settings)
+    load_recipe(recipe, settings)  # before anything heavy is imported
     quiet()
     with going_on_later(), shown_progress() as progress:
         from regrow.processes import leave
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, fresh=fresh, processes=processes, progress=progress, argv=sys.argv[1:])
+        result = run(
+            model, out, recipe, overrides=settings, fresh=fresh, processes=processes, progress=progress,
+            argv=sys.argv[1:],
+        )  # fmt: skip
         leave()
     if rank() == 0:
         _summary(result.results, result.folder)

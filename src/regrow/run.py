@@ -10,11 +10,11 @@ import torch
 from regrow.checkpoint.files import check_folder, storage_errors
 from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.state import same_bits
-from regrow.errors import InputError
 from regrow.processes import join
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.results import Result, everywhere
+from regrow.resume import check_spared
 from regrow.walk import Walk
 
 
@@ -85,8 +85,7 @@ def prune(
     told = progress if progress is not None and together.is_main else Silent()
     with storage_errors(), ExitStack() as until_the_end:
         with together.main_first():
-            if Path(model).resolve() == (folder / "model").resolve():
-                raise InputError(f"{model} is where the result would go; choose another --out")
+            check_spared(folder, model, chosen, recipe if isinstance(recipe, str) else "", fresh)
             check_folder(folder)
             if together.is_main:
                 until_the_end.enter_context(alone_in(folder))
