@@ -251,10 +251,6 @@ def evaluate(
 ) -> None:
     """Measure MODEL's perplexity on a text."""
     lengths = [_number("--window", text, int) for text in window or ["256"]]
-    if min(lengths) < 2:
-        raise InputError(f"--window {min(lengths)}: a window needs at least 2 tokens")
-    if bos not in ("document", "once", "none"):
-        raise InputError(f"--bos {bos!r}: choose document, once or none")
     quiet()
     with shown_progress() as progress:
         from regrow.measure import evaluate as measure
