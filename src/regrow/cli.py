@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -314,14 +315,17 @@ def bench(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, every key written out.")] = None,
-    explain: Annotated[bool, typer.Option(help="List every key with its meaning and default.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List every key with its meaning and default, or value in that recipe.")
+    ] = False,
 ) -> None:
     """List the shipped recipes, print one, or explain every key."""
-    from regrow.recipe import dump_recipe, explain_fields, load_recipe, shipped_recipes
+    from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
 
     if explain:
-        for path, description, default in explain_fields():
-            print(f"{path} = {default!r}\n    {description}")
+        shown = Recipe() if name is None else load_recipe(name)
+        for path, description, _ in explain_fields():
+            print(f"{path} = {attrgetter(path)(shown)!r}\n    {description}")
     elif name is not None:
         print(dump_recipe(load_recipe(name)), end="")
     else:
