@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import regrow
 from regrow.checkpoint.files import new_folder
+from regrow.checkpoint.load import load_skeleton
+from regrow.errors import InputError
+from regrow.given import listed
+from regrow.planning.plan import Plan
+from regrow.structure.finding import find_groups
 
 Maker = Callable[[Path, Path], object]
 """Given the tiny LLaMA and the folder in which the command will run: makes the input there."""
@@ -398,7 +405,7 @@ SETTINGS = [
     case("criterion fails to load", file("my.py", "1 / 0"), PRUNE + CRITERION, "my.py fails", "ZeroDivisionError"),
     case(
         "--out holds the model", copy(lambda folder: None), "prune model --data TEXT --out .",
-        "model is where the result would go", "choose another --out",
+        "model: this run would replace or delete model", "choose another --out",
     ),
     case("--out is a file", file("out", "x"), PRUNE, "out is a file", "give a folder"),
     case("--out below a file", file("a", "x"), "prune LLAMA --data TEXT --out a/out", "a/out: Not a directory"),
@@ -586,3 +593,83 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="the disk is gone"), new_folder(target):
         pass
     assert tree(tmp_path) == {"model": b"", "model/weights": b"first"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"windows": [1]}, "a window needs at least 2 tokens"),
+        ({"windows": [256, 0]}, "--window 0: a window"),
+        ({"windows": []}, "a window needs"),
+        ({"bos": "foo"}, "choose document, once or none"),
+        ({"max_windows": 0}, "evaluate at least one"),
+    ],
+)
+def test_python_refuses_to_evaluate_what_the_command_line_does(wrong: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        regrow.evaluate("nobody/nothing", "absent.txt", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"models": []}, "models = 0; give at least 1"),
+        ({"batches": ()}, "batch = 0"),
+        ({"batches": (4, 0)}, "batch = 0"),
+        ({"prompt": 0}, "prompt = 0"),
+        ({"new_tokens": -1}, "new-tokens = -1"),
+        ({"repeats": 0}, "repeats = 0"),
+        ({}, "no folder absent"),
+    ],
+)
+def test_python_refuses_to_measure_nothing(wrong: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        regrow.bench(**{"models": "absent", **wrong})
+
+
+def test_settings_in_python_are_a_mapping() -> None:
+    for use in (
+        lambda wrong: regrow.prune("absent", "out", overrides=wrong),
+        lambda wrong: regrow.analyze("absent", "absent.txt", overrides=wrong),
+    ):
+        with pytest.raises(InputError, match=r"give a mapping, such as \{'lora.rank': 16\}"):
+            use(["lora.rank=4"])
+
+
+def test_a_single_name_is_not_taken_apart() -> None:
+    assert listed("magnitude") == ["magnitude"]
+    assert listed(Path("a/b")) == ["a/b"]
+    assert listed((Path("a"), "b")) == ["a", "b"]
+
+
+def test_paths_are_taken_wherever_names_are(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps(Plan.whole(find_groups(load_skeleton(str(checkpoint)))).to_json()))
+    (tmp_path / "model").symlink_to(checkpoint)
+    (tmp_path / "text.jsonl").symlink_to(text)
+    absent, plan, out = Path("absent"), Path("plan.json"), Path("out")
+    for use in (
+        lambda: regrow.evaluate(absent, Path("text.jsonl")),
+        lambda: regrow.analyze(absent, Path("text.jsonl")),
+        lambda: regrow.bench([absent, Path("model")]),
+        lambda: regrow.bench(absent),
+        lambda: regrow.apply(absent, out, plan=plan),
+        lambda: regrow.compare(absent, out, "magnitude", data=Path("text.jsonl")),
+        lambda: regrow.prune(absent, out, data=Path("text.jsonl")),
+    ):
+        with pytest.raises(InputError, match="there is no folder absent"):
+            use()
+    for use in (
+        lambda data: regrow.evaluate(Path("model"), data),
+        lambda data: regrow.analyze(Path("model"), data),
+        lambda data: regrow.prune(Path("model"), out, Path("my.yaml"), data=data),
+        lambda data: regrow.prune(Path("model"), out, overrides={"data.source": data}),
+    ):
+        (tmp_path / "my.yaml").write_text("name: mine\n")
+        with pytest.raises(InputError, match=r"there is no text file absent\.txt"):
+            use(Path("absent.txt"))
+    found = regrow.evaluate(Path("model"), Path("text.jsonl"), windows=[16], max_windows=1)
+    assert found["model"] == "model"
+    assert found["perplexity"]["window-16"]["source"] == "text.jsonl"

@@ -121,6 +121,16 @@ def test_explain_covers_every_key(command: CommandLine) -> None:
     assert explained == {path: description for path, description, _ in explain_fields()}
 
 
+def test_explain_shows_a_recipes_own_values(command: CommandLine) -> None:
+    done = command("recipes", "wanda-sp", "--explain")
+    assert (done.code, done.stderr) == (0, "")
+    assert "pruning.criterion = 'wanda'\n" in done.stdout
+
+
+def test_the_public_names_are_shown() -> None:
+    assert set(regrow.__all__) <= set(dir(regrow))
+
+
 # --- inspect -------------------------------------------------------------------------------------
 
 

@@ -270,7 +270,8 @@ def test_the_verb_shows_the_table_and_what_failed(compared, tmp_path: Path, monk
         return found
 
     monkeypatch.setattr("regrow.comparison.run.compare", compare)
-    options = ["--recipes", "magnitude,random,", "--sparsity", "0.25,0.5", "--tasks", "a,b", "--set", "lora.rank=2"]
+    several = "magnitude@pruning.kinds=[attention,ffn]"
+    options = ["--recipes", f"{several},random,", "--sparsity", "0.25,0.5", "--tasks", "a,b", "--set", "lora.rank=2"]
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["compare", "m", "--out", str(tmp_path), *options])
     assert (done.exit_code, done.exception) == (0, None)
     head, lines = short_table(found.rows)
@@ -279,7 +280,7 @@ def test_the_verb_shows_the_table_and_what_failed(compared, tmp_path: Path, monk
     assert [*map(str.strip, done.stdout.splitlines()[2].split("┃")[1:-1])] == head
     assert "perplexity, window-32" in done.stdout
     assert done.stdout.splitlines()[-1] == f"{found.folder / 'comparison.html'}; also .md, .csv and .json"
-    assert (asked["model"], asked["out"], asked["contenders"]) == ("m", tmp_path, ["magnitude", "random"])
+    assert (asked["model"], asked["out"], asked["contenders"]) == ("m", tmp_path, [several, "random"])
     assert (asked["sparsities"], asked["seeds"], asked["steps"]) == ([0.25, 0.5], 3, None)
     assert (asked["tasks"], asked["threads"], asked["overrides"]) == (["a", "b"], None, {"lora.rank": 2})
 

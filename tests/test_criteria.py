@@ -242,6 +242,15 @@ def test_a_criterion_that_gives_too_few_scores_is_refused(tmp_path) -> None:
         scorer.update(groups, plan, plan)
 
 
+def test_a_criterion_that_fails_says_where(tmp_path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("NEEDS = set()\n\ndef blind(evidence):\n    return evidence.gate.mean\n")
+    said = rf"criterion '{file}:blind' fails for layers\.0\.ffn: AttributeError: 'NoneType' .*NEEDS"
+    with pytest.raises(InputError, match=said) as caught:
+        find_criterion(f"{file}:blind").score(Evidence("layers.0.ffn", "ffn", 2, ()))
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("gate-fischer", "did you mean 'gate-fisher'"), ("nofile.py:f", "no file nofile.py"), ("xyz", "known: lora")],

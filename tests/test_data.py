@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,11 @@ def test_a_split_is_disjoint_and_complete(documents: list[str], seed: int) -> No
     parts = split_documents(documents, [0.1, 0.2], seed)
     assert len(parts) == 3
     assert all(parts)
-    assert Counter(itertools.chain(*parts)) == Counter(documents)
+    pieces = list(itertools.chain(*parts))
+    assert len(documents) <= len(pieces) <= len(documents) + 2, "at most one is parted at each bound"
+    whole = "".join(pieces)
+    assert Counter(whole) == Counter("".join(documents))
+    assert all(document in whole for document in documents)
     assert parts == split_documents(documents, [0.1, 0.2], seed)
 
 
@@ -104,6 +109,33 @@ def test_a_single_document_is_parted_at_its_lines() -> None:
     assert [len(part) for part in parts] == [1, 1, 1]
     assert "".join(text for [text] in parts) == document
     assert [text.count("\n") for [text] in parts] == [20, 20, 160]
+
+
+lengths = st.lists(st.integers(1, 4000), min_size=1, max_size=12).filter(lambda each: sum(each) > 600)
+
+
+@given(lengths, st.sampled_from([[0.05], [0.05, 0.05], [0.2, 0.3]]), st.integers(0, 2**32), st.sampled_from("\n "))
+def test_few_documents_of_any_length_are_held_out_by_their_shares(
+    lengths: list[int], shares: list[float], seed: int, end: str
+) -> None:
+    documents = [f"word{end}" * length for length in lengths]
+    parts = split_documents(documents, shares, seed)
+    for part, share in zip(parts, [*shares, 1 - sum(shares)], strict=True):
+        assert share / 2 <= sum(map(len, part)) / sum(map(len, documents)) <= 2 * share
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_long_document_among_short_ones(seed: int) -> None:
+    documents = ["a line of it\n" * 1000, "short\n" * 3, "shorter\n"]
+    sizes = [sum(map(len, part)) / 13026 for part in split_documents(documents, [0.05, 0.05], seed)]
+    assert sizes == pytest.approx([0.05, 0.05, 0.9], abs=0.005)
+
+
+@pytest.mark.parametrize("count", [20, 60, 400])
+def test_many_documents_stay_whole(count: int) -> None:
+    documents = [f"{number:03}\n" * (9 + number % 3) for number in range(count)]
+    random.Random(3).shuffle(shuffled := list(documents))
+    assert list(itertools.chain(*split_documents(documents, [0.05, 0.05], 3))) == shuffled
 
 
 @pytest.mark.parametrize("documents", [["one line"], ["two\nlines"], ["a", "b"], ["a\n" * 2]])

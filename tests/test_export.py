@@ -488,6 +488,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.gguf"
     for given, reason in (
         ({}, "say what to write"),
+        ({"to": "ggml"}, "--to 'ggml': choose gguf or onnx"),
+        ({"pad": True, "multiple": 0}, "--multiple 0: give at least 1"),
         ({"to": "gguf", "kind": "q4_k_x"}, "choose auto, f32, f16"),
         ({"to": "onnx", "kind": "f16"}, "go with --to gguf"),
         ({"to": "gguf", "multiple": 8}, "goes with --pad"),

@@ -7,7 +7,7 @@ import regrow
 
 FLOORS = {
     "errors": 0, "progress": 0, "interrupt": 0, "clock": 0, "launcher": 0, "sharding": 0, "processes": 0, "settings": 0,
-    "recipe": 0, "data": 0,
+    "recipe": 0, "data": 0, "given": 0,
     "structure": 1, "compensation": 1, "criteria": 1,
     "planning": 2,
     "analysis": 3, "recovery": 3, "evaluation": 3, "report": 3, "checkpoint": 3, "formats": 3,

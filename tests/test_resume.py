@@ -35,6 +35,7 @@ from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import train
+from regrow.resume import check_spared
 from regrow.reuse import report
 from regrow.settings import Lora
 from regrow.structure.groups import Groups
@@ -457,6 +458,44 @@ def test_a_finished_run_is_returned(finished: Path, checkpoint: Path, text: Path
     assert not progress.stages
     assert result.results == json.loads((finished / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_what_a_run_is_made_of_outlives_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever is given, and lies where `--fresh` takes away what an earlier run has left."""
+    out = tmp_path / "out"
+    base = shutil.copytree(checkpoint, out / "base")
+    for name in ("trials/mine.py", "teacher/a.jsonl", "sensitivity.json", "model/my.yaml", "mine.jsonl"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("def score(evidence): ...\n" if name.endswith("py") else "{}\n")
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in base.iterdir():
+        (links / file.name).symlink_to(file)
+    (out / "trials" / "link").symlink_to(checkpoint)
+    (tmp_path / "task.yaml").write_text(f"dataset_path: json\ndata_files: {out}/teacher/a.jsonl\n")
+    plain, model = Recipe(), str(checkpoint)
+    given = {
+        "base": (str(base), plain, ""),
+        f"base{os.sep}": (f"{base}{os.sep}", plain, ""),
+        "link": (str(out / "trials" / "link"), plain, ""),
+        "links": (str(links), plain, ""),
+        "trials": (model, plain.override({"pruning.criterion": f"{out}/trials/mine.py:score"}), ""),
+        "teacher": (model, plain.override({"data.eval_source": f"{out}/teacher"}), ""),
+        "sensitivity.json": (model, plain.override({"analysis.from_file": f"{out}/sensitivity.json"}), ""),
+        "task.yaml": (model, plain.override({"evaluation.tasks": [str(tmp_path / "task.yaml")]}), ""),
+        "model": (model, plain, f"{out}/model/my.yaml"),
+    }
+    for place, (name, recipe, file) in given.items():
+        with pytest.raises(InputError, match=r"this run would replace or delete .*; choose another --out"):
+            check_spared(out, name, recipe, file, fresh=True)
+        if place != "model":
+            check_spared(out, name, recipe, file, fresh=False)
+    kept = plain.override({"data.source": f"{out}/mine.jsonl", "data.instructions": "nobody/nothing"})
+    check_spared(out, model, kept, "regrow", fresh=True)
+    (out / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="base: this run would replace or delete"):
+        regrow.prune(base, out, "magnitude", data=f"{out}/mine.jsonl", fresh=True)
+    assert (base / "model.safetensors").is_file()
 
 
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,13 +132,16 @@ def prune(
         "device": device,
     }
     settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(assign or [])
-    chosen = load_recipe(recipe, settings)
+    load_recipe(recipe, settings)  # before anything heavy is imported
     quiet()
     with going_on_later(), shown_progress() as progress:
         from regrow.processes import leave
         from regrow.run import prune as run
 
-        result = run(model, out, chosen, fresh=fresh, processes=processes, progress=progress, argv=sys.argv[1:])
+        result = run(
+            model, out, recipe, overrides=settings, fresh=fresh, processes=processes, progress=progress,
+            argv=sys.argv[1:],
+        )  # fmt: skip
         leave()
     if rank() == 0:
         _summary(result.results, result.folder)
@@ -248,10 +252,6 @@ def evaluate(
 ) -> None:
     """Measure MODEL's perplexity on a text."""
     lengths = [_number("--window", text, int) for text in window or ["256"]]
-    if min(lengths) < 2:
-        raise InputError(f"--window {min(lengths)}: a window needs at least 2 tokens")
-    if bos not in ("document", "once", "none"):
-        raise InputError(f"--bos {bos!r}: choose document, once or none")
     quiet()
     with shown_progress() as progress:
         from regrow.measure import evaluate as measure
@@ -315,14 +315,17 @@ def bench(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, every key written out.")] = None,
-    explain: Annotated[bool, typer.Option(help="List every key with its meaning and default.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List every key with its meaning and default, or value in that recipe.")
+    ] = False,
 ) -> None:
     """List the shipped recipes, print one, or explain every key."""
-    from regrow.recipe import dump_recipe, explain_fields, load_recipe, shipped_recipes
+    from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
 
     if explain:
-        for path, description, default in explain_fields():
-            print(f"{path} = {default!r}\n    {description}")
+        shown = Recipe() if name is None else load_recipe(name)
+        for path, description, _ in explain_fields():
+            print(f"{path} = {attrgetter(path)(shown)!r}\n    {description}")
     elif name is not None:
         print(dump_recipe(load_recipe(name)), end="")
     else:

@@ -45,7 +45,7 @@ def compare(
         from regrow.comparison.run import compare as run
 
         found = run(
-            model, out, [name for name in recipes.split(",") if name], data=data, eval_data=eval_data,
+            model, out, _parted(recipes), data=data, eval_data=eval_data,
             sparsities=shares, seeds=seeds, steps=steps, tasks=(tasks or "").split(",") if tasks else (),
             threads=threads, overrides=settings, progress=progress,
         )  # fmt: skip
@@ -63,3 +63,15 @@ def compare(
     if found.failed:
         name, reason = next(iter(found.failed.items()))
         raise InputError(f"{len(found.failed)} runs failed, the first of them {name}: {reason}")
+
+
+def _parted(recipes: str) -> list[str]:
+    """Names parted by commas, but for those within brackets, which belong to a setting's value."""
+    parts, depth = [""], 0
+    for letter in recipes:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part]

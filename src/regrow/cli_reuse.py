@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from regrow.console import AsJson, Trust, quiet, shown_progress
-from regrow.errors import InputError
 
 
 def apply(
@@ -77,8 +76,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the checkpoint in DIR for other programs: GGUF, ONNX, or padded to equal layers."""
-    if to not in (None, "gguf", "onnx"):
-        raise InputError(f"--to {to!r}: choose gguf or onnx")
     quiet()
     from regrow.formats.export import export as write
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ from regrow.evaluation.compare import local_folder, measure_perplexities
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
+from regrow.given import gathered, listed
 from regrow.planning.sensitivity import Conditions, Sensitivity
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
@@ -47,8 +48,8 @@ SENSITIVITY = "sensitivity.json"
 
 
 def evaluate(
-    model: str,
-    data: str,
+    model: str | Path,
+    data: str | Path,
     *,
     windows: Sequence[int] = (256,),
     bos: Bos = "document",
@@ -68,6 +69,8 @@ def evaluate(
     Raises:
         InputError: if something given cannot work.
     """
+    model, data = str(model), str(data)
+    _check_protocols(windows, bos, max_windows)
     for length in windows:
         check_length(load_config(model, trust_remote_code), length)
     tokenizer = load_tokenizer(model, trust_remote_code)
@@ -85,8 +88,18 @@ def evaluate(
     }
 
 
+def _check_protocols(windows: Sequence[int], bos: str, max_windows: int | None) -> None:
+    """Refuse to measure what would be no perplexity."""
+    if min(windows, default=0) < 2:
+        raise InputError(f"--window {min(windows, default='')}: a window needs at least 2 tokens")
+    if bos not in get_args(Bos):
+        raise InputError(f"--bos {bos!r}: choose document, once or none")
+    if max_windows is not None and max_windows < 1:
+        raise InputError(f"--max-windows {max_windows}: evaluate at least one")
+
+
 def bench(
-    models: Sequence[str],
+    models: str | Path | Sequence[str | Path],
     *,
     batches: Sequence[int] = (1, 4),
     prompt: int = 128,
@@ -100,10 +113,15 @@ def bench(
     """Size, speed and peak memory of checkpoints, measured in turns; ratios are to the first one.
 
     Raises:
-        InputError: if a model cannot be loaded or is named twice.
+        InputError: if a model cannot be loaded or is named twice, or there is nothing to measure.
     """
+    models = listed(models)
     if len(set(models)) != len(models):
         raise InputError("bench: the same model is named twice; ratios to itself say nothing")
+    counts = {"models": len(models), "batch": min(batches, default=0), "prompt": prompt, "new-tokens": new_tokens}
+    for name, count in {**counts, "repeats": repeats}.items():
+        if count < 1:
+            raise InputError(f"bench: {name} = {count}; give at least 1")
     progress = progress or Silent()
     if threads:
         torch.set_num_threads(threads)
@@ -129,8 +147,8 @@ def bench(
 
 
 def analyze(
-    model: str,
-    data: str,
+    model: str | Path,
+    data: str | Path,
     out: str | Path | None = None,
     *,
     shares: Sequence[float] | None = None,
@@ -154,7 +172,7 @@ def analyze(
         InputError: if something given cannot work, or another process works in `out`.
     """
     given = {"data.source": data, "analysis.shares": shares and list(shares), "analysis.windows": windows}
-    recipe = load_recipe("regrow", {k: v for k, v in given.items() if v is not None} | dict(overrides or {}))
+    recipe = load_recipe("regrow", gathered(given, overrides))
     find_criterion(recipe.analysis.criterion).check_widths("analysis.criterion")
     check_criterion("analysis.criterion", recipe.analysis.criterion, recipe.training.quantization)
     if recipe.training.offloaded:
@@ -168,7 +186,7 @@ def analyze(
     if folder is not None and folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
     with storage_errors(), nullcontext() if folder is None else alone_in(folder):
-        return _analyze(model, data, folder, recipe, progress)
+        return _analyze(str(model), str(data), folder, recipe, progress)
 
 
 def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progress: Progress) -> Sensitivity:

@@ -80,13 +80,13 @@ def shipped_recipes() -> dict[str, str]:
     }
 
 
-def load_recipe(name: str = "regrow", overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(name: str | Path = "regrow", overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A shipped recipe by name, or a YAML file, with `key.path` overrides.
 
     Raises:
         InputError: if there is no such recipe, it is not valid YAML, or a key or value is wrong.
     """
-    shipped = shipped_recipes()
+    shipped, name = shipped_recipes(), str(name)
     if name in shipped:
         text = shipped[name]
     elif Path(name).is_file():

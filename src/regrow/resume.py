@@ -17,7 +17,7 @@ from regrow.checkpoint.load import pick_device, weights_folder
 from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
 from regrow.errors import InputError
-from regrow.evaluation.tasks import task_fingerprint
+from regrow.evaluation.tasks import task_files, task_fingerprint
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -41,15 +41,40 @@ FILES_OF_A_RUN = (
 
 def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     """`key.path` -> value of all that a run depends on. Model and files are told by hashes of what they hold."""
-    settings = recipe.model_dump(mode="json", exclude={"name", "description"})
     return {
         "model": checkpoint_sha256(weights_folder(model)),
-        **dict(_flat(settings, "")),
+        **{path: _content(value, key in TEXTS) if key in FILES_NAMED else value for path, key, value in _flat(recipe)},
         **{f"evaluation.tasks.{n}": task_fingerprint(task) for n, task in enumerate(recipe.evaluation.tasks)},
         "tokenizer": folder_sha256(Path(model), TOKENIZER) if Path(model).is_dir() else "",
         "device": pick_device(recipe.device).type,
         "regrow": version("regrow"),
     }
+
+
+def check_spared(folder: Path, model: str, recipe: Recipe, file: str, fresh: bool) -> None:
+    """Refuse to make a run of what it would delete, or put its result in the place of.
+
+    Args:
+        folder: the run's.
+        file: the recipe's; a name if it has none.
+        fresh: whether what an earlier run has left goes.
+
+    Raises:
+        InputError: if the model, or a file that is given or named in the recipe, lies there, perhaps by a link.
+    """
+    tasks = [str(path) for task in recipe.evaluation.tasks for path in task_files(task)]
+    named = [str(value) for _, key, value in _flat(recipe) if key in FILES_NAMED and value is not None]
+    places = ("model", *(OF_A_RUN + FILES_OF_A_RUN if fresh else ()))
+    going = {(folder / place).resolve(): folder / place for place in places}
+    for name in (model, file, *named, *tasks):
+        path = next((path for path, _ in _paths(name) if path.exists()), None)
+        if path is None:
+            continue
+        parts = (path, *path.iterdir()) if path.is_dir() else (path,)
+        # A link that lies in a folder that goes is lost as well, wherever it leads.
+        steps = {step for part in parts for end in (part.absolute(), part.resolve()) for step in (end, *end.parents)}
+        for lost in {step.resolve() for step in steps} & going.keys():
+            raise InputError(f"{name}: this run would replace or delete {going[lost]}; choose another --out")
 
 
 def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
@@ -201,23 +226,33 @@ def where(journal: Journal, steps: int) -> str:
     return f"after stage {stage}" if step is None else f"at step {step} of {steps}; stage {stage}"
 
 
-def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of a tree by their paths; those that name a file as the hash of what it holds."""
+def _flat(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
+    """`key.path`, its last key, and value of all that decides what a run does."""
+    yield from _leaves(recipe.model_dump(mode="json", exclude={"name", "description"}), "")
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, str, Any]]:
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, each in pairs:
-            yield from _flat(each, f"{path}.{key}" if path else str(key))
+            yield from _leaves(each, f"{path}.{key}" if path else str(key))
     else:
-        key = path.rpartition(".")[2]
-        yield path, _content(value, key in TEXTS) if key in FILES_NAMED else value
+        yield path, path.rpartition(".")[2], value
+
+
+def _paths(name: str) -> Iterator[tuple[Path, str]]:
+    """What may be the path in a name, and what is left of it: `FILE.py:FUNCTION` names a file as well."""
+    file, colon, function = name.rpartition(":")
+    yield Path(name), ""
+    if file:
+        yield Path(file), colon + function
 
 
 def _content(name: str | None, is_text: bool) -> str | None:
     if name is None:
         return None
-    file, colon, function = name.rpartition(":")
-    for path, rest in ((Path(name), ""), (Path(file), colon + function)):
-        if str(path) != "." and path.is_file():
+    for path, rest in _paths(name):
+        if path.is_file():
             return f"sha256 {sha256_of(path)}{rest}"
     if is_text and name and Path(name).is_dir():
         return f"sha256 {folder_sha256(Path(name))}"

@@ -30,7 +30,7 @@ from regrow.structure.positions import index_map
 
 
 def apply(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     plan: str | Path | None = None,
@@ -58,6 +58,7 @@ def apply(
         InputError: if what is given does not fit together, or another process writes there; nothing half-written is
             left.
     """
+    model = str(model)
     if (plan is None) == (run is None) or (run is not None and adapters is not None):
         raise InputError("apply needs a plan (and adapters), or a run's folder, which has both; give --plan or --run")
     recipe, results = None, None
@@ -65,7 +66,7 @@ def apply(
         if not (Path(run) / "recipe.yaml").is_file():
             raise InputError(f"{run} holds no recipe.yaml; give the folder of a run of regrow prune")
         plan, adapters = Path(run) / "plan.json", Path(run) / "adapters.safetensors"
-        recipe = load_recipe(str(Path(run) / "recipe.yaml"))
+        recipe = load_recipe(Path(run) / "recipe.yaml")
         finished = Path(run) / "results.json"
         results = _results(finished) if finished.is_file() else None
     given = {"output.dtype": dtype, "output.shard_size": shard_size}
@@ -92,7 +93,7 @@ def apply(
     return folder
 
 
-def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: str) -> Path:
+def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: str | Path) -> Path:
     """Carry an adapter trained on a pruned model over to the full one; see `Adapter.scatter`.
 
     Args:
@@ -104,7 +105,7 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
     Raises:
         InputError: if what is given does not fit together, or another process writes there.
     """
-    folder = Path(out)
+    folder, model = Path(out), str(model)
     check_new(folder)
     chosen, small, skeleton = read_plan(Path(plan)), Adapter.read(Path(adapter)), load_skeleton(model)
     whole = find_groups(skeleton)

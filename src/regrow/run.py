@@ -10,22 +10,23 @@ import torch
 from regrow.checkpoint.files import check_folder, storage_errors
 from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.state import same_bits
-from regrow.errors import InputError
+from regrow.given import gathered
 from regrow.processes import join
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
 from regrow.results import Result, everywhere
+from regrow.resume import check_spared
 from regrow.walk import Walk
 
 
 def prune(
     model: str | Path,
     out: str | Path,
-    recipe: str | Recipe = "regrow",
+    recipe: str | Path | Recipe = "regrow",
     *,
-    data: str | None = None,
-    instructions: str | None = None,
-    eval_data: str | None = None,
+    data: str | Path | None = None,
+    instructions: str | Path | None = None,
+    eval_data: str | Path | None = None,
     sparsity: float | None = None,
     target: str | None = None,
     steps: int | None = None,
@@ -78,15 +79,13 @@ def prune(
         "training.quantization": quantize,
         "training.offload": offload,
     }
-    settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
-    model = str(model)
+    settings, model = gathered(given, overrides), str(model)
     chosen = recipe.override(settings) if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     folder, together = Path(out), join(chosen.device, processes)
     told = progress if progress is not None and together.is_main else Silent()
     with storage_errors(), ExitStack() as until_the_end:
         with together.main_first():
-            if Path(model).resolve() == (folder / "model").resolve():
-                raise InputError(f"{model} is where the result would go; choose another --out")
+            check_spared(folder, model, chosen, "" if isinstance(recipe, Recipe) else str(recipe), fresh)
             check_folder(folder)
             if together.is_main:
                 until_the_end.enter_context(alone_in(folder))

@@ -18,6 +18,7 @@ from regrow.comparison.page import html, markdown
 from regrow.comparison.table import Row, rows_of, to_csv, to_json
 from regrow.errors import InputError
 from regrow.evaluation.machine import machine
+from regrow.given import gathered, listed
 from regrow.launcher import read_launch
 from regrow.progress import Progress, Silent
 from regrow.report.words import short_name
@@ -34,16 +35,16 @@ class Comparison:
 
 
 def compare(
-    model: str,
+    model: str | Path,
     out: str | Path,
-    recipes: Sequence[str],
+    recipes: str | Sequence[str],
     *,
-    data: str | None = None,
-    eval_data: str | None = None,
+    data: str | Path | None = None,
+    eval_data: str | Path | None = None,
     sparsities: Sequence[float] = (0.2, 0.5),
     seeds: int = 3,
     steps: int | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Path | Sequence[str | Path] = (),
     threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -69,6 +70,7 @@ def compare(
     """
     if (count := read_launch().count) > 1:
         raise InputError(f"compare: {count} processes have been launched; start it once, it starts its runs by itself")
+    model, recipes = str(model), listed(recipes)
     load_config(model)
     if seeds < 1 or not recipes or not sparsities:
         raise InputError("compare: give at least one recipe, one sparsity and one seed")
@@ -76,9 +78,9 @@ def compare(
         "data.source": data,
         "data.eval_source": eval_data,
         "training.steps": steps,
-        "evaluation.tasks": list(tasks) or None,
+        "evaluation.tasks": listed(tasks) or None,
     }
-    settings = {key: value for key, value in given.items() if value is not None} | dict(overrides or {})
+    settings = gathered(given, overrides)
     folder, progress = Path(out), progress or Silent()
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")

@@ -17,7 +17,7 @@ def wanda(evidence: Evidence) -> Float[Tensor, " units"]:
     here divided by the root of their number. There layers are scored in turn, on what the already pruned layers before
     them give: that is `compensation.selection=prefix`; without it the prefix is dense. Comparable within a group only.
     """
-    return torch.stack([linear.per_unit(_wanda_columns(linear)).cpu() for linear in evidence.consumers]).sum(0)
+    return torch.stack([linear.per_unit(_wanda_columns(linear)) for linear in evidence.consumers]).sum(0)
 
 
 def flap(evidence: Evidence) -> Float[Tensor, " units"]:

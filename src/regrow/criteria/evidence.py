@@ -83,11 +83,11 @@ class Linear:
                 per_position[rows] = values.sum(1)
             else:
                 per_position += values.sum(0)
-        return self.per_unit(per_position).cpu()
+        return self.per_unit(per_position)
 
     def per_unit(self, per_position: Float[Tensor, " positions"]) -> Float[Tensor, " units"]:
-        """Sum a value per row (axis 0) or per column (axis 1) over the positions of each unit."""
-        return per_position[self.positions].sum(1)
+        """Sum a value per row (axis 0) or column (axis 1) over each unit's positions; on the CPU, as gates' moments."""
+        return per_position[self.positions].sum(1).cpu()
 
 
 @dataclass(frozen=True)

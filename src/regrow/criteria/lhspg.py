@@ -91,4 +91,4 @@ def _products_of(linear: Linear) -> Float[Tensor, "3 units"]:
                 total[rows] = product.sum(1)
             else:
                 total += product.sum(0)
-    return stack([linear.per_unit(values) for values in per_position]).cpu()
+    return stack([linear.per_unit(values) for values in per_position])

@@ -52,4 +52,4 @@ def _sum_over_units(linear: Linear, squared: bool) -> Float[Tensor, " units"]:
             per_position[rows] = product.sum(1)
         else:
             per_position += product.sum(0)
-    return linear.per_unit(per_position).cpu()
+    return linear.per_unit(per_position)

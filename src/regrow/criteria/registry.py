@@ -189,4 +189,19 @@ def find_criterion(name: str) -> Criterion:
     scores = frozenset(vars(module).get("SCORES", {"width"}))
     if not scores or not scores <= BOTH:
         raise InputError(f"criterion {name!r}: SCORES may hold width and depth, not {sorted(scores)}")
-    return Criterion(name, score, needs, scores)
+    return Criterion(name, _telling(name, score), needs, scores)
+
+
+def _telling(name: str, score: Score) -> Score:
+    """A user's function, which says for what group it has failed."""
+
+    def told(evidence: Evidence) -> Units | Mapping[str, Units]:
+        try:
+            return score(evidence)
+        except Exception as error:
+            raise InputError(
+                f"criterion {name!r} fails for {evidence.name}: {type(error).__name__}: {error} (what NEEDS does not "
+                "name is None)"
+            ) from error
+
+    return told

@@ -22,7 +22,7 @@ def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
                 per_position[rows] = squares.sum(1)
             else:
                 per_position += squares.sum(0)
-        total += linear.per_unit(per_position).cpu()
+        total += linear.per_unit(per_position)
     return total.sqrt_()
 
 

@@ -53,4 +53,4 @@ def _summed_in_rows(linear: Linear) -> Float[Tensor, " units"]:
             per_position[rows] = product.sum(1)
         else:
             per_position += product.sum(0)
-    return linear.per_unit(per_position.abs_()).cpu()
+    return linear.per_unit(per_position.abs_())

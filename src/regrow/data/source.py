@@ -3,6 +3,7 @@
 import bisect
 import glob
 import itertools
+import operator
 import random
 import re
 import tempfile
@@ -37,6 +38,14 @@ TITLE = re.compile(r" = [^=].* = ?")
 
 FORMS = {".jsonl": "one JSON object a line", ".json": "an array of JSON objects", ".parquet": "a Parquet table"}
 """Files of records, by suffix, and what such a file must be."""
+
+
+FINER: tuple[Callable[[str], list[str]], ...] = (
+    lambda document: [document],
+    lambda document: document.splitlines(keepends=True),
+    re.compile(r"\s*\S+\s*").findall,
+)
+"""What a document may be parted into, one after another until what is held out has its share."""
 
 
 def looks_like_path(name: str) -> bool:
@@ -238,15 +247,19 @@ def _field_of(records: Iterable[dict[str, object]], field: str, source: str) -> 
 def split_documents(documents: Sequence[str], shares: Sequence[float], seed: int) -> list[list[str]]:
     """Part documents at random: one list per share of the characters, then the rest.
 
-    A text of too few documents is parted at its line ends instead, in order.
+    Documents stay whole if every part then has between half its share and twice that. Else, as with few documents or a
+    long one, those that a part would end in are parted at their line ends; or between words, if lines are too long.
 
     Raises:
         InputError: if a part would get nothing.
     """
-    if len(documents) <= len(shares):
-        lines = [line for document in documents for line in document.splitlines(keepends=True)]
-        return [["".join(part)] for part in _part(lines, shares, len)]
-    return split_pieces(documents, shares, seed, len)
+    shuffled = _shuffled(documents, seed)
+    for finer in FINER:
+        pieces = [(number, piece) for number, document in enumerate(shuffled) for piece in finer(document)]
+        parts = [_joined(part) for part in _part(pieces, shares, lambda numbered: len(numbered[1]))]
+        if _is_fair(parts, shares):
+            break
+    return _checked(parts)
 
 
 def split_pieces(
@@ -257,9 +270,13 @@ def split_pieces(
     Raises:
         InputError: if a part would get nothing.
     """
+    return _checked(_part(_shuffled(pieces, seed), shares, length))
+
+
+def _shuffled(pieces: Sequence[Piece], seed: int) -> list[Piece]:
     shuffled = list(pieces)
     random.Random(seed).shuffle(shuffled)
-    return _part(shuffled, shares, length)
+    return shuffled
 
 
 def _part(pieces: Sequence[Piece], shares: Sequence[float], length: Callable[[Piece], int]) -> list[list[Piece]]:
@@ -267,7 +284,21 @@ def _part(pieces: Sequence[Piece], shares: Sequence[float], length: Callable[[Pi
     starts = [0]
     for bound in itertools.accumulate(shares):
         starts.append(max(bisect.bisect_left(reached, bound * reached[-1]) + 1, starts[-1] + 1))
-    parts = [list(pieces[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+    return [list(pieces[start:stop]) for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _joined(part: Iterable[tuple[int, str]]) -> list[str]:
+    """Pieces with the numbers of their documents, put together again."""
+    return ["".join(piece for _, piece in each) for _, each in itertools.groupby(part, key=operator.itemgetter(0))]
+
+
+def _is_fair(parts: Sequence[Sequence[str]], shares: Sequence[float]) -> bool:
+    sizes = [sum(map(len, part)) for part in parts]
+    wanted = [share * sum(sizes) for share in (*shares, 1 - sum(shares))]
+    return all(share / 2 <= size <= 2 * share for size, share in zip(sizes, wanted, strict=True))
+
+
+def _checked(parts: list[list[Piece]]) -> list[list[Piece]]:
     if not all(parts):
         raise InputError("the text is too short to hold some of it out; give more text, or --eval-data")
     return parts

@@ -137,14 +137,20 @@ def task_fingerprint(task: str) -> str:
 
     Names with blanks in them are passed over, and folders other than those that its data are said to lie in.
     """
-    if not _is_file(task):
+    files = task_files(task)
+    if not files:
         return task
-    files = [Path(os.path.abspath(task))]
+    hashes = "".join(map(sha256_of, files))
+    return f"{files[0].name} {hashlib.sha256(hashes.encode()).hexdigest()}"
+
+
+def task_files(task: str) -> list[Path]:
+    """A task's file and all that a YAML file names in turn; none if it is the harness' own."""
+    files = [Path(os.path.abspath(task))] if _is_file(task) else []
     for file in files:  # grows as it goes
         if _is_yaml(str(file)):
             files += [named for named in _named_in(file) if named not in files]
-    hashes = "".join(map(sha256_of, files))
-    return f"{files[0].name} {hashlib.sha256(hashes.encode()).hexdigest()}"
+    return files
 
 
 def _named_in(file: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from regrow.checkpoint.files import storage_errors
 from regrow.checkpoint.load import load_model
@@ -46,6 +46,10 @@ def export(
     Raises:
         InputError: if something given cannot work, an extra is not installed, or another process writes there.
     """
+    if to not in (None, *get_args(Format)):
+        raise InputError(f"--to {to!r}: choose gguf or onnx")
+    if multiple < 1:
+        raise InputError(f"export: --multiple {multiple}: give at least 1")
     place, source = Path(out), Checkpoint(Path(folder))
     if to is None and not pad:
         raise InputError("export: say what to write: --to gguf, --to onnx, or --pad")

@@ -91,7 +91,7 @@ def _products(before: Linear, after: Linear) -> tuple[Tensor, Tensor]:
         x = before.effective_weight(rows)
         inner += (x * after.effective_weight(rows)).sum(0)
         square += x.square().sum(0)
-    return before.per_unit(inner).cpu(), before.per_unit(square).cpu()
+    return before.per_unit(inner), before.per_unit(square)
 
 
 @torch.no_grad()
