@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen
 from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
 from zoo_families import GQA
 
+from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.offer import check_offer, choices, ranges
 from regrow.checkpoint.shape import added_parameters, describe, pruned_config
 from regrow.checkpoint.stock import check_free, prunable_groups, stock_widths
@@ -113,6 +114,21 @@ def widths_of(family: str) -> dict[str, str]:
 def test_some_classes_want_heads_that_divide_the_hidden_size() -> None:
     assert widths_of("Gemma 2")["attention"] == "1–2, 4"
     assert widths_of("Llama")["attention"] == "1–4", "what Llama's class refuses, Mistral's takes"
+
+
+@pytest.mark.parametrize("dense", [[0], [0, 1, 2]])
+def test_layers_of_several_kinds_can_have_widths_of_their_own(dense: list[int]) -> None:
+    """Also where a kind is first seen in a layer after which no second one was looked at."""
+    few = {
+        **GQA,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": dense,
+    }
+    config = zoo.hf.Qwen3MoeConfig(**few, num_experts=4, num_experts_per_tok=2)
+    check_free(config, prunable_groups(build_empty(config)))
 
 
 def test_ranges_are_short() -> None:

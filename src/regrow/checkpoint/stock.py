@@ -228,7 +228,7 @@ def check_free(config: PretrainedConfig, groups: Groups) -> None:
     Raises:
         InputError: the message says why.
     """
-    config, groups = _few_layers(config, groups)
+    config, groups = _few_layers(config, groups, 2)
     left = {group.name: group.units for group in groups}
     seen: dict[tuple[str, int, int], int] = {}
     for group in groups:
@@ -239,7 +239,8 @@ def check_free(config: PretrainedConfig, groups: Groups) -> None:
     try:
         whole = build_empty(config)
         described = pruned_config(config, groups, replace(groups, groups=narrow))
-        built = _shapes(_build_uneven(described))
+        # Where no two layers are of one kind the stock class can say it all.
+        built = _shapes(_build_uneven(described) if described.is_heterogeneous else build_empty(described))
         refusal = _mismatch(built, _cut_shapes(whole, groups, left))
     except Exception as error:
         refusal = _first_line(error)
@@ -258,17 +259,17 @@ def _build_uneven(config: PretrainedConfig) -> PreTrainedModel:
         return scope["UnevenForCausalLM"](config)
 
 
-def _few_layers(config: PretrainedConfig, groups: Groups) -> tuple[PretrainedConfig, Groups]:
-    """The first layers of a model, as many as hold one of each kind, and two if there are two.
+def _few_layers(config: PretrainedConfig, groups: Groups, each: int = 1) -> tuple[PretrainedConfig, Groups]:
+    """The first layers of a model, as many as hold `each` of each kind (or all there are), and two if there are two.
 
     All of them where the class builds no fewer: later layers of Gemma 4 compute with keys and values of earlier ones.
     """
-    seen: set[tuple[tuple[str, int, int], ...]] = set()
+    seen: dict[tuple[tuple[str, int, int], ...], int] = defaultdict(int)
     last = min(1, len(groups.layers) - 1)
     for layer in groups.layers:
         alike = tuple((group.kind, group.units, group.cost) for group in groups if group.layer == layer.number)
-        if alike not in seen:
-            seen.add(alike)
+        seen[alike] += 1
+        if seen[alike] <= each:
             last = max(last, layer.number)
     whole, config = config, copy.deepcopy(config)
     rearrange(config.get_text_config(), range(last + 1))
