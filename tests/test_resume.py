@@ -281,6 +281,16 @@ def test_a_full_disk(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pyt
     assert_same(done, whole["regrow"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError("7488 requested and 24 written"), RuntimeError("No space left on device (os error 28)")],
+    ids=["NumPy", "Rust"],
+)
+def test_a_full_disk_as_others_tell_it(error: Exception) -> None:
+    with pytest.raises(InputError, match="no space left to write the results; free some"), storage_errors():
+        raise error
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(number: int, whole: dict[str, Trained], tmp_path: Path) -> None:
     former = signal.getsignal(number)
