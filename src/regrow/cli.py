@@ -11,7 +11,7 @@ import typer
 
 from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
-from regrow.console import AsJson, Trust, going_on_later, quiet, share_cores, shown_progress, tell
+from regrow.console import AsJson, Trust, going_on_later, print_anything, quiet, share_cores, shown_progress, tell
 from regrow.errors import InputError
 from regrow.launcher import rank, read_launch
 
@@ -34,6 +34,7 @@ SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data se
 def main() -> None:
     """Run the command line: an `InputError` is one line on standard error and exit code 2."""
     share_cores()
+    print_anything()
     try:
         app()
     except InputError as error:

@@ -1,5 +1,6 @@
 """What all verbs of the command line share."""
 
+import io
 import logging
 import os
 import shlex
@@ -35,6 +36,12 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def print_anything() -> None:
+    """Let standard output show a question mark for what its encoding (a C locale's, say) has no character for."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
+        sys.stdout.reconfigure(errors="replace")
 
 
 def quiet() -> None:
