@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from regrow.checkpoint.files import storage_errors, write_json, write_text
-from regrow.checkpoint.load import load_config
 from regrow.checkpoint.lock import alone_in
 from regrow.comparison.grid import Cell, lay_out, run_cells
 from regrow.comparison.page import html, markdown
 from regrow.comparison.table import Row, rows_of, to_csv, to_json
+from regrow.data.corpus import check_there
 from regrow.errors import InputError
 from regrow.evaluation.machine import machine
 from regrow.launcher import read_launch
+from regrow.preflight import check_files, check_model
 from regrow.progress import Progress, Silent
 from regrow.report.words import short_name
 
@@ -69,7 +70,6 @@ def compare(
     """
     if (count := read_launch().count) > 1:
         raise InputError(f"compare: {count} processes have been launched; start it once, it starts its runs by itself")
-    load_config(model)
     if seeds < 1 or not recipes or not sparsities:
         raise InputError("compare: give at least one recipe, one sparsity and one seed")
     given = {
@@ -83,6 +83,10 @@ def compare(
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
     cells = lay_out(recipes, sparsities, seeds, settings, folder)
+    for chosen in {cell.contender: cell.recipe for cell in cells}.values():
+        check_model(model, chosen)
+        check_files(model, chosen)
+        check_there(chosen.data)
     with storage_errors(), alone_in(folder):
         (folder / "cells").mkdir(exist_ok=True)
         failed = run_cells(cells, model, threads, progress)
