@@ -469,6 +469,20 @@ def test_a_finished_run_is_returned(finished: Path, checkpoint: Path, text: Path
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("lean")
+def test_a_run_that_nobody_may_write_is_shown_if_it_is_finished(
+    finished: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr("regrow.run.os.access", lambda *_: False)
+    monkeypatch.setattr("regrow.run.alone_in", partial(pytest.fail, "locked"))
+    result = prune(checkpoint, text, tmp_path / "out")
+    assert result.results == json.loads((finished / "results.json").read_text())
+    Journal(tmp_path / "out", Silent().say).drop("report")
+    with pytest.raises(InputError, match="holds a run to go on with and cannot be written; copy it"):
+        prune(checkpoint, text, tmp_path / "out")
+
+
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     way_out = "; give a new --out, or --fresh to do it again from the start"
     with pytest.raises(InputError, match=f"holds a run with lora.rank = 2, not 3{way_out}"):

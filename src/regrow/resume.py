@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -138,6 +139,8 @@ class Books:
         if journal.read("report") is not None and journal.read("save") is not None:
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{self.folder} holds a run to go on with and cannot be written; copy it to where it can")
         self.progress.say(f"resuming {where(journal, steps)}")
         before = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8")).get("processes", 1)
         self.took_part = max(before, self.took_part)

@@ -1,5 +1,6 @@
 """`regrow.prune`: settle the recipe, then walk."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -87,8 +88,9 @@ def prune(
         with together.main_first():
             if Path(model).resolve() == (folder / "model").resolve():
                 raise InputError(f"{model} is where the result would go; choose another --out")
-            check_folder(folder)
-            if together.is_main:
+            begun = check_folder(folder) and not fresh
+            shown = begun and not os.access(folder, os.W_OK)  # all that can be done where nobody may write
+            if together.is_main and not shown:
                 until_the_end.enter_context(alone_in(folder))
         if chosen.training.deterministic and chosen.device != "cpu" and torch.cuda.is_available():
             until_the_end.enter_context(same_bits())
