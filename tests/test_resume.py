@@ -24,7 +24,7 @@ from regrow.checkpoint.files import storage_errors, write_json
 from regrow.checkpoint.journal import FORMAT, Journal
 from regrow.checkpoint.state import State
 from regrow.clock import Clock
-from regrow.console import going_on_later
+from regrow.console import given_up, going_on_later
 from regrow.data.corpus import Corpus, Source
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -308,6 +308,13 @@ def test_the_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monke
         os.kill(os.getpid(), signal.SIGTERM)
     assert exit_.value.exit_code == 130
     assert capsys.readouterr().err == "regrow: stopped; to go on: regrow prune 'my model' --out o\n"
+
+
+def test_a_measurement_that_is_stopped_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_, given_up():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert exit_.value.exit_code == 130
+    assert capsys.readouterr().err == "regrow: stopped; nothing was written\n"
 
 
 # --- the journal alone ---------------------------------------------------------------------------

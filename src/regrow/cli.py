@@ -11,7 +11,17 @@ import typer
 
 from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
-from regrow.console import AsJson, Trust, going_on_later, print_anything, quiet, share_cores, shown_progress, tell
+from regrow.console import (
+    AsJson,
+    Trust,
+    given_up,
+    going_on_later,
+    print_anything,
+    quiet,
+    share_cores,
+    shown_progress,
+    tell,
+)
 from regrow.errors import InputError
 from regrow.launcher import rank, read_launch
 
@@ -219,7 +229,7 @@ def analyze(
     settings = {"analysis.shares": parts} | parse_assignments(assign or [])
     protect = load_recipe("regrow", settings).analysis.protect
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import analyze as measure
 
         found = measure(model, data, out, windows=windows, overrides=settings, progress=progress)
@@ -254,7 +264,7 @@ def evaluate(
     if bos not in ("document", "once", "none"):
         raise InputError(f"--bos {bos!r}: choose document, once or none")
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import evaluate as measure
 
         results = measure(
@@ -287,7 +297,7 @@ def bench(
 ) -> None:
     """Measure size, prefill and decode speed, and peak memory of one or more models, in turns."""
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import bench as measure
 
         results = measure(

@@ -73,6 +73,17 @@ def going_on_later() -> Iterator[None]:
         raise typer.Exit(130) from stopped
 
 
+@contextmanager
+def given_up() -> Iterator[None]:
+    """Within this context Ctrl-C and SIGTERM end the command with a line, and exit code 130: nothing is left of it."""
+    try:
+        with interruptible():
+            yield
+    except KeyboardInterrupt as stopped:
+        print("regrow: stopped; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from stopped
+
+
 def tell(error: InputError) -> None:
     """Say in a line what is wrong. Others than the main process only if it has not just said so, and ended them all."""
     if rank() != 0 and isinstance(error, LostOther):
