@@ -355,7 +355,7 @@ def demo(
     steps: Annotated[str, typer.Option(help="Optimizer steps of LoRA training.")] = "120",
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "regrow",
 ) -> None:
-    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, two to three minutes."""
+    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, some five minutes."""
     from regrow.recipe import load_recipe
 
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)
