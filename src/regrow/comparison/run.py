@@ -21,6 +21,7 @@ from regrow.evaluation.machine import machine
 from regrow.launcher import read_launch
 from regrow.preflight import check_files, check_model
 from regrow.progress import Progress, Silent
+from regrow.recipe import Recipe
 from regrow.report.words import short_name
 
 
@@ -83,10 +84,7 @@ def compare(
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
     cells = lay_out(recipes, sparsities, seeds, settings, folder)
-    for chosen in {cell.contender: cell.recipe for cell in cells}.values():
-        check_model(model, chosen)
-        check_files(model, chosen)
-        check_there(chosen.data)
+    _check_any(model, list({cell.contender: cell.recipe for cell in cells}.values()))
     with storage_errors(), alone_in(folder):
         (folder / "cells").mkdir(exist_ok=True)
         failed = run_cells(cells, model, threads, progress)
@@ -95,6 +93,24 @@ def compare(
             raise InputError(f"no run succeeded; the first: {next(iter(failed.values()))}")
         _leave(folder, rows, failed, _facts(model, cells[0], threads))
     return Comparison(folder, rows, failed)
+
+
+def _check_any(model: str, contenders: Sequence[Recipe]) -> None:
+    """Refuse what no contender can run with; what one alone cannot is told beside the others' results.
+
+    Raises:
+        InputError: as the first of them would.
+    """
+    reasons = []
+    for recipe in contenders:
+        try:
+            check_model(model, recipe)
+            check_files(model, recipe)
+            check_there(recipe.data)
+            return
+        except InputError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _facts(model: str, cell: Cell, threads: int | None) -> dict[str, Any]:
