@@ -218,6 +218,7 @@ MODELS = [
     case("index-of-numbers", index_of({"weight_map": {"lm_head.weight": 3}}), PRUNE_MODEL, "names 3"),
     case("index-of-nothing", index_of([]), PRUNE_MODEL, "index.json cannot be read", "get it anew"),
     case("pickle", copy(only_pickle), PRUNE_MODEL, "no weights as safetensors", "can run code", "convert"),
+    case("pickle to export", copy(only_pickle), "export model --to gguf --out m.gguf", "as safetensors", "convert"),
     case("encoder", other(bert), PRUNE_MODEL, "model is a BertForMaskedLM", "decoder-only", "ForCausalLM"),
     case("encoder-decoder", other(t5), "inspect model", "model is a T5ForConditionalGeneration", "decoder-only"),
     case("own code to prune", remote_code, PRUNE_MODEL, *TRUST),
@@ -246,6 +247,7 @@ TEXTS = [
     case("too little own text", nothing, OWN + "--set generate.tokens=99", "too little", "at least 12800", "--data"),
     case("own text, no start", copy(no_special_tokens), "prune model --out out", "neither BOS nor EOS", "give --data"),
     case("empty --data", nothing, PRUNE_ON + "''", "'' is a folder", "give a .txt"),
+    case("no text file to compare on", nothing, "compare LLAMA --data a.txt --out out", "no text file a.txt", "check"),
     case("no text file", nothing, PRUNE_ON + "absent.txt", "no text file absent.txt", "check its path"),
     case("no text file, other suffix", nothing, PRUNE_ON + "./absent.md", "no text file ./absent.md", "check its path"),
     case("no text to evaluate on", nothing, PRUNE + "--eval-data absent.txt", "no text file absent.txt", "check"),
@@ -321,6 +323,7 @@ SETTINGS = [
     case("sparsity and target", nothing, PRUNE + "--sparsity 0.5 --target size=1GB", "give --sparsity or --target"),
     case("target", nothing, PRUNE + "--target smaller", "target 'smaller'", "write one of params=2.0B, size=3GB"),
     case("target of a wrong kind", nothing, PRUNE + "--target memory=3GB", "'memory=3GB'", "write one of params=2.0B"),
+    case("target of a huge number", nothing, PRUNE + "--target params=1e400", "too large a number", "2.0B, 500M"),
     case("target too large", nothing, PRUNE + "--target params=1M", "out of reach", "47,072 parameters", "26,624"),
     case("target too small", nothing, PRUNE + "--target size=9KB", "out of reach", "cut to 109,", "ask for so many"),
     case(

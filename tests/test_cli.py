@@ -56,6 +56,16 @@ def test_idle_threads_are_told_before_torch_is_there(monkeypatch: pytest.MonkeyP
     assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
 
 
+def test_an_encoding_that_lacks_a_character_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "argv", ["regrow", "recipes", "--explain"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    screen.flush()
+    assert b"?" in screen.buffer.getvalue()
+
+
 def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "regrow", "--help"], capture_output=True, text=True, check=True

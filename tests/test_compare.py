@@ -250,6 +250,8 @@ def test_contenders_are_read_as_they_are_written() -> None:
         (["--sparsity", "1.5"], "pruning.sparsity = 1.5"),
         (["--recipes", "regrow@lora.rank"], "write key.path=value"),
         (["--tasks", "absent.jsonl"], "there is no task file absent.jsonl"),
+        (["--data", "absent.txt"], "there is no text file absent.txt"),
+        (["--eval-data", "absent.txt"], "there is no text file absent.txt"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
@@ -258,6 +260,13 @@ def test_what_is_wrong_is_said_before_anything_runs(
     result = CliRunner().invoke(app, ["compare", str(checkpoint), "--out", str(tmp_path / "out"), *options])
     assert isinstance(result.exception, InputError)
     assert said in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_no_run_can_take_is_refused_once(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(InputError, match=r"model holds no tokenizer.*put tokenizer\.json"):
+        regrow.compare(str(tmp_path / "model"), tmp_path / "out", ["random"], data=str(text))
     assert not (tmp_path / "out").exists()
 
 

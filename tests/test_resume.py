@@ -24,7 +24,7 @@ from regrow.checkpoint.files import storage_errors, write_json
 from regrow.checkpoint.journal import FORMAT, Journal
 from regrow.checkpoint.state import State
 from regrow.clock import Clock
-from regrow.console import going_on_later
+from regrow.console import given_up, going_on_later
 from regrow.data.corpus import Corpus, Source
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -282,6 +282,16 @@ def test_a_full_disk(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pyt
     assert_same(done, whole["regrow"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError("7488 requested and 24 written"), RuntimeError("No space left on device (os error 28)")],
+    ids=["NumPy", "Rust"],
+)
+def test_a_full_disk_as_others_tell_it(error: Exception) -> None:
+    with pytest.raises(InputError, match="no space left to write the results; free some"), storage_errors():
+        raise error
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(number: int, whole: dict[str, Trained], tmp_path: Path) -> None:
     former = signal.getsignal(number)
@@ -299,6 +309,13 @@ def test_the_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monke
         os.kill(os.getpid(), signal.SIGTERM)
     assert exit_.value.exit_code == 130
     assert capsys.readouterr().err == "regrow: stopped; to go on: regrow prune 'my model' --out o\n"
+
+
+def test_a_measurement_that_is_stopped_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_, given_up():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert exit_.value.exit_code == 130
+    assert capsys.readouterr().err == "regrow: stopped; nothing was written\n"
 
 
 # --- the journal alone ---------------------------------------------------------------------------
@@ -496,6 +513,20 @@ def test_what_a_run_is_made_of_outlives_it(checkpoint: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="base: this run would replace or delete"):
         regrow.prune(base, out, "magnitude", data=f"{out}/mine.jsonl", fresh=True)
     assert (base / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_run_that_nobody_may_write_is_shown_if_it_is_finished(
+    finished: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr("regrow.run.os.access", lambda *_: False)
+    monkeypatch.setattr("regrow.run.alone_in", partial(pytest.fail, "locked"))
+    result = prune(checkpoint, text, tmp_path / "out")
+    assert result.results == json.loads((finished / "results.json").read_text())
+    Journal(tmp_path / "out", Silent().say).drop("report")
+    with pytest.raises(InputError, match="holds a run to go on with and cannot be written; copy it"):
+        prune(checkpoint, text, tmp_path / "out")
 
 
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:

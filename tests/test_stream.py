@@ -10,17 +10,28 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from conftest import QUICK, CommandLine, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
+from conftest import (
+    HEADS,
+    QUICK,
+    SIZES,
+    CommandLine,
+    build,
+    logits,
+    make_tokenizer,
+    random_keep,
+    uniform_keep,
+    with_lora,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, MixtralConfig
 
 import regrow
 from regrow.checkpoint.load import load_config, load_model, load_skeleton
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.save import save_checkpoint
 from regrow.checkpoint.shape import describe
-from regrow.checkpoint.stream import SCALING
+from regrow.checkpoint.stream import SCALING, check_plan
 from regrow.checkpoint.tensors import StoredTensors, write_tensors
 from regrow.errors import InputError
 from regrow.planning.memory import OVERHEAD, Sizes, estimate_memory
@@ -212,6 +223,13 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("regrow.checkpoint.stream.write_tensors", full)
     refused("no space left")
+
+
+def test_a_plan_of_as_many_other_units_says_what_differs() -> None:
+    configs = (LlamaConfig(**SIZES | {"hidden_size": width}, **HEADS, head_dim=8) for width in (48, 96))
+    narrow, wide = (find_groups(AutoModelForCausalLM.from_config(config)) for config in configs)
+    with pytest.raises(InputError, match=r"a unit of layers\.0\.attention has 2,304 parameters in it, 4,608 here"):
+        check_plan(Plan.whole(narrow), wide, "it")
 
 
 def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:

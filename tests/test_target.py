@@ -108,6 +108,15 @@ def test_a_target_is_read(text: str, kind: str, value: float, relative: bool) ->
         ("perplexity=5%", "for example +5%"),
         ("perplexity=-5%", "for example +5%"),
         ("perplexity=1", "more than 1"),
+        ("perplexity=+0%", "more than 0"),
+        ("params=1e400", "too large a number"),
+        ("params=1e308B", "too large a number"),
+        ("size=1e400GB", "too large a number"),
+        ("speedup=1e400x", "too large a number"),
+        ("perplexity=1e400", "too large a number"),
+        ("perplexity=+1e400%", "too large a number"),
+        ("params=\uff11\uff12M", "for example 2.0B"),
+        ("params=1__0M", "for example 2.0B"),
     ],
 )
 def test_what_is_no_target_is_refused(text: str, hint: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import regrow
 from regrow.errors import InputError
-from regrow.evaluation.tasks import run_tasks
+from regrow.evaluation import tasks
+from regrow.evaluation.tasks import check_known, check_tasks, run_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -91,11 +93,72 @@ def test_a_run_scores_the_dense_and_the_pruned_model(checkpoint: Path, text: Pat
     [
         ("odd.jsonl", '{"question": "x"}', "its records have the fields question; a task's have query, choices, gold"),
         ("odd.yaml", "output_type: multiple_choice", "names no task; it needs a line such as task: my_task"),
-        ("odd.yml", "task: odd\ndataset_path: json\n", "cannot be run"),
+        ("odd.yml", "task: odd\ndataset_path: json\n", "looks for .yaml files only; rename it"),
     ],
 )
-def test_a_file_that_is_no_task_is_refused(loaded, tmp_path: Path, name: str, content: str, said: str) -> None:
+def test_a_file_that_is_no_task_is_refused(tmp_path: Path, name: str, content: str, said: str) -> None:
     file = tmp_path / name
     file.write_text(content + "\n")
     with pytest.raises(InputError, match=said):
-        run_tasks(*loaded, [str(file)])
+        check_tasks([str(file)])
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"query": "x", "choices": ["a", "b"]}, "record 2 has no gold"),
+        ({"query": None, "choices": ["a", "b"], "gold": 0}, "has no query"),
+        ({"query": 7, "choices": ["a", "b"], "gold": 0}, "has a query that is no text"),
+        ({"query": "x", "choices": [], "gold": 0}, "has choices that are no list of texts"),
+        ({"query": "x", "choices": ["a", 2], "gold": 0}, "has choices that are no list of texts"),
+        ({"query": "x", "choices": ["a", "b"], "gold": 2}, "has the gold 2 of 2 choices, counted from 0"),
+        ({"query": "x", "choices": ["a", "b"], "gold": -1}, "has the gold -1, which is no number of a choice"),
+    ],
+)
+def test_every_record_is_looked_at(tmp_path: Path, record: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_tasks([write(tmp_path / "own.jsonl", [QUESTIONS[0], record])])
+
+
+def test_a_name_is_looked_up_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = SimpleNamespace(all_subtasks=["piqa", "arc_easy"], all_tasks=["piqa", "arc_easy", "mmlu"])
+    monkeypatch.setattr(tasks, "_own_tasks", lambda: known)
+    check_known(["piqa", "arc-e"])
+    with pytest.raises(InputError, match=r"has no task 'pika': did you mean piqa\?"):
+        check_known(["piqa", "pika"])
+    with pytest.raises(InputError, match="'mmlu' is a group of lm-evaluation-harness' tasks"):
+        check_known(["mmlu"])
+
+
+def test_a_described_task_is_loaded_before_any_work(tmp_path: Path) -> None:
+    described = tmp_path / "own.yaml"
+    described.write_text("task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n")
+    with pytest.raises(InputError, match=r"cannot be run: .*; mend evaluation\.tasks, or leave"):
+        check_known([str(described)])
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_saved_run_goes_on_with_other_tasks(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, **settings: object):
+        overrides = {**QUICK, "evaluation.tasks": [write(tmp_path / name, QUESTIONS)], **settings}
+        return regrow.prune(
+            str(checkpoint), tmp_path / "out", "magnitude", data=str(text), steps=0, overrides=overrides
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.evaluation.compare.run_tasks", raising)
+        with pytest.raises(InputError, match="no connection"):
+            run("first.jsonl")
+    saved = (tmp_path / "out" / "model" / "model.safetensors").stat()
+    with pytest.raises(InputError, match="holds a run with seed = 0, not 1"):
+        run("second.jsonl", seed=1)
+    assert "second" in run("second.jsonl").results["tasks"]["pruned"]
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat() == saved
+    with pytest.raises(InputError, match=r"evaluation\.tasks\.0"):
+        run("first.jsonl")
+
+
+def raising(*_: object, **__: object) -> None:
+    raise InputError("no connection")

@@ -12,7 +12,17 @@ import typer
 
 from regrow.cli_compare import compare
 from regrow.cli_reuse import apply, export, report, scatter
-from regrow.console import AsJson, Trust, going_on_later, quiet, share_cores, shown_progress, tell
+from regrow.console import (
+    AsJson,
+    Trust,
+    given_up,
+    going_on_later,
+    print_anything,
+    quiet,
+    share_cores,
+    shown_progress,
+    tell,
+)
 from regrow.errors import InputError
 from regrow.launcher import rank, read_launch
 
@@ -35,6 +45,7 @@ SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data se
 def main() -> None:
     """Run the command line: an `InputError` is one line on standard error and exit code 2."""
     share_cores()
+    print_anything()
     try:
         app()
     except InputError as error:
@@ -222,7 +233,7 @@ def analyze(
     settings = {"analysis.shares": parts} | parse_assignments(assign or [])
     protect = load_recipe("regrow", settings).analysis.protect
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import analyze as measure
 
         found = measure(model, data, out, windows=windows, overrides=settings, progress=progress)
@@ -253,7 +264,7 @@ def evaluate(
     """Measure MODEL's perplexity on a text."""
     lengths = [_number("--window", text, int) for text in window or ["256"]]
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import evaluate as measure
 
         results = measure(
@@ -286,7 +297,7 @@ def bench(
 ) -> None:
     """Measure size, prefill and decode speed, and peak memory of one or more models, in turns."""
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.measure import bench as measure
 
         results = measure(
@@ -347,7 +358,7 @@ def demo(
     steps: Annotated[str, typer.Option(help="Optimizer steps of LoRA training.")] = "120",
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a YAML file.")] = "regrow",
 ) -> None:
-    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, two to three minutes."""
+    """Prune a small LLaMA that comes with regrow, on Python's own documentation. Offline, some five minutes."""
     from regrow.recipe import load_recipe
 
     share, count = _number("--sparsity", sparsity, float), _number("--steps", steps, int)

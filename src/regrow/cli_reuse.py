@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regrow.console import AsJson, Trust, quiet, shown_progress
+from regrow.console import AsJson, Trust, given_up, quiet, shown_progress
 
 
 def apply(
@@ -24,7 +24,7 @@ def apply(
 ) -> None:
     """Cut MODEL to a plan and merge adapters, tensor by tensor: a model of any size, in memory for one tensor."""
     quiet()
-    with shown_progress() as progress:
+    with given_up(), shown_progress() as progress:
         from regrow.reuse import apply as work
 
         folder = work(
@@ -79,8 +79,9 @@ def export(
     quiet()
     from regrow.formats.export import export as write
 
-    done = write(
-        folder, out, to, pad=pad, multiple=multiple, kind=kind, converter=converter,  # type: ignore[arg-type]
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with given_up():
+        done = write(
+            folder, out, to, pad=pad, multiple=multiple, kind=kind, converter=converter,  # type: ignore[arg-type]
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     print(json.dumps(done, indent=2) if as_json else ", ".join(f"{key} {value}" for key, value in done.items()))

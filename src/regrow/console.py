@@ -1,5 +1,6 @@
 """What all verbs of the command line share."""
 
+import io
 import logging
 import os
 import shlex
@@ -37,6 +38,12 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
+def print_anything() -> None:
+    """Let standard output show a question mark for what its encoding (a C locale's, say) has no character for."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
+        sys.stdout.reconfigure(errors="replace")
+
+
 def quiet() -> None:
     """Keep the libraries' chatter off the screen; what matters of it comes back as an error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,6 +70,17 @@ def going_on_later() -> Iterator[None]:
         again = shlex.join(["regrow", *words]) if read_launch().count == 1 else "launch the same again"
         if rank() == 0:
             print(f"regrow: {stopped or 'stopped'}; to go on: {again}", file=sys.stderr)
+        raise typer.Exit(130) from stopped
+
+
+@contextmanager
+def given_up() -> Iterator[None]:
+    """Within this context Ctrl-C and SIGTERM end the command with a line, and exit code 130: nothing is left of it."""
+    try:
+        with interruptible():
+            yield
+    except KeyboardInterrupt as stopped:
+        print("regrow: stopped; nothing was written", file=sys.stderr)
         raise typer.Exit(130) from stopped
 
 

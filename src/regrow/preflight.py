@@ -21,7 +21,7 @@ from regrow.checkpoint.stock import check_fewer_layers
 from regrow.criteria.registry import find_criterion
 from regrow.data.corpus import list_sources, writes_own_text
 from regrow.errors import InputError
-from regrow.evaluation.tasks import check_tasks
+from regrow.evaluation.tasks import check_known, check_tasks
 from regrow.launcher import HOW
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.planning.target import parse_target
@@ -268,14 +268,15 @@ def check_disk(folder: Path, config: PretrainedConfig, recipe: Recipe, windows: 
     )
 
 
-def check_files(model: str, recipe: Recipe) -> None:
-    """Refuse a checkpoint that cannot be read tensor by tensor, if that will be wanted.
+def check_files(model: str, recipe: Recipe, processes: Processes = ALONE) -> None:
+    """Refuse a checkpoint that cannot be read tensor by tensor, if that will be wanted, and tasks that cannot be run.
 
     Raises:
-        InputError: as `Source`.
+        InputError: as `Source` and `check_known`.
     """
     if recipe.output.keep_adapter or recipe.training.offloaded:
         Source(model, weights_folder(model))
+    processes.by_main(lambda: check_known(recipe.evaluation.tasks))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from regrow.clock import Clock
 from regrow.errors import InputError
 from regrow.evaluation.tasks import task_files, task_fingerprint
 from regrow.processes import ALONE, Processes
-from regrow.progress import Progress
+from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.tracking import FOLDER as TRACKER_FOLDER
 from regrow.text import Text
@@ -29,6 +30,8 @@ FILES_NAMED = (*TEXTS, "from_file", "criterion")
 """Settings that may name a file (a text also a folder): what is in it counts, not where it lies."""
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt", "added_tokens.json")
 """Its files in a model's folder."""
+TASKS = "evaluation.tasks"
+"""May change until the result is measured: what is wrong with one is perhaps seen only then."""
 WAY_OUT = "give a new --out, or --fresh to do it again from the start"
 OF_A_RUN = ("checkpoint", "trials", "teacher", "base", "adapter", TRACKER_FOLDER)
 """Folders that a run done from the start finds empty. Its model is replaced when there is a new one."""
@@ -81,7 +84,7 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     """Look into a folder before any work is done for it, without touching it.
 
     Returns:
-        Whether there is a run to go on with, or to find finished.
+        Whether there is a run to go on with, perhaps with other tasks, or to find finished.
 
     Raises:
         InputError: if the folder cannot be a run's, or holds a run that another version of regrow has begun, or that
@@ -92,14 +95,21 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         before, began = run["asked"], (run["asked"]["regrow"], run.get("format"))
-        difference = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
+        differences = [key for key in {**asked, **before} if asked.get(key) != before.get(key)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
     if began != (asked["regrow"], FORMAT):
         raise InputError(f"{folder} holds a run that another version of regrow has begun; {WAY_OUT}")
-    if difference is not None:
-        raise InputError(f"{folder} holds a run {_told(difference, before, asked)}; {WAY_OUT}")
+    others = [key for key in differences if not (key.startswith(TASKS) and _is_saved(folder))]
+    if others:
+        raise InputError(f"{folder} holds a run {_told(others[0], before, asked)}; {WAY_OUT}")
     return True
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a run has its checkpoint, and nothing has been measured of it yet."""
+    latest = Journal(folder, Silent().say).latest()
+    return latest is not None and latest[0] in ("save", "keep-adapter")
 
 
 class Books:
@@ -154,6 +164,8 @@ class Books:
         if journal.read("report") is not None and journal.read("save") is not None:
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{self.folder} holds a run to go on with and cannot be written; copy it to where it can")
         self.progress.say(f"resuming {where(journal, steps)}")
         before = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8")).get("processes", 1)
         self.took_part = max(before, self.took_part)

@@ -1,5 +1,6 @@
 """`regrow.prune`: settle the recipe, then walk."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,8 +87,9 @@ def prune(
     with storage_errors(), ExitStack() as until_the_end:
         with together.main_first():
             check_spared(folder, model, chosen, "" if isinstance(recipe, Recipe) else str(recipe), fresh)
-            check_folder(folder)
-            if together.is_main:
+            begun = check_folder(folder) and not fresh
+            shown = begun and not os.access(folder, os.W_OK)  # all that can be done where nobody may write
+            if together.is_main and not shown:
                 until_the_end.enter_context(alone_in(folder))
         if chosen.training.deterministic and chosen.device != "cpu" and torch.cuda.is_available():
             until_the_end.enter_context(same_bits())

@@ -110,12 +110,12 @@ class Walk:
             return Result.read(self.folder) if self.together.is_main else None
         if self.books.is_trained() and not self.part():
             return None
+        check_files(self.name, self.recipe, self.processes)
         text = None
         if not writes_own_text(self.recipe.data):
             self.books.begin("read text")
             with self.processes.main_first():
                 text = read_text(self.recipe, tokenizer)
-        check_files(self.name, self.recipe)
         self.recipe = settle_originals(self.name, self.recipe, self.progress)
         self.books.begin("trace groups")
         skeleton = load_skeleton(self.name)

@@ -213,9 +213,12 @@ def storage_errors() -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
         # The writers of safetensors and tokenizers are Rust: they give the operating system's error as text.
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(told[1])
+        elif number is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # by NumPy's `tofile`
+            number = errno.ENOSPC
         name = getattr(error, "filename", None)
         if number in FULL:
             raise InputError(f"no space left to write {name or 'the results'}; free some and run again") from error

@@ -63,11 +63,6 @@ def load_model(
         InputError: if there is no such model, it is not a causal LM, or its files are damaged.
     """
     config = load_config(name, trust_remote_code)
-    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
-        raise InputError(
-            f"{name} holds no weights as safetensors; convert its pytorch_model.bin (never read here, for a pickle can "
-            "run code), or give another checkpoint"
-        )
     if Path(name).is_dir():
         weight_files(Path(name))
     dtype = dtype or compute_dtype(config, torch.device(device))

@@ -80,10 +80,15 @@ def check_plan(plan: Plan, groups: Groups, name: str) -> None:
     parts = own.parts if plan.residual is not None else own.groups
     for group in sorted(parts.keys() | plan.parts.keys()):
         here, there = (each.get(group) for each in (parts, plan.parts))
-        if here is None or there is None or (here.units, here.cost) != (there.units, there.cost):
+        if here is None or there is None or here.units != there.units:
             raise InputError(
                 f"the plan is of another model than {name}: {group} has "
                 f"{'no' if there is None else there.units} units in it, {'none' if here is None else here.units} here"
+            )
+        if here.cost != there.cost:
+            raise InputError(
+                f"the plan is of another model than {name}: a unit of {group} has {there.cost:,} parameters in it, "
+                f"{here.cost:,} here"
             )
     sizes = [[(layer.parameters, layer.block_parameters) for layer in each.layers] for each in (own, plan)]
     if plan.layers and sizes[0] != sizes[1]:

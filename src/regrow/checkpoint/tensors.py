@@ -106,7 +106,12 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no model.safetensors and no index of several such files") from error
+        if any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder} holds no model.safetensors and no index of several such files") from error
+        raise InputError(
+            f"{folder} holds no weights as safetensors; convert its pytorch_model.bin (never read here, for a pickle "
+            "can run code), or give another checkpoint"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} cannot be read; get it anew") from error
     if not names:

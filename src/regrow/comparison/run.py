@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from regrow.checkpoint.files import storage_errors, write_json, write_text
-from regrow.checkpoint.load import load_config
 from regrow.checkpoint.lock import alone_in
 from regrow.comparison.grid import Cell, lay_out, run_cells
 from regrow.comparison.page import html, markdown
 from regrow.comparison.table import Row, rows_of, to_csv, to_json
+from regrow.data.corpus import check_there
 from regrow.errors import InputError
 from regrow.evaluation.machine import machine
 from regrow.given import gathered, listed
 from regrow.launcher import read_launch
+from regrow.preflight import check_files, check_model
 from regrow.progress import Progress, Silent
+from regrow.recipe import Recipe
 from regrow.report.words import short_name
 
 
@@ -71,7 +73,6 @@ def compare(
     if (count := read_launch().count) > 1:
         raise InputError(f"compare: {count} processes have been launched; start it once, it starts its runs by itself")
     model, recipes = str(model), listed(recipes)
-    load_config(model)
     if seeds < 1 or not recipes or not sparsities:
         raise InputError("compare: give at least one recipe, one sparsity and one seed")
     given = {
@@ -85,6 +86,7 @@ def compare(
     if folder.is_file():
         raise InputError(f"{folder} is a file; give a folder for the results")
     cells = lay_out(recipes, sparsities, seeds, settings, folder)
+    _check_any(model, list({cell.contender: cell.recipe for cell in cells}.values()))
     with storage_errors(), alone_in(folder):
         (folder / "cells").mkdir(exist_ok=True)
         failed = run_cells(cells, model, threads, progress)
@@ -93,6 +95,24 @@ def compare(
             raise InputError(f"no run succeeded; the first: {next(iter(failed.values()))}")
         _leave(folder, rows, failed, _facts(model, cells[0], threads))
     return Comparison(folder, rows, failed)
+
+
+def _check_any(model: str, contenders: Sequence[Recipe]) -> None:
+    """Refuse what no contender can run with; what one alone cannot is told beside the others' results.
+
+    Raises:
+        InputError: as the first of them would.
+    """
+    reasons = []
+    for recipe in contenders:
+        try:
+            check_model(model, recipe)
+            check_files(model, recipe)
+            check_there(recipe.data)
+            return
+        except InputError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _facts(model: str, cell: Cell, threads: int | None) -> dict[str, Any]:

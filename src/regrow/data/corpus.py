@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow.data.instructions import make_examples, pack_examples
 from regrow.data.shards import holds_tokens, load_rows
-from regrow.data.source import load_documents, load_records, split_documents, split_pieces
+from regrow.data.source import load_documents, load_records, path_of, split_documents, split_pieces
 from regrow.data.tokens import Windows, join_windows, make_windows, mix_windows, pack_rows
 from regrow.errors import InputError
 from regrow.settings import Data, Stage, TextSource
@@ -113,6 +113,19 @@ def list_sources(data: Data) -> tuple[TextSource, ...]:
     if count > 1:
         raise InputError(f"{count} sources of text are called {name!r}; give each a name of its own (data.sources)")
     return sources
+
+
+def check_there(data: Data) -> None:
+    """See that what can only be a file or a folder is there, before anything is read.
+
+    Raises:
+        InputError: if it is not.
+    """
+    for source in list_sources(data):
+        if source.source != OWN_TEXT and not holds_tokens(source.source, source.text_field):
+            path_of(source.source)
+    if data.eval_source is not None:
+        path_of(data.eval_source)
 
 
 def read_corpus(

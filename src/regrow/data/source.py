@@ -69,7 +69,7 @@ def load_documents(
     Raises:
         InputError: if the source is not there, cannot be read, or holds no text.
     """
-    path = _path_of(source)
+    path = path_of(source)
     if path is None:
         documents = _from_hub(source, text_field, split, max_characters)
     else:
@@ -90,7 +90,7 @@ def load_records(source: str, max_characters: int = HUB_CHARACTERS) -> list[Reco
     Raises:
         InputError: if the source is not there, cannot be read, or holds no records.
     """
-    path = _path_of(source)
+    path = path_of(source)
     if path is None:
         with _hub_errors(source):
             records = list(upto(_hub_records(source, "train"), max_characters, lambda record: len(str(record))))
@@ -104,8 +104,12 @@ def load_records(source: str, max_characters: int = HUB_CHARACTERS) -> list[Reco
     return records
 
 
-def _path_of(source: str) -> Path | None:
-    """The file that a source is, or None if it is a data set on the hub."""
+def path_of(source: str) -> Path | None:
+    """The file that a source is, or None if it is a data set on the hub.
+
+    Raises:
+        InputError: if it can only be a file, and there is none.
+    """
     path = Path(source)
     if path.is_dir():
         raise InputError(

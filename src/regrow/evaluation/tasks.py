@@ -1,11 +1,14 @@
 """Zero-shot tasks, by lm-evaluation-harness: its own by name, one in a YAML file, or records in a JSONL file."""
 
+import difflib
+import functools
 import hashlib
 import importlib.util
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,8 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
     },
 }
 """Fields of a JSONL file's records -> what the harness is told to do with them."""
+CHOICES, ANSWER = ("choices", "endings", "context_options"), ("gold", "label")
+"""Fields that hold several texts, and those that hold the number of one of these; all others hold a text."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,34 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """See that the harness is there, and files of tasks too, before any work is done.
 
     Raises:
-        InputError: if the extra is not installed, or a file is missing or of no known form.
+        InputError: if the extra is not installed, a file is missing or of no known form, or two tasks have one name.
     """
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks need lm-evaluation-harness; pip install 'regrow[eval]'")
+    names = [_name(_settle(task)) for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"two of the tasks have the same name: {', '.join(names)}; rename a file")
+
+
+def check_known(tasks: Sequence[str]) -> None:
+    """See that the harness knows tasks by their names and takes those in files; it takes a while to look for names.
+
+    Raises:
+        InputError: if it does not.
+    """
     for task in tasks:
         if _is_file(task):
-            _settle(task)
+            with _harness_errors(task):
+                _load(task)
+            continue
+        name, known = str(_settle(task)), _own_tasks()
+        if name in known.all_subtasks:
+            continue
+        if name in known.all_tasks:
+            raise InputError(f"{name!r} is a group of lm-evaluation-harness' tasks; name those of it that you want")
+        close = difflib.get_close_matches(name, known.all_subtasks, n=3)
+        advice = f"did you mean {' or '.join(close)}?" if close else "lm_eval ls tasks lists them"
+        raise InputError(f"lm-evaluation-harness has no task {name!r}: {advice}")
 
 
 def run_tasks(
@@ -100,36 +126,60 @@ def run_tasks(
         InputError: if a task is not known or cannot be loaded.
     """
     check_tasks(tasks)
+    check_known(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    with _harness_errors(*tasks), evaluation_mode(model), torch.inference_mode():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = simple_evaluate(
+            wrapped,
+            tasks=[_load(task) for task in tasks],
+            limit=limit,
+            bootstrap_iters=1000,
+            task_manager=TaskManager(include_defaults=False),
+            log_samples=False,
+        )
+    assert found is not None
+    names = [_name(_settle(task)) for task in tasks]
+    return {name: _score(found["results"][name], found["n-samples"][name]["effective"]) for name in names}
+
+
+@contextmanager
+def _harness_errors(*tasks: str) -> Iterator[None]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    settled = {task: _settle(task) for task in tasks}
-    names = {task: told if isinstance(told, str) else told["task"] for task, told in settled.items()}
-    if len(set(names.values())) < len(names):
-        raise InputError(f"two of the tasks have the same name: {', '.join(names.values())}; rename a file")
-    folders = sorted({str(Path(task).parent) for task in tasks if _is_yaml(task)})
-    by_name = any(not _is_file(task) for task in tasks)  # the harness' own are thousands of files to look through
     try:
-        manager = TaskManager(include_path=folders or None, include_defaults=by_name)
-        with evaluation_mode(model), torch.inference_mode():
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = simple_evaluate(
-                wrapped,
-                tasks=list(settled.values()),
-                limit=limit,
-                bootstrap_iters=1000,
-                task_manager=manager,
-                log_samples=False,
-            )
+        yield
     except InputError:
         raise
     except Exception as error:  # the harness and the hub raise whatever comes
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the tasks {', '.join(tasks)} cannot be run: {type(error).__name__}: {reason}") from error
-    assert found is not None
-    return {name: _score(found["results"][name], found["n-samples"][name]["effective"]) for name in names.values()}
+        raise InputError(
+            f"the tasks {', '.join(tasks)} cannot be run: {type(error).__name__}: {reason}; mend evaluation.tasks, or "
+            "leave them out"
+        ) from error
+
+
+@functools.cache
+def _own_tasks() -> Any:
+    """The harness' own tasks: thousands of files that it looks through."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
+def _load(task: str) -> Any:
+    """A task as the harness runs it, with its data."""
+    from lm_eval.tasks import TaskManager
+
+    if _is_file(task):
+        manager = TaskManager(include_path=str(Path(task).parent) if _is_yaml(task) else None, include_defaults=False)
+    else:
+        manager = _own_tasks()
+    settled = _settle(task)
+    return manager.load([settled])["tasks"][_name(settled)]
 
 
 def task_fingerprint(task: str) -> str:
@@ -165,7 +215,7 @@ def _named_in(file: Path) -> list[Path]:
 
 
 def _is_yaml(task: str) -> bool:
-    return Path(task).suffix in (".yaml", ".yml")
+    return Path(task).suffix == ".yaml"
 
 
 def _is_file(task: str) -> bool:
@@ -175,6 +225,8 @@ def _is_file(task: str) -> bool:
 def _settle(task: str) -> str | dict[str, Any]:
     """A task as the harness takes it: a name, or a description."""
     path = Path(task)
+    if path.suffix == ".yml":
+        raise InputError(f"{task}: the harness looks for .yaml files only; rename it")
     if not _is_file(task):
         return SHORT_NAMES.get(task, task)
     if not path.is_file():
@@ -186,6 +238,9 @@ def _settle(task: str) -> str | dict[str, Any]:
     if form is None:
         known = "; ".join(", ".join(fields) for fields in FORMS)
         raise InputError(f"{task}: its records have the fields {', '.join(records[0])}; a task's have {known}")
+    for number, record in enumerate(records, 1):
+        if wrong := _wrong_in(record, form):
+            raise InputError(f"{task}: record {number} {wrong}; mend it or take it out")
     told = dict(FORMS[form])
     metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in told.pop("metrics")]
     return {
@@ -195,6 +250,31 @@ def _settle(task: str) -> str | dict[str, Any]:
         "metric_list": metrics,
         **told,
     }
+
+
+def _wrong_in(record: dict[str, Any], form: Sequence[str]) -> str | None:
+    """What keeps a record from being of a form, in words."""
+    if missing := [field for field in form if record.get(field) is None]:
+        return f"has no {missing[0]}"
+    choices: list[str] = next((record[field] for field in form if field in CHOICES), [])
+    for field in form:
+        value = record[field]
+        if field in CHOICES:
+            if not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
+                return f"has {field} that are no list of texts"
+        elif field in ANSWER:
+            number = str(value)  # HellaSwag has its labels as text
+            if not (isinstance(value, int) or field == "label") or not re.fullmatch("[0-9]+", number):
+                return f"has the {field} {value!r}, which is no number of a choice"
+            if int(number) >= len(choices):
+                return f"has the {field} {value!r} of {len(choices)} choices, counted from 0"
+        elif not isinstance(value, str):
+            return f"has a {field} that is no text"
+    return None
+
+
+def _name(settled: str | dict[str, Any]) -> str:
+    return settled if isinstance(settled, str) else str(settled["task"])
 
 
 def _name_of(file: Path) -> str:

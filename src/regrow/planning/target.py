@@ -1,5 +1,6 @@
 """Targets as people mean them (so many parameters, so many bytes, so much faster), and the sparsity that meets them."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from regrow.structure.groups import Groups
 Kind = Literal["params", "size", "speedup", "perplexity"]
 
 FORMS = "params=2.0B, size=3GB, speedup=1.6x, perplexity=+5% or perplexity=6.5"
-NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)"
+NUMBER = "([0-9]+(?:_[0-9]+)*(?:[.][0-9]+)?(?:e[0-9]+)?)"
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 BYTES = {"b": 1} | {
     f"{prefix}{suffix}": base**power
@@ -65,21 +66,25 @@ def parse_target(text: str) -> Target:
     return Target(cast(Kind, kind), number, text, relative)
 
 
-def _match(pattern: str, value: str, text: str, hint: str) -> tuple[float, str]:
+def _match(pattern: str, value: str, text: str, hint: str, units: Mapping[str, int] | None = None) -> float:
+    """The number that a pattern finds, times its unit if there are any."""
     found = re.fullmatch(pattern, value)
     if found is None:
         raise InputError(f"target {text!r}: {hint}")
-    return float(found[1]), found[2]
+    number = float(found[1]) * (units[found[2]] if units else 1)
+    if not math.isfinite(number):
+        raise InputError(f"target {text!r} is too large a number; {hint}")
+    return number
 
 
 def _params(value: str, text: str) -> tuple[float, bool]:
-    number, unit = _match(rf"{NUMBER}([kmb]?)", value, text, "give a number of parameters, for example 2.0B, 500M")
-    return _positive(number, text) * COUNTS[unit], False
+    hint = "give a number of parameters, for example 2.0B, 500M"
+    return _positive(_match(rf"{NUMBER}([kmb]?)", value, text, hint, COUNTS), text), False
 
 
 def _size(value: str, text: str) -> tuple[float, bool]:
-    number, unit = _match(rf"{NUMBER}((?:[kmgt]i?)?b)", value, text, "give bytes with a unit, for example 3GB, 700MiB")
-    return _positive(number, text) * BYTES[unit], False
+    hint = "give bytes with a unit, for example 3GB, 700MiB"
+    return _positive(_match(rf"{NUMBER}((?:[kmgt]i?)?b)", value, text, hint, BYTES), text), False
 
 
 def parse_bytes(text: str) -> int:
@@ -88,7 +93,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _speedup(value: str, text: str) -> tuple[float, bool]:
-    factor, _ = _match(rf"{NUMBER}([x×]?)", value, text, "give a factor, for example 1.6x")
+    factor = _match(rf"{NUMBER}[x×]?", value, text, "give a factor, for example 1.6x")
     if factor <= 1:
         raise InputError(f"target {text!r}: a speed-up is more than 1x, for example 1.6x")
     return factor, False
@@ -97,9 +102,8 @@ def _speedup(value: str, text: str) -> tuple[float, bool]:
 def _perplexity(value: str, text: str) -> tuple[float, bool]:
     hint = "give what it may rise by, for example +5%, or the perplexity itself, for example 6.5"
     if value.startswith("+"):
-        percent, _ = _match(rf"\+{NUMBER}(%)", value, text, hint)
-        return percent / 100, True
-    number, _ = _match(rf"{NUMBER}()", value, text, hint)
+        return _positive(_match(rf"\+{NUMBER}%", value, text, hint), text) / 100, True
+    number = _match(NUMBER, value, text, hint)
     if number <= 1:
         raise InputError(f"target {text!r}: a perplexity is more than 1; {hint}")
     return number, False
