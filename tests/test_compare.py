@@ -133,8 +133,10 @@ def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
     before = len(started)
     assert len(compared(sparsities=(0.25, 0.5, 0.4), seeds=1).rows) == 6
     assert len(started) == before + 2
-    with pytest.raises(InputError, match="of a comparison with another model, text, setting, criterion's file"):
+    with pytest.raises(InputError, match=r"0.25-0 holds a run with training\.steps = 2, not 3; choose another --out"):
         compared(steps=3)
+    with pytest.raises(InputError, match="holds a run with threads = None, not 4"):
+        compared(threads=4)
     with pytest.raises(InputError, match="a sparsity is named twice"):
         compared(sparsities=(0.5, 0.5))
 
@@ -151,6 +153,30 @@ def test_a_comparison_is_of_what_its_files_hold(changed: str, checkpoint: Path, 
     with (tmp_path / changed).open("a") as file:
         file.write("\n")
     assert cell.request(str(tmp_path / "model"), 1) != before
+
+
+def test_a_comparison_goes_on_however_its_paths_are_spelled(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "model")
+    shutil.copy(text, "text.jsonl")
+
+    def cell(name: str) -> Cell:
+        return lay_out(["random"], [0.5], 1, {"data.source": name}, tmp_path / "out")[0]
+
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    file = cell("text.jsonl").beside(".json")
+    grid.write_json(file, cell("text.jsonl").request("model", None))
+    for model, source in (("model/", "./text.jsonl"), (str(tmp_path / "model"), str(tmp_path / "text.jsonl"))):
+        cell(source).check_same(model, None)
+    with (tmp_path / "text.jsonl").open("a") as opened:
+        opened.write("\n")
+    with pytest.raises(InputError, match=r"holds a run of another data\.source; choose another --out"):
+        cell("text.jsonl").check_same("model", None)
+    file.write_text("{")
+    with pytest.raises(InputError, match="choose another --out: not valid JSON"):
+        cell("text.jsonl").check_same("model", None)
 
 
 def test_a_cell_runs_in_a_process_of_its_own(

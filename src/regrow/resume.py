@@ -52,6 +52,17 @@ def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def told_difference(before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The first key in which an earlier request is another than this one, in words; empty if none is."""
+    key = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
+    if key is None:
+        return ""
+    values = [each.get(key) for each in (before, asked)]
+    if key in ("model", "tokenizer") or any(str(value).startswith("sha256 ") for value in values):
+        return f"of another {key}"
+    return f"with {key} = {values[0]!r}, not {values[1]!r}"
+
+
 def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     """Look into a folder before any work is done for it, without touching it.
 
@@ -67,13 +78,13 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         before, began = run["asked"], (run["asked"]["regrow"], run.get("format"))
-        difference = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
+        difference = told_difference(before, asked)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
     if began != (asked["regrow"], FORMAT):
         raise InputError(f"{folder} holds a run that another version of regrow has begun; {WAY_OUT}")
-    if difference is not None:
-        raise InputError(f"{folder} holds a run {_told(difference, before, asked)}; {WAY_OUT}")
+    if difference:
+        raise InputError(f"{folder} holds a run {difference}; {WAY_OUT}")
     return True
 
 
@@ -222,10 +233,3 @@ def _content(name: str | None, is_text: bool) -> str | None:
     if is_text and name and Path(name).is_dir():
         return f"sha256 {folder_sha256(Path(name))}"
     return name
-
-
-def _told(key: str, before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    values = [each.get(key) for each in (before, asked)]
-    if key in ("model", "tokenizer") or any(str(value).startswith("sha256 ") for value in values):
-        return f"of another {key}"
-    return f"with {key} = {values[0]!r}, not {values[1]!r}"
