@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import QUICK, CommandLine, build, logits, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import regrow
@@ -26,7 +28,8 @@ from regrow.planning.curves import least_damage, measured_damage
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Conditions, Curve, GroupSensitivity, Prior, Sensitivity, fit_curve
 from regrow.progress import Silent
-from regrow.report.sensitivity import draw_sensitivity
+from regrow.report.heat import heat_of, rounded_lines
+from regrow.report.sensitivity import draw_sensitivity, show_sensitivity
 from regrow.settings import Pruning
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
@@ -463,5 +466,29 @@ def test_the_heat_map_can_be_read() -> None:
     extents = [text.get_window_extent(renderer) for text in texts]
     assert not [1 for n, one in enumerate(extents) for other in extents[:n] if one.overlaps(other)]
     assert all(figure.bbox.contains(*one.min) and figure.bbox.contains(*one.max) for one in extents)
-    marked = [text.get_text() for text in texts if text.get_text().endswith("●")]
-    assert marked == [f"{(8 / 3 - 0.1) / 2:.4f} ●"]
+    words = [text.get_text() for text in texts]
+    assert [word for word in words if word.endswith("●")] == [f"{(8 / 3 - 0.1) / 2:.4f} ●"]
+    assert words[words.index("all layers") + 1] == "0.5000"
+    assert "● protected" in words
+    bare = [text.get_text() for text in draw_sensitivity(found, []).axes[0].texts]
+    assert not [word for word in bare if "●" in word]
+
+
+def test_few_units_are_told_as_what_was_removed() -> None:
+    """Of four KV heads a tenth and a quarter are one: a single trial, and a quarter."""
+    conditions = CONDITIONS.model_copy(update={"shares": (0.1, 0.25, 0.5)})
+    few = GroupSensitivity(units=4, cost=1, removed=(1, 1, 2), deltas=(0.1, 0.1, 0.4))
+    many = GroupSensitivity(units=40, cost=1, removed=(4, 10, 20), deltas=(0.1, 0.1, 0.4))
+    groups, together = {"layers.0.attention": few, "layers.0.ffn": many}, {"attention": few, "ffn": many}
+    found = Sensitivity(conditions=conditions, dense_nll=1.0, groups=groups, together=together)
+    assert few.mean == pytest.approx(0.25)
+    assert many.mean == pytest.approx(0.2)
+    assert rounded_lines(found) == ["attention: 25%, 50%, as it has few units"]
+    assert rounded_lines(found)[0] in [text.get_text() for text in draw_sensitivity(found, []).axes[0].texts]
+    screen = StringIO()
+    show_sensitivity(found, [], Console(file=screen, width=160))
+    assert screen.getvalue().count("+0.100 (−25%)") == 2  # alone, and in all layers
+    assert "protected" not in screen.getvalue()
+    heat = heat_of(found, 0.0)
+    assert [cell["text"] for cell in heat["rows"][-1]["cells"]] == ["0.2500", "0.2000"]
+    assert "removed (attention: 25%, 50%" in heat["told"]

@@ -201,7 +201,7 @@ MODELS = [
     case("no config", file("model/x", ""), PRUNE_MODEL, "model holds no config.json", "give the folder"),
     case("config is not JSON", config_file("{"), PRUNE_MODEL, "config.json of model cannot be read", "JSON", ANEW),
     case("config is a list", config_file("[]"), EVALUATE_MODEL, "config.json of model", "not a JSON object", ANEW),
-    case("config is empty", config_file("{}"), "inspect model", "config.json of model", "`model_type`"),
+    case("config is empty", config_file("{}"), "inspect model", "Unrecognized model in model; get it anew"),
     case("config of the future", config(model_type="llama9"), "inspect model", "config.json of model", "`llama9`"),
     case("config of a wrong type", config(hidden_size="big"), "inspect model", "hidden_size", "got str"),
     case("config without heads", config(num_attention_heads=0), "inspect model", "config.json of model"),

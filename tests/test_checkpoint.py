@@ -17,7 +17,7 @@ from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import needs_remote_code, save_checkpoint
 from regrow.checkpoint.shape import describe, layer_widths, pruned_config
 from regrow.checkpoint.verify import verify_checkpoint
-from regrow.errors import InputError
+from regrow.errors import InputError, first_sentence
 from regrow.planning.plan import Plan
 from regrow.structure.adapters import merge_lora
 from regrow.structure.cut import cut
@@ -223,3 +223,17 @@ def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
 
 def test_the_tokenizer_is_loaded(checkpoint: Path) -> None:
     assert load_tokenizer(str(checkpoint)).bos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ("No class a.b.C in 2.1. Set it. Then try.", "No class a.b.C in 2.1"),
+        ("Give a `dtype`, e.g. `x` or i.e. Y.", "Give a `dtype`, e.g. `x` or i.e. Y"),
+        ("It has none. `use_cache` is off", "It has none"),
+        ("Chars may be '-' or '.'. The name is longer", "Chars may be '-' or '.'"),
+        ("401 Client Error. (Request ID: 1.2)", "401 Client Error. (Request ID: 1.2)"),
+    ],
+)
+def test_of_what_a_library_says_the_first_sentence_is_told(said: str, first: str) -> None:
+    assert first_sentence(said) == first

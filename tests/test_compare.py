@@ -23,8 +23,9 @@ from regrow.cli import app
 from regrow.comparison import grid
 from regrow.comparison.cell import DENSE_FILE
 from regrow.comparison.grid import Cell, Contender, lay_out
+from regrow.comparison.page import markdown
 from regrow.comparison.run import Comparison
-from regrow.comparison.table import Spread, doubts, short_table
+from regrow.comparison.table import Row, Spread, cost_table, doubts, short_table, task_table
 from regrow.data.overlap import overlap
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -99,8 +100,8 @@ def test_every_cell_has_a_run_and_every_row_its_mean(compared, started: list[str
     dense = row.runs[0]["perplexity"]["dense"]["window-32"]["value"]
     assert row.perplexity("pruned", "window-32").mean == pytest.approx(statistics.mean(values))
     assert row.delta("window-32").mean == pytest.approx(statistics.mean(math.log(v / dense) for v in values))
-    assert row.peak_bytes == 2**20
-    assert row.seconds == pytest.approx(
+    assert row.peak_bytes == Spread((2**20, 2**20))
+    assert row.seconds.mean == pytest.approx(
         statistics.mean(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in row.runs)
     )
 
@@ -121,6 +122,8 @@ def test_the_same_figures_stand_in_every_file(compared) -> None:
 
 def test_the_page_needs_nothing_else(compared) -> None:
     page = (compared().folder / "comparison.html").read_text()
+    assert "<p>Peak memory is" in page
+    assert "<dt>overlap</dt><dd>at most" in page
     assert page.count("<figure") == page.count("<svg") == 2  # without measured speed
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -133,8 +136,10 @@ def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
     before = len(started)
     assert len(compared(sparsities=(0.25, 0.5, 0.4), seeds=1).rows) == 6
     assert len(started) == before + 2
-    with pytest.raises(InputError, match="of a comparison with another model, text, setting, criterion's file"):
+    with pytest.raises(InputError, match=r"0.25-0 holds a run with training\.steps = 2, not 3; choose another --out"):
         compared(steps=3)
+    with pytest.raises(InputError, match="holds a run with threads = None, not 4"):
+        compared(threads=4)
     with pytest.raises(InputError, match="a sparsity is named twice"):
         compared(sparsities=(0.5, 0.5))
 
@@ -153,6 +158,30 @@ def test_a_comparison_is_of_what_its_files_hold(changed: str, checkpoint: Path, 
     assert cell.request(str(tmp_path / "model"), 1) != before
 
 
+def test_a_comparison_goes_on_however_its_paths_are_spelled(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "model")
+    shutil.copy(text, "text.jsonl")
+
+    def cell(name: str) -> Cell:
+        return lay_out(["random"], [0.5], 1, {"data.source": name}, tmp_path / "out")[0]
+
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    file = cell("text.jsonl").beside(".json")
+    grid.write_json(file, cell("text.jsonl").request("model", None))
+    for model, source in (("model/", "./text.jsonl"), (str(tmp_path / "model"), str(tmp_path / "text.jsonl"))):
+        cell(source).check_same(model, None)
+    with (tmp_path / "text.jsonl").open("a") as opened:
+        opened.write("\n")
+    with pytest.raises(InputError, match=r"holds a run of another data\.source; choose another --out"):
+        cell("text.jsonl").check_same("model", None)
+    file.write_text("{")
+    with pytest.raises(InputError, match="choose another --out: not valid JSON"):
+        cell("text.jsonl").check_same("model", None)
+
+
 def test_a_cell_runs_in_a_process_of_its_own(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +191,7 @@ def test_a_cell_runs_in_a_process_of_its_own(
         data=str(text), sparsities=(0.5,), seeds=1, steps=1, threads=1, overrides=SMALL,
     )  # fmt: skip
     assert [row.contender for row in found.rows] == ["magnitude"]
-    assert found.rows[0].peak_bytes > 0
+    assert found.rows[0].peak_bytes.mean > 0
     assert set(json.loads((tmp_path / DENSE_FILE).read_text())) == {"perplexity"}
     (reason,) = found.failed.values()
     assert reason.startswith("there is no text file absent.txt")
@@ -316,6 +345,35 @@ def test_doubts_are_told(compared) -> None:
     assert "different numbers of tokens" in told[0]
     assert told[1] == "Fewer seeds than others: loraprune+random."
     assert told[2].startswith("50.0% of the evaluated text's 13-grams")
+
+
+def test_cost_speed_and_tasks_have_their_spread_and_say_what_they_are() -> None:
+    runs = tuple(
+        {
+            "seed": seed,
+            "sparsity": {"units": 0.5, "block": 0.5, "total": 0.4},
+            "perplexity": {
+                k: {"window-8": {"value": 9.0, "nll": 2.2, "tokens_sha256": ""}} for k in ("dense", "cut", "pruned")
+            },
+            "tasks": {k: {"a": {"value": 0.5 + seed / 10}, "b": {"value": 0.5}} for k in ("dense", "pruned")},
+            "training": {"rank": 2, "trainable_parameters_at_the_end": 3, "tokens": 5},
+            "size": {"pruned": {"total": 1000}},
+            "seconds": {"total": 12.0 + 2 * seed, "evaluate": 2.0},
+            "cost": {"peak_bytes_above_imports": 2**20 * (2 + 2 * seed)},
+            "speedup": [{"batch": 4, "prefill": 1.5 + seed, "decode": 1.25}],
+            "overlap": {"ngram": 13, "share": 0.004 * seed, "windows": 1},
+        }
+        for seed in (0, 1)
+    )
+    rows = [Row("magnitude", 0.5, runs)]
+    head, (line,) = cost_table(rows)
+    assert head[-2:] == ["prefill speed-up, batch 4", "decode speed-up, batch 4"]
+    assert line[2:] == ["11 ± 1", "3 ± 1", "1,000", "2.00 ± 0.71", "1.25 ± 0.00"]
+    assert task_table(rows)[1][1][2:] == ["55.0 ± 7.1%", "50.0 ± 0.0%", "52.5 ± 3.5%"]
+    text = markdown(rows, {"model": "m"}, {})
+    assert "A speed-up is the result's speed ÷ the dense model's.\n\n| contender" in text
+    assert doubts(rows) == []
+    assert text.endswith("* overlap: at most 0.40% of the evaluated text's 13-grams stand in the training text\n")
 
 
 def test_overlap_counts_shared_runs_of_tokens() -> None:

@@ -505,3 +505,19 @@ def test_memory_in_use_counts_what_is_held() -> None:
         for page in range(0, len(held), mmap.PAGESIZE):
             held[page] = 1
         assert memory_in_use(torch.device("cpu")) - before > 0.9 * 2**25
+
+
+def test_the_text_tells_of_sensitivity_refit_and_teacher(facts: Facts) -> None:
+    results = copy.deepcopy(facts.results)
+    refit = {"repaired": 0.5, "blend": 0.5, "validation_loss": {"0.5": 3.25, "1.0": None}}
+    teacher = {"teacher_steps": {"cached": 4}, "teacher_bytes": 2**20, "teacher_seconds": 1.25}
+    results["training"] |= {"compensation": refit, "distillation": teacher}
+    changed = dataclasses.replace(facts, results=results)
+    text = write_report(changed)
+    assert facts.sensitivity
+    for group in (*facts.sensitivity.groups.values(), *facts.sensitivity.together.values()):
+        assert f"{group.mean:.4f}" in text.partition("## Sensitivity")[2]
+    for told in (text, "".join(Page(write_page(changed)).words)):
+        assert "50% of the refit was best on held-out text (loss 3.250 with 50%, not finite with 100%)" in told
+        assert re.search("4 steps by `?cached`?; that took 1.0 MiB and 1.2 s", told)
+    assert "## Sensitivity" not in write_report(dataclasses.replace(facts, sensitivity=None))

@@ -80,6 +80,17 @@ def check_spared(folder: Path, model: str, recipe: Recipe, file: str, fresh: boo
             raise InputError(f"{name}: this run would replace or delete {going[lost]}; choose another --out")
 
 
+def told_difference(before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The first key in which an earlier request is another than this one, in words; empty if none is."""
+    key = next((key for key in {**asked, **before} if asked.get(key) != before.get(key)), None)
+    if key is None:
+        return ""
+    values = [each.get(key) for each in (before, asked)]
+    if key in ("model", "tokenizer") or any(str(value).startswith("sha256 ") for value in values):
+        return f"of another {key}"
+    return f"with {key} = {values[0]!r}, not {values[1]!r}"
+
+
 def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     """Look into a folder before any work is done for it, without touching it.
 
@@ -95,15 +106,20 @@ def open_run(folder: Path, asked: Mapping[str, Any], fresh: bool) -> bool:
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         before, began = run["asked"], (run["asked"]["regrow"], run.get("format"))
-        differences = [key for key in {**asked, **before} if asked.get(key) != before.get(key)]
+        difference = told_difference(before, asked)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RUN_FILE} is damaged or of an older regrow; {WAY_OUT}") from error
     if began != (asked["regrow"], FORMAT):
         raise InputError(f"{folder} holds a run that another version of regrow has begun; {WAY_OUT}")
-    others = [key for key in differences if not (key.startswith(TASKS) and _is_saved(folder))]
-    if others:
-        raise InputError(f"{folder} holds a run {_told(others[0], before, asked)}; {WAY_OUT}")
+    if difference and _is_saved(folder):  # with other tasks it still goes on
+        difference = told_difference(*(_without_tasks(each) for each in (before, asked)))
+    if difference:
+        raise InputError(f"{folder} holds a run {difference}; {WAY_OUT}")
     return True
+
+
+def _without_tasks(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if not key.startswith(TASKS)}
 
 
 def _is_saved(folder: Path) -> bool:
@@ -269,10 +285,3 @@ def _content(name: str | None, is_text: bool) -> str | None:
     if is_text and name and Path(name).is_dir():
         return f"sha256 {folder_sha256(Path(name))}"
     return name
-
-
-def _told(key: str, before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    values = [each.get(key) for each in (before, asked)]
-    if key in ("model", "tokenizer") or any(str(value).startswith("sha256 ") for value in values):
-        return f"of another {key}"
-    return f"with {key} = {values[0]!r}, not {values[1]!r}"

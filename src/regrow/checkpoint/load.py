@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.tensors import weight_files
 from regrow.data.source import looks_like_path
-from regrow.errors import InputError
+from regrow.errors import InputError, first_sentence
 from regrow.structure.adapters import is_linear
 from regrow.structure.quantise import NF4_BLOCK, check_bitsandbytes, quantisable
 from regrow.structure.quantised import Quantization, settle
@@ -174,7 +174,9 @@ def load_config(name: str, trust_remote_code: bool = False):  # type: ignore[no-
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise InputError(f"config.json of {name} cannot be used: {_reason(error)}") from error
+        raise InputError(
+            f"config.json of {name} cannot be used: {_reason(error)}; get it anew, or a newer transformers"
+        ) from error
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
     supported = own_code or any(name in causal for name in named)
@@ -291,4 +293,4 @@ def _reason(error: Exception) -> str:
     """The first sentence of a library's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    return words.rstrip(".") or type(error).__name__
+    return first_sentence(words) or type(error).__name__

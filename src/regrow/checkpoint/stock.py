@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from regrow.checkpoint.empty import build_empty
 from regrow.checkpoint.save import UNEVEN_MODEL
 from regrow.checkpoint.shape import pruned_config
-from regrow.errors import InputError
+from regrow.errors import InputError, first_sentence
 from regrow.structure.depth import check_depth
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import RESIDUAL, Group, Groups
@@ -322,4 +322,4 @@ def _mismatch(built: Shapes, wanted: Shapes) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix("ValueError: ").rstrip(".") if lines else type(error).__name__
+    return first_sentence(lines[-1].removeprefix("ValueError: ")) if lines else type(error).__name__

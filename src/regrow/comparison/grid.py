@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.checkpoint.files import write_json
+from regrow.checkpoint.files import parse_json, write_json
 from regrow.errors import InputError
 from regrow.preflight import check_settings
 from regrow.progress import Progress
 from regrow.recipe import Recipe, load_recipe, parse_assignments
-from regrow.resume import describe_request
+from regrow.resume import describe_request, told_difference
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,24 @@ class Cell:
         return self.folder.with_name(self.name + suffix)
 
     def request(self, model: str, threads: int | None) -> dict[str, Any]:
-        """All that decides what comes out, what files hold included."""
+        """All that its process needs, and by `asked` and `threads` what decides about what comes out."""
         recipe = self.recipe.model_dump(mode="json")
         return {"model": model, "threads": threads, "recipe": recipe, "asked": describe_request(model, self.recipe)}
+
+    def check_same(self, model: str, threads: int | None) -> None:
+        """Refuse to take what is there of the run for what another request asks; how a path is spelled is no matter.
+
+        Raises:
+            InputError: if it is of another request; the message says in what.
+        """
+        file, way_out = self.beside(".json"), "choose another --out"
+        if not file.is_file():
+            return
+        before = parse_json(file.read_text(encoding="utf-8", errors="replace"), f"{file}: {way_out}")
+        now = self.request(model, threads)
+        told = told_difference(*({"threads": one["threads"], **one["asked"]} for one in (before, now)))
+        if told:
+            raise InputError(f"{self.folder} holds a run {told}; {way_out}")
 
     @property
     def finished(self) -> bool:
@@ -122,12 +137,7 @@ def run_cells(cells: Sequence[Cell], model: str, threads: int | None, progress: 
         InputError: if a cell's folder holds a run of another request.
     """
     for cell in cells:
-        file = cell.beside(".json")
-        if file.is_file() and json.loads(file.read_text()) != cell.request(model, threads):
-            raise InputError(
-                f"{cell.folder} is of a comparison with another model, text, setting, criterion's file or regrow; "
-                "choose another --out"
-            )
+        cell.check_same(model, threads)
     waiting = [cell for cell in cells if not cell.finished]
     if len(waiting) < len(cells):
         progress.say(f"{len(cells) - len(waiting)} of {len(cells)} runs are there already")

@@ -8,7 +8,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from regrow.comparison.pictures import loss_over_runs, quality_against_size, quality_against_speed
-from regrow.comparison.table import Row, cost_table, doubts, quality_table, task_table, to_markdown
+from regrow.comparison.table import (
+    Row,
+    cost_table,
+    doubts,
+    overlap_line,
+    quality_table,
+    task_table,
+    to_markdown,
+)
 from regrow.report.picture import to_svg
 
 READING = (
@@ -16,6 +24,9 @@ READING = (
     "plan alone: its units gated off in the dense weights. Removed: shares of the units, of the blocks' parameters and "
     "of all parameters. Trainable parameters are those left at the end."
 )
+
+COST = "Peak memory is the GPU's where one was used, else the process' above its imports."
+SPEED = " A speed-up is the result's speed ÷ the dense model's."
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,8 @@ class Section:
     title: str
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
+    note: str = ""
+    """What its columns are, where that is not said above all tables."""
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
@@ -32,7 +45,12 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     found = [Section(f"Quality: perplexity, {', '.join(rows[0].protocols)}", *quality_table(rows))]
     if rows[0].tasks:
         found.append(Section("Zero-shot tasks", *task_table(rows)))
-    return [*found, Section("Cost and speed", *cost_table(rows))]
+    note = COST + (SPEED if rows[0].speedups("decode") else "")
+    return [*found, Section("Cost and speed", *cost_table(rows), note)]
+
+
+def _measured(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts, "overlap": overlap_line(rows)}
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], failed: dict[str, str]) -> str:
@@ -41,8 +59,9 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], failed: dict[str, str])
     parts += [f"* {doubt}" for doubt in doubts(rows)]
     parts += [f"* {name} failed: {reason}" for name, reason in failed.items()]
     for section in sections(rows):
-        parts += [f"## {section.title}", to_markdown(section.head, section.lines)]
-    parts += ["## Measured with", *(f"* {key}: {value}" for key, value in facts.items())]
+        table = to_markdown(section.head, section.lines)
+        parts += [f"## {section.title}", *([section.note] if section.note else []), table]
+    parts += ["## Measured with", *(f"* {key}: {value}" for key, value in _measured(rows, facts).items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,5 +83,5 @@ def html(rows: Sequence[Row], facts: dict[str, Any], failed: dict[str, str]) -> 
         failed=failed,
         sections=sections(rows),
         pictures={name: svg[svg.index("<svg") :] for name, svg in pictures.items()},
-        facts=facts,
+        facts=_measured(rows, facts),
     )

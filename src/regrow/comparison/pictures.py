@@ -21,7 +21,8 @@ def quality_against_speed(rows: Sequence[Row]) -> Figure | None:
     """Δ over the measured speed-up of decoding, at the smallest batch; None if speed was not measured."""
     if not rows[0].speedups("decode"):
         return None
-    return _scatter(rows, lambda row: next(iter(row.speedups("decode").values())), "decode speed ÷ the dense model's")
+    first = next(iter(rows[0].speedups("decode")))
+    return _scatter(rows, lambda row: row.speedups("decode")[first].mean, "decode speed ÷ the dense model's")
 
 
 def loss_over_runs(rows: Sequence[Row]) -> Figure:

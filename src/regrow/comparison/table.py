@@ -29,10 +29,10 @@ class Spread:
         """The sample's standard deviation; None with a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    def text(self, digits: int = 2) -> str:
-        """`mean ± deviation`."""
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{deviation}"
+    def text(self, digits: int = 2, scale: float = 1.0) -> str:
+        """`mean ± deviation`, both times `scale`."""
+        deviation = "" if self.deviation is None else f" ± {self.deviation * scale:.{digits}f}"
+        return f"{self.mean * scale:.{digits}f}{deviation}"
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Row:
         """Names of the zero-shot tasks."""
         return list(self.runs[0].get("tasks", {}).get("dense", {}))
 
-    def task(self, kind: str, name: str) -> Spread:
-        """Score of the `dense` or the `pruned` model."""
-        return self._spread(lambda run: run["tasks"][kind][name]["value"])
+    def task(self, kind: str, *names: str) -> Spread:
+        """Score of the `dense` or the `pruned` model: the mean over some tasks."""
+        return self._spread(lambda run: statistics.mean(run["tasks"][kind][name]["value"] for name in names))
 
     @property
     def rank(self) -> int:
@@ -93,22 +93,22 @@ class Row:
         return int(self.runs[0]["size"]["pruned"]["total"])
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Spread:
         """The whole run, its evaluation not counted."""
-        return self._mean(lambda run: run["seconds"]["total"] - run["seconds"].get("evaluate", 0.0))
+        return self._spread(lambda run: run["seconds"]["total"] - run["seconds"].get("evaluate", 0.0))
 
     @property
-    def peak_bytes(self) -> float:
+    def peak_bytes(self) -> Spread:
         """Peak memory: on the GPU where one was used, else of the process above its imports."""
-        return self._mean(
+        return self._spread(
             lambda run: run["cost"].get("cuda_peak_bytes") or run["cost"]["peak_bytes_above_imports"],
         )
 
-    def speedups(self, phase: str) -> dict[int, float]:
+    def speedups(self, phase: str) -> dict[int, Spread]:
         """Batch size -> speed of the result ÷ speed of the dense model (`prefill`, `decode`); empty if not measured."""
         batches = [one["batch"] for one in self.runs[0].get("speedup", [])]
         return {
-            batch: self._mean(lambda run, number=number: run["speedup"][number][phase])
+            batch: self._spread(lambda run, number=number: run["speedup"][number][phase])
             for number, batch in enumerate(batches)
         }
 
@@ -160,6 +160,13 @@ def doubts(rows: Sequence[Row]) -> list[str]:
     return told
 
 
+def overlap_line(rows: Sequence[Row]) -> str:
+    """How much of the evaluated text was trained on, in any run."""
+    ngram = rows[0].runs[0]["overlap"]["ngram"]
+    most = max(row.overlap for row in rows)
+    return f"at most {most:.2%} of the evaluated text's {ngram}-grams stand in the training text"
+
+
 def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: how good each is, and what it was given."""
     protocols = rows[0].protocols
@@ -188,8 +195,8 @@ def short_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             f"{row.perplexity('dense', protocol).mean:.2f}",
             row.perplexity("pruned", protocol).text(),
             f"{row.delta(protocol).mean:.3f}",
-            f"{row.seconds:.0f} s",
-            f"{row.peak_bytes / 2**20:.0f} MiB",
+            f"{row.seconds.mean:.0f} s",
+            f"{row.peak_bytes.mean / 2**20:.0f} MiB",
         ]
         for row in rows
     ]
@@ -200,12 +207,12 @@ def cost_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: what each run took, and how fast its result is."""
     batches = list(rows[0].speedups("decode"))
     head = ["contender", "asked", "run without evaluation, s", "peak memory, MiB", "parameters"]
-    head += [f"{phase} ×{batch}" for batch in batches for phase in ("prefill", "decode")]
+    head += [f"{phase} speed-up, batch {batch}" for batch in batches for phase in ("prefill", "decode")]
     lines = []
     for row in rows:
-        line = [row.contender, f"{row.asked:.0%}", f"{row.seconds:.0f}", f"{row.peak_bytes / 2**20:.0f}"]
+        line = [row.contender, f"{row.asked:.0%}", row.seconds.text(0), row.peak_bytes.text(0, 2**-20)]
         line += [f"{row.parameters:,}"]
-        line += [f"{row.speedups(phase)[batch]:.2f}" for batch in batches for phase in ("prefill", "decode")]
+        line += [row.speedups(phase)[batch].text() for batch in batches for phase in ("prefill", "decode")]
         lines.append(line)
     return head, lines
 
@@ -213,13 +220,12 @@ def cost_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def task_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: zero-shot scores; the dense model's first, the mean of all tasks last."""
     tasks = rows[0].tasks
-    lines = []
-    for label, asked, row, kind in [("dense", "", rows[0], "dense")] + [
-        (row.contender, f"{row.asked:.0%}", row, "pruned") for row in rows
-    ]:
-        scores = [row.task(kind, name) for name in tasks]
-        mean = statistics.mean(score.mean for score in scores)
-        lines.append([label, asked, *(f"{score.mean:.1%}" for score in scores), f"{mean:.1%}"])
+    columns = [*((name,) for name in tasks), tuple(tasks)]
+    lines = [["dense", "", *(f"{rows[0].task('dense', *names).mean:.1%}" for names in columns)]]
+    for row in rows:
+        lines.append(
+            [row.contender, f"{row.asked:.0%}", *(f"{row.task('pruned', *names).text(1, 100)}%" for names in columns)]
+        )
     return ["contender", "asked", *tasks, "mean"], lines
 
 
@@ -279,9 +285,12 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
                 "tasks": {
                     name: {kind: _plain(row.task(kind, name)) for kind in ("dense", "pruned")} for name in row.tasks
                 },
-                "seconds": row.seconds,
-                "peak_bytes": row.peak_bytes,
-                "speedup": {phase: row.speedups(phase) for phase in ("prefill", "decode")},
+                "seconds": row.seconds.mean,
+                "peak_bytes": row.peak_bytes.mean,
+                "speedup": {
+                    phase: {batch: ratio.mean for batch, ratio in row.speedups(phase).items()}
+                    for phase in ("prefill", "decode")
+                },
                 "runs": [{key: value for key, value in run.items() if key != "history"} for run in row.runs],
             }
             for row in rows

@@ -8,7 +8,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -76,13 +76,18 @@ class GroupSensitivity(BaseModel):
 
     @property
     def mean(self) -> float:
-        """Mean rise over the trials, nats per token."""
-        return sum(self.deltas) / len(self.deltas)
+        """Mean rise over the trials, nats per token; shares that round to one number of units are one trial."""
+        return fmean(dict(zip(self.removed, self.deltas, strict=True)).values())
+
+    @property
+    def shares(self) -> list[float]:
+        """What was removed in each trial; with few units that may be far from the share asked for."""
+        return [count / self.units for count in self.removed]
 
     @property
     def curve(self) -> "Curve":
         """Damage as a function of the share of units removed."""
-        return fit_curve([count / self.units for count in self.removed], self.deltas)
+        return fit_curve(self.shares, self.deltas)
 
 
 @dataclass(frozen=True)

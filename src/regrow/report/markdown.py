@@ -5,6 +5,7 @@ from typing import Any
 
 from regrow.report.cautions import cautions
 from regrow.report.facts import Facts
+from regrow.report.heat import heat_of
 from regrow.report.words import figure, place, quoted, short_bytes, short_count, short_name, table
 from regrow.structure.groups import RESIDUAL
 
@@ -24,6 +25,7 @@ def write_report(facts: Facts) -> str:
         before_after(results),
         "## What was removed",
         _removed(results, cuts),
+        *_sensitivity(facts),
         *_prepared(results["training"]),
         *(["## Side by side"] if results["completions"] else []),
         *(_completion(item) for item in results["completions"]),
@@ -183,6 +185,15 @@ def _removed(results: dict[str, Any], cuts: Sequence[dict[str, float]]) -> str:
     return "\n\n".join([ratios_line(results), *stream, "Units left in each layer:", widths, "Cuts:", events])
 
 
+def _sensitivity(facts: Facts) -> list[str]:
+    if facts.sensitivity is None:
+        return []
+    heat = heat_of(facts.sensitivity, facts.recipe.analysis.protect)
+    rows = [[row["layer"], *(cell["text"] if cell else "" for cell in row["cells"])] for row in heat["rows"]]
+    told = heat["told"] + (" ● is protected." if heat["protected"] else "")
+    return ["## Sensitivity", told, table(["layer", *heat["kinds"]], rows)]
+
+
 def _completion(item: dict[str, str]) -> str:
     kinds = (f"**{kind}:** {quoted(text)}" for kind, text in item.items() if kind != "prompt")
     return "\n\n".join([f"> {quoted(item['prompt'])}", *kinds])
@@ -242,15 +253,21 @@ def prepared_lines(training: dict[str, Any]) -> list[str]:
                 f"from {figure(search['trace'][0], '.3f')} to {best}."
             )
     if done := training.get("compensation"):
-        how = f"{done['blend']:.0%} of the refit was best on held-out text" if "blend" in done else CARRIED
+        how = _blended(done) if "blend" in done else CARRIED
         lines.append(
             f"What stays was refitted: {done['repaired']:.0%} of the cut's output error taken away on average, on the "
             f"windows it was fitted to; {how}."
         )
     if teacher := training.get("distillation"):
         steps = ", ".join(f"{count} steps by `{kind}`" for kind, count in teacher["teacher_steps"].items())
-        lines.append(f"Taught by the dense model: {steps}.")
+        took = f"{short_bytes(teacher['teacher_bytes'])} and " if teacher["teacher_bytes"] else ""
+        lines.append(f"Taught by the dense model: {steps}; that took {took}{teacher['teacher_seconds']:.1f} s.")
     return lines
+
+
+def _blended(done: dict[str, Any]) -> str:
+    losses = ", ".join(f"{figure(loss, '.3f')} with {float(at):.0%}" for at, loss in done["validation_loss"].items())
+    return f"{done['blend']:.0%} of the refit was best on held-out text (loss {losses})"
 
 
 def _mixture(mixture: dict[str, Any]) -> str:

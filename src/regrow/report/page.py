@@ -1,17 +1,15 @@
 """The report as one HTML file that needs no other file and no network."""
 
-import math
 from collections.abc import Iterator
-from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regrow.planning.demand import UNIT_NAMES
-from regrow.planning.sensitivity import Sensitivity
 from regrow.report.cautions import cautions, error_factor
 from regrow.report.facts import Facts
 from regrow.report.figures import NAMES, mixture_charts, quality_charts, score_charts, training_charts
+from regrow.report.heat import heat_of
 from regrow.report.markdown import (
     asked_lines,
     before_after_rows,
@@ -39,7 +37,7 @@ def write_page(facts: Facts) -> str:
     """The whole run as HTML. The same facts give the same bytes."""
     results, history = facts.results, facts.history
     validations = history["validations"]
-    heat = facts.sensitivity and _heat(facts.sensitivity, facts.recipe.analysis.protect)
+    heat = facts.sensitivity and heat_of(facts.sensitivity, facts.recipe.analysis.protect)
     parts: dict[str, Any] = {
         "scores": list(score_charts(facts.scores, facts.plan)),
         "training": list(training_charts(results, history)),
@@ -149,31 +147,6 @@ def _widths(facts: Facts) -> dict[str, Any]:
             {"layer": f"{layer} (removed)" if layer in gone else layer, "cells": [cells.get(kind) for kind in kinds]}
             for layer, cells in sorted(layers.items())
         ],
-    }
-
-
-def _heat(sensitivity: Sensitivity, protect: float) -> dict[str, Any]:
-    protected = sensitivity.protected(protect)
-    parts: dict[tuple[int, str], list[str]] = {}
-    for name in sensitivity.groups:
-        parts.setdefault(place(name), []).append(name)
-    means = {at: fmean(sensitivity.groups[name].mean for name in names) for at, names in parts.items()}
-    most = max(*means.values(), 1e-9)
-    layers: dict[int, dict[str, dict[str, Any]]] = {}
-    for (layer, kind), mean in means.items():
-        mark = " ●" if set(parts[layer, kind]) & set(protected) else ""
-        shade = math.sqrt(max(mean, 0.0) / most)
-        layers.setdefault(layer, {})[kind] = {"text": f"{mean:.4f}{mark}", "shade": shade}
-    kinds = sorted({kind for cells in layers.values() for kind in cells})
-    wanted = sensitivity.conditions
-    shares = ", ".join(f"{share:.0%}" for share in wanted.shares)
-    return {
-        "kinds": kinds,
-        "rows": [{"layer": n, "cells": [cells.get(kind) for kind in kinds]} for n, cells in sorted(layers.items())],
-        "told": f"What pruning each part alone does to the whole model, as the rise of its held-out loss: "
-        f"the mean over {shares} of its units removed, "
-        f"those with the lowest {wanted.criterion} scores; the whole model's loss is {sensitivity.dense_nll:.4f} nats "
-        f"per token ({wanted.windows} windows of {wanted.length} tokens).",
     }
 
 

@@ -165,8 +165,9 @@ class Recovery(Section):
     interval: Count = Field(default=50, description="Optimizer steps in a round.")
     floor: Share | None = Field(
         default=None,
-        description="Least share of a source: of its initial share (degradation, drpruning), or of all spread evenly "
-        "(sheared); null: 0.3, 0.2 and 0.0001.",
+        description="Least share of a source: of its initial share (degradation); of its reference share, which begins "
+        "there and moves within half and twice of it (drpruning); of all spread evenly (sheared); null: 0.3, 0.2 and "
+        "0.0001.",
     )
     tolerance: Share = Field(
         default=0.0,
