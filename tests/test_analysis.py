@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import regrow
 from regrow.analysis.sensitivity import mean_loss, measure_sensitivity, units_removed
+from regrow.analysis.stage import conditions_of
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -26,6 +27,7 @@ from regrow.planning.curves import least_damage, measured_damage
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Conditions, Curve, GroupSensitivity, Prior, Sensitivity, fit_curve
 from regrow.progress import Silent
+from regrow.recipe import Recipe
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.settings import Pruning
 from regrow.structure.finding import find_groups
@@ -35,7 +37,8 @@ from regrow.structure.prefix import LayerWalk
 
 CONDITIONS = Conditions(
     model_sha256="m", dtype="float32", tokens_sha256="t", windows=5, length=9, calibration_sha256="c",
-    calibration_batches=1, batch_size=2, seed=0, criterion="random", shares=(0.25, 0.5),
+    calibration_batches=1, batch_size=2, seed=0, criterion="random", scoring_sha256="s",
+    shares=(0.25, 0.5),
 )  # fmt: skip
 
 
@@ -369,6 +372,27 @@ def test_a_second_analysis_finds_the_first(checkpoint: Path, text: Path, tmp_pat
     assert again(shares=(0.5,))[0] == third
 
 
+def test_what_the_scores_depend_on_is_part_of_the_conditions(checkpoint: Path, tmp_path: Path) -> None:
+    def conditions(**settings: object) -> Conditions:
+        recipe = Recipe().override({key.replace("__", "."): value for key, value in settings.items()})
+        return conditions_of(checkpoint, torch.float32, recipe, held_out(), held_out(1))
+
+    file = tmp_path / "mine.py"
+    file.write_text("def score(evidence): ...")
+    mine = {"analysis__criterion": f"{file}:score"}
+    before = conditions(**mine)
+    assert conditions(**mine) == before
+    file.write_text("def score(evidence): return evidence")
+    assert conditions(**mine) != before
+    several = {
+        "pruning__labels": "model", "pruning__ema": None, "pruning__perturbations": 2, "pruning__kinds": ["ffn"],
+        "training__precision": "bfloat16", "training__accumulate": 2, "training__clip": 2.0, "lora__rank": 3,
+    }  # fmt: skip
+    for key, value in several.items():
+        assert conditions(**{key: value}) != conditions(), key
+    assert conditions(training__steps=7, evaluation__speed=False) == conditions()
+
+
 def perturbed(checkpoint: Path, folder: Path) -> Path:
     """A copy of a checkpoint as after a little training: other numbers, nothing else."""
     shutil.copytree(checkpoint, folder)
@@ -447,7 +471,7 @@ def test_bad_input(
     words: str, complaint: str, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "note.txt").write_text("")
-    (tmp_path / "older.json").write_text('{"format": "regrow-sensitivity-1"}')
+    (tmp_path / "older.json").write_text('{"format": "regrow-sensitivity-2"}')
     done = command(*[{"LLAMA": checkpoint, "TEXT": text}.get(word, word) for word in words.split()], cwd=tmp_path)
     assert done.code == 2
     assert complaint in done.stderr

@@ -46,6 +46,8 @@ class Conditions(BaseModel):
     seed: Whole
     criterion: str
     """Which units go first."""
+    scoring_sha256: str
+    """Of all else that the scores depend on: the file of a criterion of one's own, and settings."""
     shares: tuple[TrialShare, ...]
     """Of a group's units, removed in turn."""
 
@@ -142,7 +144,7 @@ class Sensitivity(Document):
 
     called: ClassVar[str] = "sensitivity file"
 
-    format: Literal["regrow-sensitivity-2"] = "regrow-sensitivity-2"
+    format: Literal["regrow-sensitivity-3"] = "regrow-sensitivity-3"
     conditions: Conditions
     dense_nll: Annotated[float, Field(ge=0, le=MOST_NATS)]
     """Of the whole model, nats per token."""
