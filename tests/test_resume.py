@@ -459,6 +459,40 @@ def test_a_finished_run_is_returned(finished: Path, checkpoint: Path, text: Path
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.usefixtures("lean")
+def test_what_a_finished_run_has_lost_is_made_again(
+    finished: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = {file: (out / file).read_bytes() for file in ("groups.json", "history.json", "adapters.safetensors")}
+    (out / "groups.json").unlink()
+    prune(checkpoint, text, out, progress := Calling())
+    assert (out / "groups.json").read_bytes() == before["groups.json"]
+    assert not {"score", "merge and save"} & set(progress.stages)
+    (out / "history.json").unlink()
+    flip(out / "adapters.safetensors")
+    prune(checkpoint, text, out, progress := Calling())
+    assert {"score", "merge and save"} <= set(progress.stages), "the training, and what came of it"
+    assert (out / "adapters.safetensors").read_bytes() == before["adapters.safetensors"]
+    assert json.loads((out / "history.json").read_text())["validations"]
+    prune(checkpoint, text, out, progress := Calling())
+    assert progress.said == [f"{out} holds this run, finished; --fresh does it again"]
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_kept_adapter_that_is_lost_is_made_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    again = partial(prune, checkpoint, text, tmp_path / "out", output__keep_adapter=True, analysis__enabled=False)
+    again()
+    files = ("base/config.json", "adapter/adapter_model.safetensors")
+    before = [(tmp_path / "out" / file).read_bytes() for file in files]
+    (tmp_path / "out" / files[0]).unlink()
+    flip(tmp_path / "out" / files[1])
+    again(progress=(progress := Calling()))
+    assert "keep the adapter" in progress.stages
+    assert "merge and save" not in progress.stages
+    assert [(tmp_path / "out" / file).read_bytes() for file in files] == before
+
+
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     way_out = "; give a new --out, or --fresh to do it again from the start"
     with pytest.raises(InputError, match=f"holds a run with lora.rank = 2, not 3{way_out}"):

@@ -37,6 +37,8 @@ FILES_OF_A_RUN = (
     "history.json", "sensitivity.json", "sensitivity.svg",
 )  # fmt: skip
 """Files that it does not find, the first to go being what says that a run is finished: none shall tell of another."""
+DESCRIPTIONS = ("recipe.yaml", "groups.json")
+"""Files that a run writes anew whenever it goes on."""
 
 
 def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
@@ -120,13 +122,14 @@ class Books:
             values = ", the main one ".join(repr(each.get(difference)) for each in (own, asked))
             raise InputError(f"process {self.processes.rank} has {difference} = {values}; all need the same")
 
-    def is_finished(self, steps: int) -> bool:
+    def is_finished(self, recipe: Recipe) -> bool:
         """Whether the folder holds the result whole. If it holds a part of the way there, that is said."""
-        return self.goes_on and self.processes.by_main(lambda: self._is_finished(steps))
+        return self.goes_on and self.processes.by_main(lambda: self._is_finished(recipe))
 
-    def _is_finished(self, steps: int) -> bool:
-        journal = self.own_journal
-        if journal.read("report") is not None and journal.read("save") is not None:
+    def _is_finished(self, recipe: Recipe) -> bool:
+        journal, steps = self.own_journal, recipe.training.steps
+        adapter = ["keep-adapter"] if recipe.output.keep_adapter else []
+        if all([journal.read(stage) is not None for stage in ("report", "save", *adapter)]):
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
         self.progress.say(f"resuming {where(journal, steps)}")
