@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import regrow
 from regrow.analysis.sensitivity import mean_loss, measure_sensitivity, units_removed
 from regrow.analysis.stage import conditions_of
+from regrow.checkpoint import fingerprint
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -410,6 +411,28 @@ def test_a_fine_tuned_model_is_another_model(checkpoint: Path, tmp_path: Path) -
     assert checkpoint_sha256(other) != checkpoint_sha256(checkpoint)
     shutil.copytree(checkpoint, tmp_path / "copy")
     assert checkpoint_sha256(tmp_path / "copy") == checkpoint_sha256(checkpoint)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_read_of_a_checkpoint(
+    whole: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 16)
+    if not whole:
+        monkeypatch.setattr(fingerprint, "WHOLE", 1000)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file, before = tmp_path / "copy" / "model.safetensors", checkpoint_sha256(checkpoint)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert (checkpoint_sha256(tmp_path / "copy") != before) == whole, "the last byte is no sample"
+    file.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    assert checkpoint_sha256(tmp_path / "copy") == before
+    (tmp_path / "copy" / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert checkpoint_sha256(tmp_path / "copy") != before
+    (tmp_path / "copy" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json: No such file"):
+        checkpoint_sha256(tmp_path / "copy")
 
 
 @pytest.mark.usefixtures("lean")

@@ -31,7 +31,7 @@ class Conditions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model_sha256: str
-    """Of the config and of samples of the weights."""
+    """Of the configs and of the weights, or of samples of them if they are large."""
     dtype: str
     """What was computed in."""
     tokens_sha256: str
