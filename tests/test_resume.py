@@ -35,6 +35,7 @@ from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import train
+from regrow.resume import describe_request
 from regrow.reuse import report
 from regrow.settings import Lora
 from regrow.structure.groups import Groups
@@ -491,6 +492,18 @@ def test_a_kept_adapter_that_is_lost_is_made_again(checkpoint: Path, text: Path,
     assert "keep the adapter" in progress.stages
     assert "merge and save" not in progress.stages
     assert [(tmp_path / "out" / file).read_bytes() for file in files] == before
+
+
+def test_another_way_to_write_a_setting_is_the_same_request(checkpoint: Path) -> None:
+    def asked(target: str, shard_size: str) -> dict[str, object]:
+        wanted = {"pruning.target": target, "output.shard_size": shard_size}
+        return describe_request(str(checkpoint), load_recipe("regrow", wanted))
+
+    assert asked("params=2B", "5GB") == asked("params=2.0B", "5000MB") == asked("Params = 2000M", "5.0GB")
+    assert asked("perplexity=+5%", "5GB") == asked("perplexity=+5.0%", "5GB")
+    for target in ("params=2.1B", "size=2GB", "perplexity=5", "perplexity=+6%"):
+        assert asked(target, "5GB") not in (asked("params=2B", "5GB"), asked("perplexity=+5%", "5GB"))
+    assert asked("params=2B", "5GB") != asked("params=2B", "5001MB")
 
 
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
 from regrow.errors import InputError
 from regrow.evaluation.tasks import task_fingerprint
+from regrow.planning.target import parse_bytes, parse_target
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress
 from regrow.recipe import Recipe
@@ -44,9 +45,12 @@ DESCRIPTIONS = ("recipe.yaml", "groups.json")
 def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     """`key.path` -> value of all that a run depends on. Model and files are told by hashes of what they hold."""
     settings = recipe.model_dump(mode="json", exclude={"name", "description"})
+    target, shard_size = recipe.pruning.target, recipe.output.shard_size
     return {
         "model": checkpoint_sha256(weights_folder(model)),
         **dict(_flat(settings, "")),
+        "pruning.target": None if target is None else parse_target(target).plain,
+        "output.shard_size": f"{parse_bytes(shard_size)}B",
         **{f"evaluation.tasks.{n}": task_fingerprint(task) for n, task in enumerate(recipe.evaluation.tasks)},
         "tokenizer": folder_sha256(Path(model), TOKENIZER) if Path(model).is_dir() else "",
         "device": pick_device(recipe.device).type,
