@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import regrow
 from regrow.analysis.sensitivity import mean_loss, measure_sensitivity, units_removed
+from regrow.analysis.stage import conditions_of
+from regrow.checkpoint import fingerprint
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Windows
 from regrow.errors import InputError
@@ -28,6 +30,7 @@ from regrow.planning.curves import least_damage, measured_damage
 from regrow.planning.plan import Plan
 from regrow.planning.sensitivity import Conditions, Curve, GroupSensitivity, Prior, Sensitivity, fit_curve
 from regrow.progress import Silent
+from regrow.recipe import Recipe
 from regrow.report.heat import heat_of, rounded_lines
 from regrow.report.sensitivity import draw_sensitivity, show_sensitivity
 from regrow.settings import Pruning
@@ -38,7 +41,8 @@ from regrow.structure.prefix import LayerWalk
 
 CONDITIONS = Conditions(
     model_sha256="m", dtype="float32", tokens_sha256="t", windows=5, length=9, calibration_sha256="c",
-    calibration_batches=1, batch_size=2, seed=0, criterion="random", shares=(0.25, 0.5),
+    calibration_batches=1, batch_size=2, seed=0, criterion="random", scoring_sha256="s",
+    shares=(0.25, 0.5),
 )  # fmt: skip
 
 
@@ -372,6 +376,27 @@ def test_a_second_analysis_finds_the_first(checkpoint: Path, text: Path, tmp_pat
     assert again(shares=(0.5,))[0] == third
 
 
+def test_what_the_scores_depend_on_is_part_of_the_conditions(checkpoint: Path, tmp_path: Path) -> None:
+    def conditions(**settings: object) -> Conditions:
+        recipe = Recipe().override({key.replace("__", "."): value for key, value in settings.items()})
+        return conditions_of(checkpoint, torch.float32, recipe, held_out(), held_out(1))
+
+    file = tmp_path / "mine.py"
+    file.write_text("def score(evidence): ...")
+    mine = {"analysis__criterion": f"{file}:score"}
+    before = conditions(**mine)
+    assert conditions(**mine) == before
+    file.write_text("def score(evidence): return evidence")
+    assert conditions(**mine) != before
+    several = {
+        "pruning__labels": "model", "pruning__ema": None, "pruning__perturbations": 2, "pruning__kinds": ["ffn"],
+        "training__precision": "bfloat16", "training__accumulate": 2, "training__clip": 2.0, "lora__rank": 3,
+    }  # fmt: skip
+    for key, value in several.items():
+        assert conditions(**{key: value}) != conditions(), key
+    assert conditions(training__steps=7, evaluation__speed=False) == conditions()
+
+
 def perturbed(checkpoint: Path, folder: Path) -> Path:
     """A copy of a checkpoint as after a little training: other numbers, nothing else."""
     shutil.copytree(checkpoint, folder)
@@ -389,6 +414,28 @@ def test_a_fine_tuned_model_is_another_model(checkpoint: Path, tmp_path: Path) -
     assert checkpoint_sha256(other) != checkpoint_sha256(checkpoint)
     shutil.copytree(checkpoint, tmp_path / "copy")
     assert checkpoint_sha256(tmp_path / "copy") == checkpoint_sha256(checkpoint)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_read_of_a_checkpoint(
+    whole: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 16)
+    if not whole:
+        monkeypatch.setattr(fingerprint, "WHOLE", 1000)
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file, before = tmp_path / "copy" / "model.safetensors", checkpoint_sha256(checkpoint)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert (checkpoint_sha256(tmp_path / "copy") != before) == whole, "the last byte is no sample"
+    file.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    assert checkpoint_sha256(tmp_path / "copy") == before
+    (tmp_path / "copy" / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert checkpoint_sha256(tmp_path / "copy") != before
+    (tmp_path / "copy" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json: No such file"):
+        checkpoint_sha256(tmp_path / "copy")
 
 
 @pytest.mark.usefixtures("lean")
@@ -450,7 +497,7 @@ def test_bad_input(
     words: str, complaint: str, command: CommandLine, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "note.txt").write_text("")
-    (tmp_path / "older.json").write_text('{"format": "regrow-sensitivity-1"}')
+    (tmp_path / "older.json").write_text('{"format": "regrow-sensitivity-2"}')
     done = command(*[{"LLAMA": checkpoint, "TEXT": text}.get(word, word) for word in words.split()], cwd=tmp_path)
     assert done.code == 2
     assert complaint in done.stderr

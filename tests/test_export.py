@@ -137,6 +137,15 @@ def test_what_a_stock_class_would_not_load_is_not_written(family: str, tmp_path:
     assert not (tmp_path / "padded" / "config.json").exists()
 
 
+def test_experts_of_a_width_of_their_own_are_not_padded(tmp_path: Path) -> None:
+    config = zoo.FAMILIES["Qwen3-MoE"]()
+    config.mlp_only_layers = [0]
+    folder = save(AutoModelForCausalLM.from_config(config), tmp_path)
+    with pytest.raises(InputError, match=r"experts\.0\..*_proj\.weight .* cannot be padded with zeros: experts have"):
+        regrow.export(folder, tmp_path / "padded", pad=True)
+    assert not (tmp_path / "padded").exists()
+
+
 def test_a_norm_over_all_heads_is_not_padded(tmp_path: Path) -> None:
     _, folder = checkpoint_of("mistral", False, tmp_path)
     file = next(folder.glob("*.safetensors"))

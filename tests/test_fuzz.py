@@ -236,7 +236,8 @@ def test_every_valid_recipe_survives_yaml(name: str, changes: dict[str, Any]) ->
 
 CONDITIONS = Conditions(
     model_sha256="m", dtype="float32", tokens_sha256="t", windows=2, length=8, calibration_sha256="c",
-    calibration_batches=1, batch_size=2, seed=0, criterion="gate-fisher", shares=(0.25, 0.5),
+    calibration_batches=1, batch_size=2, seed=0, criterion="gate-fisher", scoring_sha256="s",
+    shares=(0.25, 0.5),
 )  # fmt: skip
 SENSITIVITY = Sensitivity(
     conditions=CONDITIONS,

@@ -35,7 +35,7 @@ from regrow.recovery.learner import attach
 from regrow.recovery.outcome import Trained
 from regrow.recovery.pruner import CutEvent
 from regrow.recovery.train import train
-from regrow.resume import check_spared
+from regrow.resume import check_spared, describe_request
 from regrow.reuse import report
 from regrow.settings import Lora
 from regrow.structure.groups import Groups
@@ -216,7 +216,7 @@ def test_another_layout_has_another_number(noted: dict[str, set[str]]) -> None:
         "objective.kind objective.seconds objective.steps own.history own.original_from own.ready own.seconds "
         "pruner.masks pruner.own pruner.scorer pruner/masks pruner/own pruner/scorer",
     }
-    assert (FORMAT, noted) == (5, {stage: set(names.split()) for stage, names in expected.items()})
+    assert (FORMAT, noted) == (6, {stage: set(names.split()) for stage, names in expected.items()})
 
 
 def test_the_oracle_can_fail(whole: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +527,52 @@ def test_a_run_that_nobody_may_write_is_shown_if_it_is_finished(
     Journal(tmp_path / "out", Silent().say).drop("report")
     with pytest.raises(InputError, match="holds a run to go on with and cannot be written; copy it"):
         prune(checkpoint, text, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("lean")
+def test_what_a_finished_run_has_lost_is_made_again(
+    finished: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = {file: (out / file).read_bytes() for file in ("groups.json", "history.json", "adapters.safetensors")}
+    (out / "groups.json").unlink()
+    prune(checkpoint, text, out, progress := Calling())
+    assert (out / "groups.json").read_bytes() == before["groups.json"]
+    assert not {"score", "merge and save"} & set(progress.stages)
+    (out / "history.json").unlink()
+    flip(out / "adapters.safetensors")
+    prune(checkpoint, text, out, progress := Calling())
+    assert {"score", "merge and save"} <= set(progress.stages), "the training, and what came of it"
+    assert (out / "adapters.safetensors").read_bytes() == before["adapters.safetensors"]
+    assert json.loads((out / "history.json").read_text())["validations"]
+    prune(checkpoint, text, out, progress := Calling())
+    assert progress.said == [f"{out} holds this run, finished; --fresh does it again"]
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_kept_adapter_that_is_lost_is_made_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    again = partial(prune, checkpoint, text, tmp_path / "out", output__keep_adapter=True, analysis__enabled=False)
+    again()
+    files = ("base/config.json", "adapter/adapter_model.safetensors")
+    before = [(tmp_path / "out" / file).read_bytes() for file in files]
+    (tmp_path / "out" / files[0]).unlink()
+    flip(tmp_path / "out" / files[1])
+    again(progress=(progress := Calling()))
+    assert "keep the adapter" in progress.stages
+    assert "merge and save" not in progress.stages
+    assert [(tmp_path / "out" / file).read_bytes() for file in files] == before
+
+
+def test_another_way_to_write_a_setting_is_the_same_request(checkpoint: Path) -> None:
+    def asked(target: str, shard_size: str) -> dict[str, object]:
+        wanted = {"pruning.target": target, "output.shard_size": shard_size}
+        return describe_request(str(checkpoint), load_recipe("regrow", wanted))
+
+    assert asked("params=2B", "5GB") == asked("params=2.0B", "5000MB") == asked("Params = 2000M", "5.0GB")
+    assert asked("perplexity=+5%", "5GB") == asked("perplexity=+5.0%", "5GB")
+    for target in ("params=2.1B", "size=2GB", "perplexity=5", "perplexity=+6%"):
+        assert asked(target, "5GB") not in (asked("params=2B", "5GB"), asked("perplexity=+5%", "5GB"))
+    assert asked("params=2B", "5GB") != asked("params=2B", "5001MB")
 
 
 def test_another_request_is_refused(finished: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from mmap import ALLOCATIONGRANULARITY
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from conftest import QUICK, build, logits, with_lora
 from safetensors.torch import load_file
 
 import regrow
+from regrow.checkpoint.journal import Forgetful
 from regrow.compensation.moments import InputMoments
 from regrow.criteria.evidence import Evidence, Linear
 from regrow.criteria.repair import obs, repairable_fisher
@@ -31,6 +33,7 @@ from regrow.recovery.preparation import Preparation
 from regrow.recovery.shelf import Shelf
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Compensation, Pruning
+from regrow.structure.adapters import adapter_parameters
 from regrow.structure.depth import remove_layers
 from regrow.structure.finding import find_groups
 from regrow.structure.gates import GateMoments, Gates
@@ -293,6 +296,27 @@ def test_no_finalist_is_a_candidate_that_is_not_finite(
     )
     search = result.results["training"]["search"]
     assert (search["best"], "finalists" in search) == (1.0, False)
+
+
+def test_a_finalist_that_diverges_is_the_worst() -> None:
+    model = build("llama-gqa")
+    groups = with_lora(model)
+    recipe = load_recipe("regrow", {"search.trial_steps": 3, "training.max_skipped": 2})
+    gates = Gates(model, groups.groups)
+    preparation = Preparation(model, gates, recipe, [IDS], lambda: 0.0, Silent(), Forgetful(), Path())
+    nothing = {group.name: 0 for group in groups}
+    before = [parameter.clone() for parameter in adapter_parameters(model)]
+
+    def set_widths(counts: dict[str, int]) -> None:
+        value = 1.0 if counts is nothing else float("nan")
+        for group in groups:
+            gates.set(group.name, torch.full((group.units,), value))
+
+    supernet = SimpleNamespace(set=set_widths)
+    with gates:
+        trained = preparation._trained([{}, nothing], supernet, lambda counts: 0.5)
+    assert trained == [math.inf, 0.5]
+    assert all(torch.equal(one, other) for one, other in zip(before, adapter_parameters(model), strict=True))
 
 
 @pytest.mark.parametrize("better", [0, 1])

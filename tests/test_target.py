@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from conftest import QUICK, CommandLine, build, with_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import regrow
 from regrow.aim import Aim
+from regrow.checkpoint.biases import added_biases
 from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.load import load_model, load_tokenizer
+from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
+from regrow.checkpoint.shape import zero_biases
+from regrow.checkpoint.tensors import StoredTensors, weight_files
 from regrow.errors import InputError
 from regrow.evaluation import compare, latency
 from regrow.evaluation.latency import FRACTIONS, Latency, Saving, measure_latency, probe_turns
@@ -44,6 +49,7 @@ from regrow.recovery.forecast import cut_losses, measure_scores
 from regrow.recovery.mixing import validation_loss
 from regrow.recovery.preparation import anything
 from regrow.settings import Pruning
+from regrow.structure.biases import add_bias
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
 from regrow.structure.groups import RESIDUAL, Groups
@@ -240,6 +246,24 @@ def test_the_weight_files_are_no_larger_than_asked(dtype: str, checkpoint: Path,
     assert there == result.results["target"]["reached"]
     step = 3 * 96 * (2 if dtype == "bfloat16" else 4)
     assert asked - step - 700 < there <= asked  # 700 bytes: room left for headers that turned out shorter
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mixtral"])
+def test_every_entry_of_the_weight_files_is_counted(family: str, tmp_path: Path) -> None:
+    """The biases that compensation or another class adds, and experts, which the files have one by one."""
+    model = zoo.build(family)
+    groups = find_groups(model)
+    added = zero_biases(model.config, groups) | added_biases(model.config, groups)
+    besides = bytes_besides_parameters(model, torch.float32, "5GB", added)
+    assert bool(added) == (family != "Mixtral")
+    for name in added:
+        add_bias(model, name.removesuffix(".bias"))
+    model.save_pretrained(tmp_path)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) * 4
+    header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    entries = len(StoredTensors(weight_files(tmp_path)).entries)
+    assert weight_bytes(tmp_path) == parameters + 8 + header
+    assert 8 + header <= besides <= 8 + header + 64 + entries * 16, "offsets are the longest there can be"
 
 
 # --- speed ---------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def sensitivity(processes: Processes = ALONE) -> dict[str, Any]:
     groups = known_groups("llama-gqa")
     conditions = Conditions(
         model_sha256="", dtype="", tokens_sha256="", windows=3, length=10, calibration_sha256="", calibration_batches=1,
-        batch_size=2, seed=0, criterion="", shares=(0.5,),
+        batch_size=2, seed=0, criterion="", scoring_sha256="", shares=(0.5,),
     )  # fmt: skip
     model, scores = dense("llama-gqa"), {group.name: torch.arange(group.units) for group in groups}
     found = measure_sensitivity(

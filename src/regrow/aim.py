@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from regrow.checkpoint.biases import added_count
+from regrow.checkpoint.biases import added_biases
 from regrow.checkpoint.journal import Forgetful
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
-from regrow.checkpoint.shape import added_parameters
+from regrow.checkpoint.shape import zero_biases
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
@@ -83,11 +83,11 @@ class Aim:
             )
         match self.target.kind:
             case "params" | "size":
-                other = bytes_besides_parameters(model, dtype, recipe.output.shard_size)
-                added = added_parameters(model.config)
+                added = zero_biases(model.config, groups)
                 if recipe.compensation.method == "bias":
-                    added += added_count(model.config, groups)
-                saved = replace(groups, total_parameters=groups.total_parameters + added)
+                    added |= added_biases(model.config, groups)
+                other = bytes_besides_parameters(model, dtype, recipe.output.shard_size, added)
+                saved = replace(groups, total_parameters=groups.total_parameters + sum(added.values()))
                 share = sparsity_for(
                     self.target, saved, recipe.pruning, bytes_per_parameter=dtype.itemsize, other_bytes=other
                 )

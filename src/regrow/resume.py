@@ -19,6 +19,7 @@ from regrow.checkpoint.shared import shared
 from regrow.clock import Clock
 from regrow.errors import InputError
 from regrow.evaluation.tasks import task_files, task_fingerprint
+from regrow.planning.target import parse_bytes, parse_target
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
@@ -40,13 +41,18 @@ FILES_OF_A_RUN = (
     "history.json", "sensitivity.json", "sensitivity.svg",
 )  # fmt: skip
 """Files that it does not find, the first to go being what says that a run is finished: none shall tell of another."""
+DESCRIPTIONS = ("recipe.yaml", "groups.json")
+"""Files that a run writes anew whenever it goes on."""
 
 
 def describe_request(model: str, recipe: Recipe) -> dict[str, Any]:
     """`key.path` -> value of all that a run depends on. Model and files are told by hashes of what they hold."""
+    target, shard_size = recipe.pruning.target, recipe.output.shard_size
     return {
         "model": checkpoint_sha256(weights_folder(model)),
         **{path: _content(value, key in TEXTS) if key in FILES_NAMED else value for path, key, value in _flat(recipe)},
+        "pruning.target": None if target is None else parse_target(target).plain,
+        "output.shard_size": f"{parse_bytes(shard_size)}B",
         **{f"evaluation.tasks.{n}": task_fingerprint(task) for n, task in enumerate(recipe.evaluation.tasks)},
         "tokenizer": folder_sha256(Path(model), TOKENIZER) if Path(model).is_dir() else "",
         "device": pick_device(recipe.device).type,
@@ -171,13 +177,14 @@ class Books:
             values = ", the main one ".join(repr(each.get(difference)) for each in (own, asked))
             raise InputError(f"process {self.processes.rank} has {difference} = {values}; all need the same")
 
-    def is_finished(self, steps: int) -> bool:
+    def is_finished(self, recipe: Recipe) -> bool:
         """Whether the folder holds the result whole. If it holds a part of the way there, that is said."""
-        return self.goes_on and self.processes.by_main(lambda: self._is_finished(steps))
+        return self.goes_on and self.processes.by_main(lambda: self._is_finished(recipe))
 
-    def _is_finished(self, steps: int) -> bool:
-        journal = self.own_journal
-        if journal.read("report") is not None and journal.read("save") is not None:
+    def _is_finished(self, recipe: Recipe) -> bool:
+        journal, steps = self.own_journal, recipe.training.steps
+        adapter = ["keep-adapter"] if recipe.output.keep_adapter else []
+        if all([journal.read(stage) is not None for stage in ("report", "save", *adapter)]):
             self.progress.say(f"{self.folder} holds this run, finished; --fresh does it again")
             return True
         if not os.access(self.folder, os.W_OK):

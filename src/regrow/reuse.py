@@ -118,11 +118,14 @@ def scatter(adapter: str | Path, out: str | Path, *, plan: str | Path, model: st
 
 def keep_adapter(
     model: str, folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> None:
+) -> list[Path]:
     """Split a run's result into `base/`, pruned and refitted, and `adapter/`, which PEFT puts on it.
 
     Args:
         folder: the run's, with its plan and adapters.
+
+    Returns:
+        The files.
     """
     plan = read_plan(folder / "plan.json")
     stream_checkpoint(
@@ -133,6 +136,7 @@ def keep_adapter(
     factors = load_file(folder / "adapters.safetensors")
     mixture = any(expert_of(name) is not None for name in plan.groups)
     Adapter.of_run(factors, recipe.lora, str((folder / "base").resolve()), mixture).write(folder / "adapter")
+    return [file for part in ("base", "adapter") for file in sorted((folder / part).rglob("*")) if file.is_file()]
 
 
 def save_streamed(

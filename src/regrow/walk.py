@@ -71,7 +71,7 @@ from regrow.report.card import model_card
 from regrow.report.picture import to_svg
 from regrow.report.sensitivity import draw_sensitivity
 from regrow.results import Result, tell_results
-from regrow.resume import Books, where
+from regrow.resume import DESCRIPTIONS, FILES_OF_A_RUN, Books, where
 from regrow.reuse import keep_adapter, save_streamed, texts, write_reports
 from regrow.structure.adapters import adapter_parameters, adapters_off
 from regrow.structure.groups import Groups
@@ -106,7 +106,7 @@ class Walk:
     def walk(self) -> Result | None:
         """Everything, start to end; the result, in the main process."""
         tokenizer = self.check()
-        if self.books.is_finished(self.recipe.training.steps):
+        if self.books.is_finished(self.recipe):
             return Result.read(self.folder) if self.together.is_main else None
         if self.books.is_trained() and not self.part():
             return None
@@ -160,11 +160,10 @@ class Walk:
             self.books.begin("verify in a fresh process")
             verification = self.verify(model, text, losses, computed_in)
         del model
-        if self.recipe.output.keep_adapter:
+        if self.recipe.output.keep_adapter and self.journal.read("keep-adapter") is None:
             self.books.begin("keep the adapter")
-            self.journal.once(
-                "keep-adapter", lambda: keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
-            )
+            kept = keep_adapter(self.name, self.folder, self.recipe, tokenizer, self.progress)
+            self.journal.write("keep-adapter", State(), files=kept)
         results = self.evaluate(whole, trained, tokenizer, text, verification)
         return self.report(trained, results)
 
@@ -298,6 +297,7 @@ class Walk:
         done = journal.read("trained")
         if done is not None:
             return read_trained(folder, model, done.values)
+        self.journal.drop("save", "keep-adapter", "evaluate", "report")  # of a training whose files are damaged
 
         def record_cut(event: CutEvent) -> None:
             if gone := event.plan.removed_layers:
@@ -394,6 +394,6 @@ class Walk:
         card = model_card(self.name, self.recipe, trained.plan, licence_of(self.name), results)
         write_text(self.folder / "model" / "README.md", card)
         self.books.mark("finished", self.recipe)
-        files = [self.folder / file for file in ("results.json", "plan.json", "report.md", "report.html")]
-        self.journal.write("report", State(), files=files)
+        files = [self.folder / file for file in (*FILES_OF_A_RUN, *DESCRIPTIONS)]
+        self.journal.write("report", State(), files=[file for file in files if file.is_file()])
         return Result(self.folder, trained.plan, results)

@@ -1,5 +1,7 @@
 """The analysis as a whole: score the units, then measure; or take what an earlier analysis found."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.analysis.sensitivity import measure_sensitivity
+from regrow.checkpoint.files import sha256_of
 from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.data.tokens import Batch, Windows
 from regrow.errors import InputError
@@ -42,8 +45,19 @@ def conditions_of(
         batch_size=recipe.training.batch_size,
         seed=recipe.seed,
         criterion=recipe.analysis.criterion,
+        scoring_sha256=_scoring_sha256(recipe),
         shares=recipe.analysis.shares,
     )
+
+
+def _scoring_sha256(recipe: Recipe) -> str:
+    settings = recipe.model_dump(mode="json")
+    read = {"lora": settings["lora"]}
+    read |= {key: settings["pruning"][key] for key in ("kinds", "perturbations", "labels", "ema")}
+    read |= {key: settings["training"][key] for key in ("accumulate", "clip", "precision")}
+    file = Path(recipe.analysis.criterion.rpartition(":")[0])
+    own = sha256_of(file) if file.is_file() else ""
+    return hashlib.sha256(json.dumps([read, own]).encode()).hexdigest()
 
 
 def known_sensitivity(recipe: Recipe, model: str, groups: Groups) -> Sensitivity | None:

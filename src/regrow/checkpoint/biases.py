@@ -40,10 +40,10 @@ def possible_biases(config: PretrainedConfig, groups: Groups) -> frozenset[str]:
     return consumers & {name.removesuffix(".bias") for name in added_names(config, consumers)}
 
 
-def added_count(config: PretrainedConfig, groups: Groups) -> int:
-    """Most parameters that the biases add to a checkpoint, those of zero included."""
-    switched = build_empty(with_biases(config, possible_biases(config, groups)))
-    return sum(p.numel() for p in switched.parameters()) - sum(p.numel() for p in build_empty(config).parameters())
+def added_biases(config: PretrainedConfig, groups: Groups) -> dict[str, int]:
+    """Most biases that compensation adds to a checkpoint, those of zero included, and how long each is."""
+    before, switched = parameter_names(config), build_empty(with_biases(config, possible_biases(config, groups)))
+    return {name: p.numel() for name, p in switched.named_parameters() if name not in before}
 
 
 def added_names(config: PretrainedConfig, linears: Collection[str]) -> frozenset[str]:

@@ -22,8 +22,8 @@ from regrow.checkpoint.files import new_folder, sha256_of
 from regrow.checkpoint.state import State, chance, named, set_chance
 from regrow.clock import Clock
 
-FORMAT = 5
-"""Of what entries hold: raised whenever a stage or a part of one notes something else, or under another name."""
+FORMAT = 6
+"""Of what entries and requests hold: raised whenever a stage or a part notes something else, or under another name."""
 FOLDER, VALUES, TENSORS, CHECKSUMS = "checkpoint", "values.json", "tensors.safetensors", "checksums.json"
 ENTRY = re.compile(r"(?P<number>\d+)-(?P<stage>[a-z-]*[a-z])(-(?P<step>\d+))?")
 CHANCE_OF = "chance-of"

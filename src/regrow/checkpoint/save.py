@@ -1,14 +1,16 @@
 """Write a cut and merged model as a plain Hugging Face checkpoint."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from regrow.checkpoint.files import new_folder
+from regrow.checkpoint.source import stored_form
 from regrow.planning.target import parse_bytes
 from regrow.structure.offload import convert
 from regrow.structure.per_layer import needs_own_class
@@ -82,19 +84,30 @@ def write_description(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def bytes_besides_parameters(model: PreTrainedModel, dtype: torch.dtype, shard_size: str) -> int:
+def bytes_besides_parameters(
+    model: PreTrainedModel, dtype: torch.dtype, shard_size: str, added: Mapping[str, int] = MappingProxyType({})
+) -> int:
     """Most bytes that the saved weights of a model, or of any cut of it, take besides its parameters.
 
     The buffers that are saved, and the headers of safetensors: a length in eight bytes, then JSON, padded to eight.
+
+    Args:
+        added: biases that the model has not yet, and how long each is.
     """
     saved = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     held = sum(int(buffer.nbytes) for buffer in buffers.values())
-    total = held + sum(weight_count(parameter) for parameter in model.parameters()) * dtype.itemsize
-    shapes = {name: weight_shape(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    count = sum(weight_count(parameter) for parameter in model.parameters()) + sum(added.values())
+    total = held + count * dtype.itemsize
+    shapes: dict[str, Sequence[int]] = {
+        name: weight_shape(p) for name, p in model.named_parameters(remove_duplicate=False)
+    }
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+    shapes |= {name: (length,) for name, length in added.items()}
+    entries = stored_form(model, {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()})
     described = {
-        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [total, total]} for name, shape in shapes.items()
+        name: {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [total, total]}
+        for name, entry in entries.items()
     }
     shards = 1 + 2 * total // parse_bytes(shard_size)
     return held + len(json.dumps(described, separators=(",", ":"))) + shards * BYTES_OF_AN_EMPTY_FILE

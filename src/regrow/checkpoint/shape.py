@@ -127,11 +127,11 @@ def describe(model: PreTrainedModel, original: Groups, now: Groups) -> None:
     model.config = config
 
 
-def added_parameters(config: PretrainedConfig) -> int:
-    """Most parameters that `describe` adds: a Qwen2's biases of zero, should it be saved as a LLaMA."""
+def zero_biases(config: PretrainedConfig, groups: Groups) -> dict[str, int]:
+    """Those that `describe` may add, a Qwen2's should it be saved as a LLaMA, and how long each is."""
     if config.model_type != "qwen2" or not _sees_everything(config):
-        return 0
-    return int(config.hidden_size * config.num_hidden_layers)
+        return {}
+    return {f"{group.consumers[0].module}.bias": config.hidden_size for group in groups if group.kind == "attention"}
 
 
 def is_even(widths: Sequence[dict[str, int]]) -> bool:

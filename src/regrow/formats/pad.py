@@ -88,7 +88,7 @@ def widen(name: str, tensor: Tensor, source: Checkpoint, wide: LayerWidths) -> T
         tensor: weights or biases, on any device.
 
     Raises:
-        InputError: if the tensor is not as wide as the config says.
+        InputError: if the tensor is not as wide as the config says, or an expert's that is not as wide as an FFN.
     """
     layer = layer_of(name)
     linear, _, kind = name.rpartition(".")
@@ -101,6 +101,11 @@ def widen(name: str, tensor: Tensor, source: Checkpoint, wide: LayerWidths) -> T
         return tensor
     before = _sizes(which, source.widths[layer], source.head_dim)
     after = _sizes(which, wide, source.head_dim)
+    if tensor.shape[axis] != prod(before) and "expert" in name:
+        raise InputError(
+            f"{name} of {source.folder} cannot be padded with zeros: experts have a width of their own; a model pruned "
+            "with pruning.shape=uniform needs no padding"
+        )
     if tensor.shape[axis] != prod(before):
         raise InputError(f"{name} of {source.folder} is {list(tensor.shape)}, its config.json says {prod(before)}")
     filled = tensor.new_zeros(*tensor.shape[:axis], *after, *tensor.shape[axis + 1 :])

@@ -31,7 +31,7 @@ class Conditions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model_sha256: str
-    """Of the config and of samples of the weights."""
+    """Of the configs and of the weights, or of samples of them if they are large."""
     dtype: str
     """What was computed in."""
     tokens_sha256: str
@@ -46,6 +46,8 @@ class Conditions(BaseModel):
     seed: Whole
     criterion: str
     """Which units go first."""
+    scoring_sha256: str
+    """Of all else that the scores depend on: the file of a criterion of one's own, and settings."""
     shares: tuple[TrialShare, ...]
     """Of a group's units, removed in turn."""
 
@@ -147,7 +149,7 @@ class Sensitivity(Document):
 
     called: ClassVar[str] = "sensitivity file"
 
-    format: Literal["regrow-sensitivity-2"] = "regrow-sensitivity-2"
+    format: Literal["regrow-sensitivity-3"] = "regrow-sensitivity-3"
     conditions: Conditions
     dense_nll: Annotated[float, Field(ge=0, le=MOST_NATS)]
     """Of the whole model, nats per token."""

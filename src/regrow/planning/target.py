@@ -43,6 +43,11 @@ class Target:
     """As it was asked for."""
     relative: bool = False
 
+    @property
+    def plain(self) -> str:
+        """The same for all ways to write it: `params=2B`, `params=2.0B` and `params=2000M`."""
+        return f"{self.kind}={'+' if self.relative else ''}{self.value:.12g}"
+
     def most_perplexity(self, dense: float) -> float:
         """The perplexity that holds the target, given the dense model's on the same text."""
         assert self.kind == "perplexity"
@@ -89,7 +94,7 @@ def _size(value: str, text: str) -> tuple[float, bool]:
 
 def parse_bytes(text: str) -> int:
     """`5GB` in bytes, units as in a target of size."""
-    return int(_size(text.lower(), text)[0])
+    return round(_size(text.lower(), text)[0])
 
 
 def _speedup(value: str, text: str) -> tuple[float, bool]:

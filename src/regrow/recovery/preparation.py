@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe
 from regrow.recovery.compensate import Compensated, Compensator
-from regrow.recovery.learner import Learner
+from regrow.recovery.learner import Diverged, Learner
 from regrow.recovery.mixing import validation_loss
 from regrow.recovery.supernet import Fitness, Supernet
 from regrow.settings import Pruning
@@ -235,12 +235,16 @@ class Preparation:
             batches = itertools.cycle([Batch(ids_BT) for ids_BT in text])
             learner = Learner(self.model, training, batches, self.compensator.processes)
             untrained = learner.snapshot()
-            with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+            value = math.inf
+            with (
+                suppress(Diverged),  # of this candidate alone: others may train well
+                torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []),
+            ):
                 for _ in range(search.trial_steps):
                     learner.step()
                     self.progress.advance()
-            with evaluation_mode(self.model):
-                value = fitness(counts)
+                with evaluation_mode(self.model):
+                    value = fitness(counts)
             learner.restore(untrained)
             found.append(value if math.isfinite(value) else math.inf)
         return found
