@@ -391,6 +391,7 @@ SETTINGS = [
         "analysis.criterion=learned-mask reads masks", "take another",
     ),
     case("shard size", nothing, PRUNE + "--set output.shard_size=big", "output.shard_size = 'big'"),
+    case("shards of nothing", nothing, PRUNE + "--set output.shard_size=0GB", "'0GB': wanted: largest size"),
     case("all held out", nothing, PRUNE + "--set data.held_out=0.6", "data.held_out", "less than 0.5"),
     case("--set not YAML", nothing, PRUNE + "--set 'lora.rank=[3'", "--set 'lora.rank=[3'", "not valid YAML"),
     case("--set a wrong date", nothing, PRUNE + "--set seed=2001-99-99", "not valid YAML"),

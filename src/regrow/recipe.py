@@ -252,4 +252,7 @@ def _explain(error: ValidationError) -> str:
         hint = _suggest(str(location[-1]), known) or f"; known here: {', '.join(known)}"
         return f"unknown key {path!r}{hint}"
     message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "string_pattern_mismatch":  # a reader is better told in words
+        wanted = _section_at(location[:-1]).model_fields[str(location[-1])].description or message
+        message = f"wanted: {wanted[0].lower()}{wanted[1:].rstrip('.')}"
     return f"{path} = {first['input']!r:.300}: {message}"

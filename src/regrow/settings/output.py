@@ -45,8 +45,8 @@ class Output(Section):
     )
     shard_size: str = Field(
         default="5GB",
-        pattern=r"^\d+(\.\d+)?[KMGT]B$",
-        description="Largest size of a safetensors file, for example 5GB.",
+        pattern="^([0-9]*[1-9][0-9]*([.][0-9]+)?|0+[.][0-9]*[1-9][0-9]*)[KMGT]B$",
+        description="Largest size of a safetensors file (above zero), for example 5GB.",
     )
     keep_adapter: bool = Field(
         default=False,
