@@ -12,7 +12,7 @@ from zoo import CLOSE, FAMILIES, Found, Reloaded, build, with_lora
 from zoo_families import GQA
 
 from regrow.checkpoint.empty import build_empty
-from regrow.checkpoint.offer import check_offer, choices, ranges
+from regrow.checkpoint.offer import allowed, check_offer, choices, ranges
 from regrow.checkpoint.shape import describe, pruned_config, zero_biases
 from regrow.checkpoint.stock import check_free, prunable_groups, stock_widths
 from regrow.errors import InputError
@@ -135,7 +135,19 @@ def test_ranges_are_short() -> None:
     assert ranges([1, 2, 4, 6, 7, 8]) == "1–2, 4, 6–8"
     assert ranges(range(1, 6)) == "1–5"
     assert ranges(range(8, 65, 8)) == "8, 16, …, 64"
+    assert ranges([*range(8, 65, 8), 70]) == "8, 16, …, 64, 70"
     assert ranges([3]) == "3"
+
+
+def test_before_a_run_it_is_told_among_which_widths_it_chooses() -> None:
+    with torch.device("meta"):
+        model = zoo.hf.AutoModelForCausalLM.from_config(FAMILIES["Gemma 2"]())
+    groups = prunable_groups(model)
+    (told,) = allowed(groups, Pruning(floor=0.2, cap=0.7, multiple=4))
+    assert told == "may stay, in every layer alike: 2, 4 of 4 KV heads; 12, 16, …, 40 of 40 FFN channels"
+    (told,) = allowed(groups, Pruning(shape="free", kinds=("attention",)))
+    assert told == "may stay, in each layer by itself: 1–4 of 4 KV heads"
+    assert allowed(groups, Pruning(kinds=("layer",))) == []
 
 
 # --- planning ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from regrow.checkpoint.files import write_json, write_text
 from regrow.checkpoint.journal import Journal
 from regrow.checkpoint.licence import licence_of
 from regrow.checkpoint.load import check_vocabulary, load_skeleton, output_dtype, pick_device
-from regrow.checkpoint.offer import check_offer
+from regrow.checkpoint.offer import allowed, check_offer
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.save import save_checkpoint
@@ -124,7 +124,7 @@ class Walk:
         memory = check_memory(self.name, skeleton, whole, self.recipe, self.processes)
         self.books.begin("load model")
         model = self.load(tokenizer)
-        notes = [*check_offer(model.config, whole, self.recipe.pruning), memory]
+        notes = [*check_offer(model.config, whole, self.recipe.pruning), *allowed(whole, self.recipe.pruning), memory]
         if self.recipe.compensation.method == "bias":
             check_biases(model, whole)
         self.check_reach(model, whole)

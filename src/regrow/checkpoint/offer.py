@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from regrow.checkpoint.stock import Widths, check_fewer_layers, check_free, hidden_widths, stock_widths
 from regrow.errors import InputError
-from regrow.planning.demand import UNIT_NAMES
+from regrow.planning.demand import UNIT_NAMES, widths_left
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups
 from regrow.structure.per_layer import needs_own_class
@@ -51,6 +51,16 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
             f"({'; '.join(told + parts)}); try pruning.kinds=[layer]"
         )
     return told + parts
+
+
+def allowed(groups: Groups, pruning: Pruning) -> list[str]:
+    """Among which numbers of units the plan will choose, in a sentence; none where only layers go."""
+    kinds = [
+        f"{ranges(counts)} of {counts[-1]} {UNIT_NAMES.get(kind, kind)}"
+        for kind, counts in sorted(widths_left(groups, pruning).items())
+    ]
+    where = "each layer by itself" if pruning.shape == "free" else "every layer alike"
+    return [f"may stay, in {where}: {'; '.join(kinds)}"] if kinds else []
 
 
 def choices(config: PretrainedConfig, groups: Groups) -> dict[str, str]:
@@ -98,11 +108,13 @@ def _told(check: Callable[[], None], fine: str) -> str:
 
 
 def ranges(counts: Iterable[int]) -> str:
-    """Numbers for a reader: `1, 2, 4`, `1–40`, `8, 16, …, 64`."""
+    """Numbers for a reader: `1, 2, 4`, `1–40`, `8, 16, …, 64`, `8, 16, …, 64, 70`."""
     counts = list(counts)
-    steps = {after - before for before, after in itertools.pairwise(counts)}
-    if len(counts) > 3 and len(steps) == 1 and steps != {1}:
+    steps = [after - before for before, after in itertools.pairwise(counts)]
+    if len(counts) > 3 and steps[0] > 1 and len(set(steps)) == 1:
         return f"{counts[0]}, {counts[1]}, …, {counts[-1]}"
+    if len(counts) > 4 and steps[0] > 1 and len(set(steps[:-1])) == 1:
+        return f"{ranges(counts[:-1])}, {counts[-1]}"
     runs: list[list[int]] = []
     for count in counts:
         if runs and count == runs[-1][-1] + 1:

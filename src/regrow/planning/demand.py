@@ -111,6 +111,17 @@ def most_removed(groups: Groups, pruning: Pruning, prior: Prior | None = None) -
     return nothing | {group.name: demand.most(group) for demand in asked for group in demand.groups}
 
 
+def widths_left(groups: Groups, pruning: Pruning) -> dict[str, list[int]]:
+    """Kind -> how many units of a layer's group may stay, ascending, of those groups of which some may go."""
+    nothing = {group.name: 0 for group in groups}
+    found: dict[str, list[int]] = {}
+    for demand in demands(groups, nothing, pruning, frozenset()):
+        for group in demand.groups:
+            gone = (count for count in range(demand.most(group), -1, -1) if demand.width_ok(group, count) == count)
+            found.setdefault(group.kind, [group.units - count for count in gone])
+    return found
+
+
 def reach(groups: Groups, pruning: Pruning, basis: str = "block", prior: Prior | None = None) -> int:
     """Most parameters that the recipe's shape and limits let go, hidden channels apart.
 
