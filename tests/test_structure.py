@@ -436,7 +436,8 @@ def test_reductions_by_hand() -> None:
         assert [facet.reshape(-1).tolist() for facet in found.facets] == [[4, 5, 6], [16, 17, 18, 19, 20]]
         assert [facet.ndim for facet in found.facets] == [len(kept)] * 2
         assert walk.channels.classes().tolist() == [0, 1, 2, 3, *[4, 5, 6] * 4, 16, 17, 18, 19, 20]
-        assert [facet is wanted for (facet, _), wanted in zip(walk.averaged, (alone, mixed), strict=True)] == [True] * 2
+        averaged = [facet for facet, *_ in walk.averaged]
+        assert [facet is wanted for facet, wanted in zip(averaged, (alone, mixed), strict=True)] == [True] * 2
 
 
 def test_the_highest_along_an_axis_or_of_all() -> None:
