@@ -17,6 +17,8 @@ import pytest
 os.environ.setdefault("REGROW_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and one that is not reached is asked for a minute
+
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
