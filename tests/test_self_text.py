@@ -44,6 +44,16 @@ def write(model, tokenizer, wanted: Generate = SHORT, tokens: int = 300, seed: i
     return write_own_text(model, tokenizer, wanted, tokens, seed, Silent())
 
 
+def test_progress_ends_with_what_was_asked_for(model, tokenizer) -> None:
+    """Whole batches are written, which may be more."""
+    steps: list[int] = []
+    progress = Silent()
+    progress.advance = lambda count=1, note="": steps.append(count)
+    write_own_text(model, tokenizer, SHORT, 300, 0, progress)
+    assert sum(steps) == 300
+    assert all(steps)
+
+
 def test_the_seed_decides_and_nothing_else(model, tokenizer) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build, logits, random_keep, with_lora
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 
 from regrow.errors import InputError
 from regrow.recovery.losses import language_loss
@@ -438,6 +438,14 @@ def test_reductions_by_hand() -> None:
         assert walk.channels.classes().tolist() == [0, 1, 2, 3, *[4, 5, 6] * 4, 16, 17, 18, 19, 20]
         averaged = [facet for facet, *_ in walk.averaged]
         assert [facet is wanted for facet, wanted in zip(averaged, (alone, mixed), strict=True)] == [True] * 2
+
+
+def test_heads_are_seen_behind_values_that_are_clipped_in_place() -> None:
+    few = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = OlmoConfig(**few, num_attention_heads=4, num_key_value_heads=2, clip_qkv=8.0)
+    groups = find_groups(AutoModelForCausalLM.from_config(config))
+    assert not groups.opaque
+    assert {group.kind: group.units for group in groups} == {"attention": 2, "ffn": 48}
 
 
 def test_the_highest_along_an_axis_or_of_all() -> None:

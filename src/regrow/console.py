@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,28 +59,26 @@ def quiet() -> None:
     disable_progress_bar()
 
 
-@contextmanager
-def going_on_later() -> Iterator[None]:
+def going_on_later() -> AbstractContextManager[None]:
     """Within this context Ctrl-C and SIGTERM end the command with a line that says how to go on, and exit code 130."""
-    try:
-        with interruptible():
-            yield
-    except KeyboardInterrupt as stopped:
-        words = [word for word in sys.argv[1:] if word != "--fresh"]
-        again = shlex.join(["regrow", *words]) if read_launch().count == 1 else "launch the same again"
-        if rank() == 0:
-            print(f"regrow: {stopped or 'stopped'}; to go on: {again}", file=sys.stderr)
-        raise typer.Exit(130) from stopped
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    again = shlex.join(["regrow", *words]) if read_launch().count == 1 else "launch the same again"
+    return _ending(f"to go on: {again}")
+
+
+def given_up() -> AbstractContextManager[None]:
+    """Within this context Ctrl-C and SIGTERM end the command with a line, and exit code 130: nothing is left of it."""
+    return _ending("nothing was written")
 
 
 @contextmanager
-def given_up() -> Iterator[None]:
-    """Within this context Ctrl-C and SIGTERM end the command with a line, and exit code 130: nothing is left of it."""
+def _ending(told: str) -> Iterator[None]:
     try:
         with interruptible():
             yield
     except KeyboardInterrupt as stopped:
-        print("regrow: stopped; nothing was written", file=sys.stderr)
+        if rank() == 0:
+            print(f"regrow: {stopped or 'stopped'}; {told}", file=sys.stderr)
         raise typer.Exit(130) from stopped
 
 

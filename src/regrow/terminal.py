@@ -44,9 +44,7 @@ class TerminalProgress:
         """Move the bar."""
         if self._task is not None:
             self._bars.note = note
-            task = self._bars.tasks[self._bars.task_ids.index(self._task)]
-            done = task.completed + steps
-            self._bars.update(self._task, completed=done if task.total is None else min(done, task.total))
+            self._bars.update(self._task, advance=steps)
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
@@ -86,9 +84,8 @@ class PlainProgress:
         if now - self._last < SECONDS_BETWEEN_LINES or not self._total:
             return
         self._last = now
-        done = min(self._done, self._total)
-        left = (now - self._began) / done * (self._total - done)
-        self.say(f"{self._name}: {done}/{self._total}, {left:.0f} s left{', ' + note if note else ''}")
+        left = (now - self._began) / self._done * (self._total - self._done)
+        self.say(f"{self._name}: {self._done}/{self._total}, {left:.0f} s left{', ' + note if note else ''}")
 
     def say(self, message: str) -> None:
         """Print a line."""

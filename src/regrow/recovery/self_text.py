@@ -100,14 +100,14 @@ def write_own_text(
     lengths: list[int] = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), inference(model):
         torch.manual_seed(seed)
-        while sum(lengths) < tokens:
+        while (left := tokens - sum(lengths)) > 0:
             ids_BT = _write(model, tokenizer, wanted, start)
             length_B = _lengths(ids_BT, tokenizer.eos_token_id)
             losses += _mean_losses(model, ids_BT, length_B).tolist()
             for ids_T, length in zip(ids_BT, length_B.tolist(), strict=True):
                 texts.append(str(tokenizer.decode(ids_T[:length], skip_special_tokens=True)))
                 lengths.append(length - 1)
-            progress.advance(int(length_B.sum()) - len(length_B), f"{len(texts)} texts")
+            progress.advance(min(int(length_B.sum()) - len(length_B), left), f"{len(texts)} texts")
     losses = [loss if text.strip() else math.inf for text, loss in zip(texts, losses, strict=True)]
     kept = _least_surprising(losses, wanted.drop)
     return OwnText([texts[n] for n in kept], sum(lengths[n] for n in kept), len(texts) - len(kept))
