@@ -4,7 +4,8 @@ import datetime
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
+
+from regrow.evaluation.machine import processor
 
 
 def describe_machine() -> dict[str, object]:
@@ -16,26 +17,3 @@ def describe_machine() -> dict[str, object]:
         **{name: version(name) for name in ("regrow", "torch", "transformers", "peft")},
         "date": datetime.date.today().isoformat(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    if platform.system() != "Linux":
-        return platform.processor() or platform.machine()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def resident() -> int:
-    """Bytes of this process in memory now (Linux)."""
-    return _status("VmRSS")
-
-
-def peak_resident() -> int:
-    """The most bytes this process has had in memory (Linux)."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

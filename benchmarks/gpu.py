@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from environment import describe_machine, peak_resident, resident
+from environment import describe_machine
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
 from regrow.data.tokens import Batch, Windows
+from regrow.evaluation.memory_probe import highest, resident
 from regrow.evaluation.speed import measure_speed
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
@@ -163,7 +164,7 @@ def measure_step(arguments: argparse.Namespace, case: str, shape: str, batch: in
             step()
             wait(device)
             seconds.append(time.perf_counter() - began)
-        peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()) - before
+        peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else highest()) - before
         median = sorted(seconds[arguments.warm_up :])[arguments.steps // 2]
         return Step(parameters, held_bytes(model), peak, median, ids_BT.numel() / median, *ids_BT.shape)
 

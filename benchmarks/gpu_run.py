@@ -43,7 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Parts:
+class Parts(Silent):
     """A `Progress` that reads and resets the peak where a part of the run begins."""
 
     def __init__(self, device: torch.device) -> None:
@@ -63,9 +63,6 @@ class Parts:
             told += f" ({self._part or 'before'}: {peak / 1e9:.2f} GB)"
         print(told, file=sys.stderr, flush=True)
         self._part = name
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing."""
 
     def say(self, message: str) -> None:
         """Keep it, and pass it on."""

@@ -17,12 +17,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from environment import describe_machine, peak_resident, resident
+from environment import describe_machine
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import regrow
 from regrow.checkpoint.load import load_config, load_skeleton, load_tokenizer
 from regrow.criteria.registry import find_criterion
+from regrow.evaluation.memory_probe import highest, resident
 from regrow.planning.memory import Sizes, estimate_memory
 from regrow.recipe import Recipe, load_recipe
 from regrow.structure.finding import find_groups
@@ -41,7 +42,7 @@ CASES = {
 STAGES = ("score", "ask the teacher", "prepare search", "search", "compensate", "train")
 
 
-class Peaks:
+class Peaks(Silent):
     """A `Progress` that reads and resets the peak where a stage begins."""
 
     def __init__(self) -> None:
@@ -52,14 +53,11 @@ class Peaks:
     def stage(self, name: str, total: int | None = None) -> None:
         """Close the books of the stage before."""
         if self.before:
-            self.found[self._stage] = max(self.found.get(self._stage, 0), peak_resident() - self.before)
+            self.found[self._stage] = max(self.found.get(self._stage, 0), highest() - self.before)
         if name == "load model":
             self.before = resident()
         Path("/proc/self/clear_refs").write_text("5")
         self._stage = name
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing."""
 
     def say(self, message: str) -> None:
         """Pass it on."""

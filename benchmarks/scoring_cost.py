@@ -17,11 +17,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from environment import describe_machine, peak_resident, resident
+from environment import describe_machine
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
+from regrow.evaluation.memory_probe import highest, resident
 from regrow.planning.plan import Plan
 from regrow.recovery.learner import Learner
 from regrow.recovery.scoring import Scorer
@@ -52,7 +53,7 @@ def build(arguments: argparse.Namespace) -> tuple[Learner, Groups]:
     return learner, find_groups(model)
 
 
-def step(learner: Learner, groups: Groups, gates: Gates, scorer: Scorer | None) -> None:
+def step(learner: Learner, groups: Groups, scorer: Scorer | None) -> None:
     """One optimizer step, scored if there is a scorer."""
     plan = Plan.whole(groups)
     if scorer is None:
@@ -77,7 +78,7 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, list[float]]:
                 if scorer:
                     scorer.watch(groups)
                 began = time.perf_counter()
-                step(learner, groups, gates, scorer)
+                step(learner, groups, scorer)
                 if repeat >= arguments.warm_up:
                     times.append(time.perf_counter() - began)
                 if scorer:
@@ -94,8 +95,8 @@ def measure_memory_here(arguments: argparse.Namespace) -> None:
         if scorer:
             scorer.watch(groups)
         for _ in range(3):
-            step(learner, groups, gates, scorer)
-    print(json.dumps({"before": before, "peak": peak_resident()}))
+            step(learner, groups, scorer)
+    print(json.dumps({"before": before, "peak": highest()}))
 
 
 def measure_memory(arguments: argparse.Namespace, name: str) -> dict[str, int]:

@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from environment import describe_machine, processor
+from environment import describe_machine
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from regrow.evaluation.machine import processor
 from regrow.evaluation.size import Size, measure_size
 from regrow.evaluation.speed import Rate, Speed, measure_speed, ratios
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import describe_machine, peak_resident, resident
+from environment import describe_machine
 from random_checkpoint import TOKENIZER, write_random_checkpoint
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
@@ -30,6 +30,7 @@ from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import save_checkpoint, weight_bytes
 from regrow.checkpoint.shape import pruned_config
 from regrow.checkpoint.stream import SCALING
+from regrow.evaluation.memory_probe import highest, resident
 from regrow.planning.plan import Plan
 from regrow.structure.cut import cut
 from regrow.structure.finding import find_groups
@@ -85,7 +86,7 @@ def work_here(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(str(TOKENIZER))
         save_checkpoint(model, tokenizer, out, dtype=torch.bfloat16, shard_size=arguments.shard_size, extras={})
     seconds = time.perf_counter() - began
-    print(json.dumps({"before": before, "peak": peak_resident(), "seconds": seconds, "bytes": weight_bytes(out)}))
+    print(json.dumps({"before": before, "peak": highest(), "seconds": seconds, "bytes": weight_bytes(out)}))
 
 
 def main() -> None:

@@ -228,7 +228,7 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    log, seconds = io.StringIO(), iter([0.0, 0.0, 4.0, 12.0, 13.0, 30.0])
+    log, seconds = io.StringIO(), iter([0.0, 0.0, 4.0, 12.0, 13.0, 30.0, 30.0, 31.0, 41.0])
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr("regrow.terminal.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     with terminal_progress() as progress:
@@ -237,11 +237,16 @@ def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
             progress.advance(2, "loss [2.5]")
         progress.say("something [notable]")
         progress.advance(2)
+        progress.stage("go on", 40)
+        progress.advance(30)  # what had been done before
+        progress.advance(2)
     assert log.getvalue().splitlines() == [
         "train …",
-        "train: 4/10, 18 s left, loss [2.5]",
+        "train: 4/10, 24 s left, loss [2.5]",
         "something [notable]",
-        "train: 8/10, 8 s left",
+        "train: 8/10, 9 s left",
+        "go on …",
+        "go on: 32/40, 40 s left",
     ]
 
 

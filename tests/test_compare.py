@@ -24,6 +24,7 @@ from regrow.comparison import grid
 from regrow.comparison.cell import DENSE_FILE
 from regrow.comparison.grid import Cell, Contender, lay_out
 from regrow.comparison.page import markdown
+from regrow.comparison.pictures import quality_against_speed
 from regrow.comparison.run import Comparison
 from regrow.comparison.table import Row, Spread, cost_table, doubts, short_table, task_table
 from regrow.data.overlap import overlap
@@ -142,6 +143,10 @@ def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
         compared(threads=4)
     with pytest.raises(InputError, match="a sparsity is named twice"):
         compared(sparsities=(0.5, 0.5))
+    for own, option in (("seed=7", "--seeds"), ("pruning.sparsity=0.3", "--sparsity")):
+        with pytest.raises(InputError, match=f"would be the same in 2 rounds; give {option} one only"):
+            lay_out([f"magnitude@{own}"], [0.2, 0.5], 2, {}, Path("out"))
+        assert len(lay_out([f"magnitude@{own}"], [0.5], 1, {}, Path("out"))) == 1
 
 
 @pytest.mark.parametrize("changed", ["mine.py", "text.txt", "model/tokenizer.json"])
@@ -373,6 +378,17 @@ def test_cost_speed_and_tasks_have_their_spread_and_say_what_they_are() -> None:
     text = markdown(rows, {"model": "m"}, {})
     assert "A speed-up is the result's speed ÷ the dense model's.\n\n| contender" in text
     assert doubts(rows) == []
+    unmeasured = tuple({key: part for key, part in run.items() if key != "speedup"} for run in runs)
+    stopped = {**runs[0], "cost": {**runs[0]["cost"], "went_on": True}}
+    mixed = [Row("random", 0.5, unmeasured), Row("flap", 0.5, (stopped, unmeasured[1])), *rows]
+    head, lines = cost_table(mixed)
+    assert head[-1] == "decode speed-up, batch 4"
+    assert [each[-2:] for each in lines] == [["", ""], ["", ""], ["2.00 ± 0.71", "1.25 ± 0.00"]]
+    assert quality_against_speed(mixed[:2]) is None
+    drawn = quality_against_speed(mixed)
+    assert drawn is not None
+    assert [text.get_text() for text in drawn.axes[0].get_legend().get_texts()] == ["magnitude"]
+    assert doubts(mixed) == ["Runs of flap had been stopped: their peak memory is of what was done since."]
     assert text.endswith("* overlap: at most 0.40% of the evaluated text's 13-grams stand in the training text\n")
 
 

@@ -15,13 +15,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regrow.checkpoint.load import check_length, load_tokenizer
+from regrow.checkpoint.load import check_length, load_tokenizer, pick_device
 from regrow.checkpoint.offloaded import load
 from regrow.errors import InputError
 from regrow.evaluation import perplexity as perplexity_module
 from regrow.evaluation.compare import compare
 from regrow.evaluation.generate import complete
-from regrow.evaluation.memory import measure_memory
+from regrow.evaluation.memory import Memory, measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import Rate, Speed, Speedup, measure_speed, ratios
@@ -264,7 +264,7 @@ def test_a_bigger_checkpoint_takes_more_memory(tmp_path: Path) -> None:
         model = tiny(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4)
         model.save_pretrained(tmp_path / name)
         size = measure_size(model).bytes
-        memory = measure_memory(tmp_path / name, batch=2, length=32)
+        memory = measure_memory(tmp_path / name, pick_device(), batch=2, length=32)
         peaks[name] = (size, memory.peak_bytes)
         if memory.device == "cpu":
             assert memory.peak_bytes >= size
@@ -277,7 +277,7 @@ def test_a_bigger_checkpoint_takes_more_memory(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_cannot_be_served_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"serving .*nothing.* failed: "):
-        measure_memory(tmp_path / "nothing")
+        measure_memory(tmp_path / "nothing", torch.device("cpu"))
 
 
 # Sample text
@@ -343,10 +343,16 @@ def test_what_does_not_fit_is_evaluated_all_the_same(
         alive.append(weakref.ref(model))
         return model
 
+    def served(checkpoint: Path, device: torch.device, trust_remote_code: bool) -> Memory:
+        if room == "for none":
+            raise InputError(f"serving {checkpoint} failed: torch.OutOfMemoryError")
+        return Memory(1, 1, 256, "cpu")
+
     monkeypatch.setattr("regrow.evaluation.compare.load", crowded)
+    monkeypatch.setattr("regrow.evaluation.compare.measure_memory", served)
     groups = find_groups(load(str(checkpoint), torch.device("cpu")))
     settings = {"evaluation.windows": [16], "evaluation.max_windows": 4, "evaluation.speed_batches": [1]}
-    recipe = load_recipe("loraprune", settings | {"evaluation.completions": 1, "evaluation.memory": False})
+    recipe = load_recipe("loraprune", settings | {"evaluation.completions": 1})
     heard = Hearing()
     found = compare(
         str(checkpoint), str(checkpoint), groups, Plan.whole(groups), ["one two three " * 20] * 8, "words",
@@ -356,10 +362,10 @@ def test_what_does_not_fit_is_evaluated_all_the_same(
     assert math.isfinite(told["dense"])
     assert told["dense"] == told["cut"] == pytest.approx(told["pruned"])
     assert found["size"]["dense"] == found["size"]["pruned"]
-    assert ("speed" in found) == ("speedup" in found) == (room != "for none")
+    assert ("speed" in found) == ("speedup" in found) == ("memory" in found) == (room != "for none")
     layer_by_layer = [line for line in heard.said if "layer by layer" in line]
-    assert (len(layer_by_layer), "speed is not measured" in " ".join(heard.said)) == (
-        (2, True) if room == "for none" else (0, False)
+    assert (len(layer_by_layer), sum("not measured" in line for line in heard.said)) == (
+        (2, 2) if room == "for none" else (0, 0)
     )
 
 

@@ -619,10 +619,12 @@ def test_onnxruntime_computes_the_same(even: bool, tmp_path: Path) -> None:
     from regrow.formats.onnx_graph import run_onnx
 
     model, folder = checkpoint_of("qwen3", even, tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     done = regrow.export(folder, tmp_path / "onnx", "onnx", trust_remote_code=not even)
     ids = torch.randint(0, VOCABULARY, (3, 21), generator=torch.Generator().manual_seed(5))
     assert close(run_onnx(Path(done["out"]), ids), logits(model, ids), 1e-5)
     assert load_tokenizer_of(tmp_path / "onnx")
+    assert (tmp_path / "onnx" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 def load_tokenizer_of(folder: Path) -> bool:

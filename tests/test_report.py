@@ -40,6 +40,7 @@ from regrow.report.figures import Scored, quality_charts, score_charts, smoothed
 from regrow.report.markdown import write_report
 from regrow.report.page import write_page
 from regrow.report.svg import Axis, across, upward
+from regrow.report.terminal import show
 from regrow.reuse import report
 from regrow.run import prune
 from regrow.terminal import NotedBars, TerminalProgress
@@ -224,6 +225,15 @@ def test_what_models_write_and_sources_are_called_is_text(facts: Facts) -> None:
     assert "</p><script>alert(1)</script>" in words
     assert "me/<i>tiny, pruned with lorashear" in words
     assert LONG_NAME in words
+
+
+def test_the_screen_shows_brackets_as_they_are(facts: Facts) -> None:
+    results, screen = copy.deepcopy(facts.results), StringIO()
+    results["completions"][0] |= {"prompt": "[bold]a [/quote] b", "pruned": "[i]c[/i]"}
+    results["model"] = "me/tiny[v2]"
+    show(results, Path("run"), Console(file=screen, width=200))
+    for shown in ("prompt [bold]a [/quote] b\n", "pruned [i]c[/i]\n", "me/tiny[v2] ·"):
+        assert shown in screen.getvalue()
 
 
 def test_the_figures_are_those_of_the_run(facts: Facts) -> None:

@@ -279,6 +279,12 @@ def test_memory_does_not_follow_the_size_of_a_file(name: str, tmp_path: Path, mo
     assert sum(map(len, longer)) > 1_900_000, "a run that can use more gets more"
 
 
+def test_a_large_file_of_one_line_is_read_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "FILE_CHARACTERS", 1000)
+    (tmp_path / "a.txt").write_text("words " * 500)
+    assert load_documents(str(tmp_path / "a.txt"), max_characters=10) == [("words " * 500)[:1000]]
+
+
 def test_tokens_are_made_piece_by_piece(cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     peaks = []
     for times in (2, 20):

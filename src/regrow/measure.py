@@ -24,7 +24,7 @@ from regrow.checkpoint.lock import alone_in
 from regrow.checkpoint.offloaded import load
 from regrow.criteria.registry import find_criterion
 from regrow.data.source import load_documents, split_documents
-from regrow.data.tokens import Bos, Windows, batches, make_windows
+from regrow.data.tokens import Windows, batches, make_windows
 from regrow.errors import InputError
 from regrow.evaluation.compare import local_folder, measure_perplexities
 from regrow.evaluation.memory import measure_memory
@@ -39,7 +39,7 @@ from regrow.recovery.quantised_base import check_criterion
 from regrow.report.graph import draw_graph
 from regrow.report.picture import check_picture_name, to_svg, write_picture
 from regrow.report.sensitivity import draw_sensitivity
-from regrow.settings import Lora
+from regrow.settings import Bos, Lora
 from regrow.structure.finding import find_groups
 from regrow.structure.graph import layer_graph
 from regrow.structure.groups import Groups
@@ -135,7 +135,7 @@ def bench(
     progress.stage("memory", len(models))
     memory = {}
     for name in models:
-        memory[name] = asdict(measure_memory(local_folder(name), trust_remote_code=trust_remote_code))
+        memory[name] = asdict(measure_memory(local_folder(name), where, trust_remote_code=trust_remote_code))
         progress.advance()
     first = models[0]
     return {

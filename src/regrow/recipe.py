@@ -1,4 +1,4 @@
-"""The recipe: a whole run as one validated document (its sections are in `settings.py`)."""
+"""The recipe: a whole run as one validated document (its sections are in `settings`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches

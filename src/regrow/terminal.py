@@ -69,23 +69,28 @@ class PlainProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._name, self._total, self._done = "", None, 0  # type: tuple[str, int | None, int]
-        self._began = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        """When a stage first advanced, and how far it was then: in one that goes on, what others had done."""
+        self._last = time.monotonic()
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Name the stage."""
-        self._name, self._total, self._done = name, total, 0
-        self._began = self._last = time.monotonic()
+        self._name, self._total, self._done, self._first = name, total, 0, None
+        self._last = time.monotonic()
         self.say(f"{name} …")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Every ten seconds: how far, and how long still."""
         self._done += steps
         now = time.monotonic()
+        began, before = self._first = self._first or (now, self._done)
         if now - self._last < SECONDS_BETWEEN_LINES or not self._total:
             return
         self._last = now
-        left = (now - self._began) / self._done * (self._total - self._done)
-        self.say(f"{self._name}: {self._done}/{self._total}, {left:.0f} s left{', ' + note if note else ''}")
+        parts = [f"{self._name}: {self._done}/{self._total}"]
+        if self._done > before:
+            parts.append(f"{(now - began) / (self._done - before) * (self._total - self._done):.0f} s left")
+        self.say(", ".join([*parts, note] if note else parts))
 
     def say(self, message: str) -> None:
         """Print a line."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from regrow.data.corpus import Corpus, list_sources, read_corpus
+from regrow.data.corpus import HELD_OUT, Corpus, list_sources, read_corpus
 from regrow.data.source import load_documents
 from regrow.evaluation.compare import protocol_windows
 from regrow.recipe import Recipe
@@ -51,6 +51,6 @@ def read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, own_documents:
         test, source = load_documents(data.eval_source, data.text_field, split="test"), data.eval_source
     else:
         names = ", ".join(source.source for source in list_sources(data) if source.stage == "pretrain")
-        source = f"{names} (held-out documents)"
+        source = f"{names} {HELD_OUT}"
     protocol_windows(test, tokenizer, source, recipe)  # too short a text is better found now than at the end
     return Text(corpus, test, source)

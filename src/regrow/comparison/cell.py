@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from regrow.checkpoint.files import write_json
+from regrow.checkpoint.load import pick_device
 from regrow.errors import InputError
 from regrow.evaluation.memory_probe import highest, resident
 from regrow.recipe import parse_recipe
@@ -34,12 +35,11 @@ def main(folder: Path) -> None:
     request = json.loads(folder.with_name(folder.name + ".json").read_text())
     if request["threads"]:
         torch.set_num_threads(request["threads"])
-    before = resident()
-    dense_file = folder.parents[1] / DENSE_FILE
-    prune(request["model"], folder, parse_recipe(request["recipe"]), dense_file=dense_file)
-    cost = {"peak_bytes_above_imports": highest() - before}
-    if torch.cuda.is_available():
-        cost["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+    recipe, went_on, before = parse_recipe(request["recipe"]), folder.is_dir(), resident()
+    prune(request["model"], folder, recipe, dense_file=folder.parents[1] / DENSE_FILE)
+    cost = {"peak_bytes_above_imports": highest() - before, "went_on": went_on}
+    if (device := pick_device(recipe.device)).type == "cuda":
+        cost["cuda_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     write_json(folder.with_name(folder.name + ".cost.json"), cost)
 
 

@@ -108,13 +108,18 @@ def lay_out(
         settings: `key.path` -> value, for all; a contender's own come last.
 
     Raises:
-        InputError: if a contender or a sparsity is named twice, or a recipe or setting is wrong.
+        InputError: if a contender or a sparsity is named twice, a contender's own seed or sparsity stands against
+            several, or a recipe or setting is wrong.
     """
     taking_part = [Contender.parse(label) for label in contenders]
     if len({each.label for each in taking_part}) < len(taking_part):
         raise InputError("a contender is named twice; name each once")
     if len({f"{sparsity:g}" for sparsity in sparsities}) < len(sparsities):
         raise InputError("a sparsity is named twice; name each once")
+    for each in taking_part:
+        for key, option, count in (("seed", "--seeds", seeds), ("pruning.sparsity", "--sparsity", len(sparsities))):
+            if key in each.settings and count > 1:
+                raise InputError(f"{each.label}: its {key} would be the same in {count} rounds; give {option} one only")
     cells = []
     for sparsity in sparsities:
         for seed in range(seeds):

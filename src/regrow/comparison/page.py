@@ -15,9 +15,9 @@ from regrow.comparison.table import (
     overlap_line,
     quality_table,
     task_table,
-    to_markdown,
 )
 from regrow.report.picture import to_svg
+from regrow.report.words import table
 
 READING = (
     "Mean ± standard deviation over the seeds. Δ is ln(perplexity) − ln(dense perplexity). “Cut only” is the "
@@ -45,7 +45,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     found = [Section(f"Quality: perplexity, {', '.join(rows[0].protocols)}", *quality_table(rows))]
     if rows[0].tasks:
         found.append(Section("Zero-shot tasks", *task_table(rows)))
-    note = COST + (SPEED if rows[0].speedups("decode") else "")
+    note = COST + (SPEED if any(row.speedups("decode") for row in rows) else "")
     return [*found, Section("Cost and speed", *cost_table(rows), note)]
 
 
@@ -59,8 +59,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], failed: dict[str, str])
     parts += [f"* {doubt}" for doubt in doubts(rows)]
     parts += [f"* {name} failed: {reason}" for name, reason in failed.items()]
     for section in sections(rows):
-        table = to_markdown(section.head, section.lines)
-        parts += [f"## {section.title}", *([section.note] if section.note else []), table]
+        drawn = table(section.head, section.lines, figures=True)
+        parts += [f"## {section.title}", *([section.note] if section.note else []), drawn]
     parts += ["## Measured with", *(f"* {key}: {value}" for key, value in _measured(rows, facts).items())]
     return "\n\n".join(parts) + "\n"
 

@@ -18,11 +18,13 @@ def quality_against_size(rows: Sequence[Row]) -> Figure:
 
 
 def quality_against_speed(rows: Sequence[Row]) -> Figure | None:
-    """Δ over the measured speed-up of decoding, at the smallest batch; None if speed was not measured."""
-    if not rows[0].speedups("decode"):
+    """Δ over the measured speed-up of decoding, at the first batch, of the rows that have it; None if none has."""
+    measured = [row for row in rows if row.speedups("decode")]
+    if not measured:
         return None
-    first = next(iter(rows[0].speedups("decode")))
-    return _scatter(rows, lambda row: row.speedups("decode")[first].mean, "decode speed ÷ the dense model's")
+    first = next(iter(measured[0].speedups("decode")))
+    measured = [row for row in measured if first in row.speedups("decode")]
+    return _scatter(measured, lambda row: row.speedups("decode")[first].mean, "decode speed ÷ the dense model's")
 
 
 def loss_over_runs(rows: Sequence[Row]) -> Figure:

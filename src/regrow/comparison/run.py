@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from regrow.checkpoint.files import storage_errors, write_json, write_text
+from regrow.checkpoint.load import pick_device
 from regrow.checkpoint.lock import alone_in
 from regrow.comparison.grid import Cell, lay_out, run_cells
 from regrow.comparison.page import html, markdown
@@ -117,7 +116,7 @@ def _check_any(model: str, contenders: Sequence[Recipe]) -> None:
 
 def _facts(model: str, cell: Cell, threads: int | None) -> dict[str, Any]:
     """What the figures hold for."""
-    recipe, device = cell.recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe, device = cell.recipe, pick_device(cell.recipe.device)
     return {
         "model": short_name(model),
         "text": Path(recipe.data.source).name if recipe.data.source else "written by the model itself",

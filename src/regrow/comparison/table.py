@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Row:
     @property
     def removed(self) -> dict[str, float]:
         """Shares of the units, of the blocks' parameters and of all parameters."""
-        return {key: self._mean(lambda run, key=key: run["sparsity"][key]) for key in ("units", "block", "total")}
+        shares = ("units", "block", "total")
+        return {share: statistics.mean(run["sparsity"][share] for run in self.runs) for share in shares}
 
     @property
     def protocols(self) -> list[str]:
@@ -101,15 +102,16 @@ class Row:
     def peak_bytes(self) -> Spread:
         """Peak memory: on the GPU where one was used, else of the process above its imports."""
         return self._spread(
-            lambda run: run["cost"].get("cuda_peak_bytes") or run["cost"]["peak_bytes_above_imports"],
+            lambda run: run["cost"].get("cuda_peak_bytes", run["cost"]["peak_bytes_above_imports"]),
         )
 
     def speedups(self, phase: str) -> dict[int, Spread]:
-        """Batch size -> speed of the result ÷ speed of the dense model (`prefill`, `decode`); empty if not measured."""
-        batches = [one["batch"] for one in self.runs[0].get("speedup", [])]
+        """Batch size -> speed of the result ÷ the dense model's (`prefill`, `decode`), where all runs have it."""
+        measured = [{one["batch"]: one[phase] for one in run.get("speedup", [])} for run in self.runs]
         return {
-            batch: self._spread(lambda run, number=number: run["speedup"][number][phase])
-            for number, batch in enumerate(batches)
+            batch: Spread(tuple(each[batch] for each in measured))
+            for batch in measured[0]
+            if all(batch in each for each in measured)
         }
 
     @property
@@ -117,11 +119,8 @@ class Row:
         """Largest share of the evaluated text's n-grams that the training text has too."""
         return max(float(run["overlap"]["share"]) for run in self.runs)
 
-    def _spread(self, of: Any) -> Spread:
+    def _spread(self, of: Callable[[Results], float]) -> Spread:
         return Spread(tuple(float(of(run)) for run in self.runs))
-
-    def _mean(self, of: Any) -> float:
-        return self._spread(of).mean
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
@@ -148,6 +147,8 @@ def doubts(rows: Sequence[Row]) -> list[str]:
         )
     if short := sorted({row.contender for row in rows if len(row.runs) < max(len(each.runs) for each in rows)}):
         told.append(f"Fewer seeds than others: {', '.join(short)}.")
+    if stopped := sorted({row.contender for row in rows for run in row.runs if run["cost"].get("went_on")}):
+        told.append(f"Runs of {', '.join(stopped)} had been stopped: their peak memory is of what was done since.")
     by_asked: dict[float, list[float]] = {}
     for row in rows:
         by_asked.setdefault(row.asked, []).append(row.removed["block"])
@@ -205,14 +206,15 @@ def short_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def cost_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: what each run took, and how fast its result is."""
-    batches = list(rows[0].speedups("decode"))
+    batches = list(dict.fromkeys(batch for row in rows for batch in row.speedups("decode")))
     head = ["contender", "asked", "run without evaluation, s", "peak memory, MiB", "parameters"]
     head += [f"{phase} speed-up, batch {batch}" for batch in batches for phase in ("prefill", "decode")]
     lines = []
     for row in rows:
         line = [row.contender, f"{row.asked:.0%}", row.seconds.text(0), row.peak_bytes.text(0, 2**-20)]
         line += [f"{row.parameters:,}"]
-        line += [row.speedups(phase)[batch].text() for batch in batches for phase in ("prefill", "decode")]
+        ratios = {phase: row.speedups(phase) for phase in ("prefill", "decode")}
+        line += [ratios[phase][batch].text() if batch in ratios[phase] else "" for batch in batches for phase in ratios]
         lines.append(line)
     return head, lines
 
@@ -227,12 +229,6 @@ def task_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             [row.contender, f"{row.asked:.0%}", *(f"{row.task('pruned', *names).text(1, 100)}%" for names in columns)]
         )
     return ["contender", "asked", *tasks, "mean"], lines
-
-
-def to_markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -26,6 +26,9 @@ LEAST_TOKENS = 2_000_000
 OWN_TEXT = "text by the model itself"
 """Name of the source when no text is given."""
 
+HELD_OUT = "(held-out documents)"
+"""What the name of a text ends in that was taken from the text to train on."""
+
 INSTRUCTIONS = "instructions"
 """Name of the source that `data.instructions` gives."""
 

@@ -11,17 +11,16 @@ Shapes: N windows, T tokens in a window.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from regrow.data.source import Record
-from regrow.data.tokens import Bos, Windows
+from regrow.data.tokens import Windows
 from regrow.errors import InputError
-
-Template = Literal["auto", "alpaca", "chat"]
+from regrow.settings import Bos, Template
 
 INTRODUCTION = (
     "Below is an instruction that describes a task{with_input}. "

@@ -68,7 +68,7 @@ def reweight(
 
 
 def degradation_weights(
-    initial: Sequence[float], degradation: Sequence[float], floor: float = 0.3
+    initial: Sequence[float], degradation: Sequence[float], floor: float = FLOORS["degradation"]
 ) -> tuple[float, ...]:
     """`q = (1 - floor) softmax(log p + Δ/τ) + floor p`, with p the initial shares and τ the mean of Δ.
 
@@ -85,7 +85,7 @@ def degradation_weights(
 
 
 def sheared_weights(
-    current: Sequence[float], degradation: Sequence[float], floor: float = 1e-4, rate: float = 1.0
+    current: Sequence[float], degradation: Sequence[float], floor: float = FLOORS["sheared"], rate: float = 1.0
 ) -> tuple[float, ...]:
     """Dynamic batch loading (Sheared-LLaMA, arXiv 2310.06694, Alg. 1): `w <- softmax(log w + rate · max(Δ, 0))`.
 
@@ -97,7 +97,7 @@ def sheared_weights(
 
 
 def drpruning_weights(
-    reference: Sequence[float], degradation: Sequence[float], floor: float = 0.2, radius: float = 0.05
+    reference: Sequence[float], degradation: Sequence[float], floor: float = FLOORS["drpruning"], radius: float = 0.05
 ) -> tuple[float, ...]:
     """The worst case near the reference (DRPruning, arXiv 2411.14055): the q that maximises `Σ q_i Δ_i`, subject to
     `½ Σ p_i (q_i/p_i - 1)² <= radius` and `q_i >= floor · p_i`.

@@ -18,7 +18,7 @@ Record = dict[str, Any]
 Piece = TypeVar("Piece")
 
 SEPARATOR = "<|endoftext|>"
-"""A line that parts the documents of a plain text file."""
+"""What parts the documents of a plain text file."""
 
 HUB_NAMES = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -59,7 +59,7 @@ def load_documents(
     """The documents of a source, blank ones dropped.
 
     Args:
-        source: a `.txt` file (documents parted by `<|endoftext|>` lines, else one document), a `.jsonl`,
+        source: a `.txt` file (documents parted by `<|endoftext|>`, else one document), a `.jsonl`,
             `.json` or `.parquet` file (one document per record), or a data set's name on the hub, with
             `:configuration` if it has several.
         text_field: the field of a record that holds its text.
@@ -128,7 +128,8 @@ def _from_text(path: Path, limit: int) -> list[str]:
             text = path.read_text(encoding="utf-8-sig")
         else:
             with path.open(encoding="utf-8-sig") as file:
-                text = file.read(limit).rpartition("\n")[0]
+                read = file.read(limit)
+                text = read.rpartition("\n")[0] or read  # all of it where there are no lines
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
@@ -174,7 +175,8 @@ def _hub_records(source: str, split: str) -> Iterable[Record]:
     import datasets
 
     name, _, configuration = source.partition(":")
-    repository, default, evaluation_split = HUB_NAMES.get(name, (name, None, "test"))
+    known = {HUB_NAMES[name][0]: HUB_NAMES[name] for name in HUB_NAMES} | HUB_NAMES
+    repository, default, evaluation_split = known.get(name, (name, None, "test"))
     split = evaluation_split if split == "test" else split
     records: Iterable[Record] = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
     return records

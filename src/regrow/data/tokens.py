@@ -7,7 +7,6 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from regrow.data.store import Ids, keep, name_of
 from regrow.errors import InputError
+from regrow.settings import Bos
 
-Bos = Literal["document", "once", "none"]
 DOCUMENTS_AT_ONCE = 256
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from regrow.checkpoint.files import write_text
 from regrow.errors import InputError
 
 HELD_OUT_PERCENT = 10
@@ -85,7 +86,6 @@ def standard_library_corpus() -> Corpus:
 def write_corpus(folder: Path) -> tuple[Path, Path]:
     """Write the corpus as ``train.jsonl`` and ``held_out.jsonl`` (field ``text``) into `folder`."""
     corpus = standard_library_corpus()
-    folder.mkdir(parents=True, exist_ok=True)
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
     _write_jsonl(train, corpus.train)
     _write_jsonl(held_out, corpus.held_out)
@@ -170,11 +170,4 @@ def _is_held_out(group: str) -> bool:
 
 
 def _write_jsonl(path: Path, texts: Iterable[str]) -> None:
-    """Write to a temporary neighbour first, so that `path` is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))

@@ -16,10 +16,11 @@ from regrow.checkpoint.fingerprint import checkpoint_sha256
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.save import needs_remote_code
 from regrow.data.tokens import Windows, make_windows
+from regrow.errors import InputError
 from regrow.evaluation.dense import DenseFigures
 from regrow.evaluation.generate import complete
 from regrow.evaluation.machine import machine
-from regrow.evaluation.memory import measure_memory
+from regrow.evaluation.memory import Memory, measure_memory
 from regrow.evaluation.perplexity import perplexity, window_losses
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import Speed, measure_speed, ratios
@@ -148,12 +149,8 @@ def compare(
     if wanted.speed and (speed := _speeds(folders, device, recipe, progress)):
         results["speed"] = {name: [asdict(one) for one in each] for name, each in speed.items()}
         results["speedup"] = [asdict(one) for one in ratios(speed["dense"], speed["pruned"])]
-    if wanted.memory:
-        progress.stage("memory")
-        results["memory"] = {
-            name: asdict(measure_memory(local_folder(checkpoint), trust_remote_code=own_code))
-            for name, (checkpoint, own_code) in folders.items()
-        }
+    if wanted.memory and (memory := _memories(folders, device, progress)):
+        results["memory"] = {name: asdict(each) for name, each in memory.items()}
     return results
 
 
@@ -199,6 +196,19 @@ def _speeds(
             models = {}
         torch.cuda.empty_cache()  # not before: the exception held on to what there was
     progress.say(f"speed is not measured: the models do not fit {device}")
+    return {}
+
+
+def _memories(folders: Mapping[str, tuple[str, bool]], device: torch.device, progress: Progress) -> dict[str, Memory]:
+    """Of all models, each in a process of its own; of none if one cannot be served there."""
+    progress.stage("memory")
+    try:
+        return {
+            name: measure_memory(local_folder(checkpoint), device, trust_remote_code=own_code)
+            for name, (checkpoint, own_code) in folders.items()
+        }
+    except InputError as error:
+        progress.say(f"peak memory is not measured: {error}")
     return {}
 
 

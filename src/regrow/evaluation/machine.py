@@ -35,7 +35,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     return {
         **found,
         "processes": processes,
-        "processor": _processor(),
+        "processor": processor(),
         "logical processors": os.cpu_count(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(),
@@ -50,7 +50,7 @@ def memory_in_use(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where the system tells it."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():

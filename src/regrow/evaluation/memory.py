@@ -3,11 +3,14 @@
 Not covered: several devices, and Windows, which has neither of the counters that the probe reads.
 """
 
+import gc
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from regrow.errors import InputError
 
@@ -27,19 +30,28 @@ class Memory:
     device: str
 
 
-def measure_memory(checkpoint: Path, batch: int = 1, length: int = 256, trust_remote_code: bool = False) -> Memory:
+def measure_memory(
+    checkpoint: Path, device: torch.device, batch: int = 1, length: int = 256, trust_remote_code: bool = False
+) -> Memory:
     """Load the checkpoint with stock transformers in a fresh process, let it generate, and read the peak.
 
-    The weights keep the type they were saved in; the first CUDA device is used if there is one. `length` is
-    clipped to the model's positions.
+    The weights keep the type they were saved in. `length` is clipped to the model's positions.
+
+    Args:
+        device: to serve it on, if it is a CUDA device; any other is told by what the CPU takes.
 
     Raises:
         InputError: if the process fails (with its last line of complaint) or is killed.
     """
     probe = Path(__file__).with_name("memory_probe.py")
-    command = [sys.executable, "-P", str(probe), str(checkpoint), f"--batch={batch}", f"--length={length}"]
+    where = str(device) if device.type == "cuda" else "cpu"
+    command = [sys.executable, "-P", str(probe), str(checkpoint), f"--device={where}"]
+    command += [f"--batch={batch}", f"--length={length}"]
     if trust_remote_code:
         command.append("--trust-remote-code")
+    if device.type == "cuda":  # what torch keeps for this process later is not there for the other one now
+        gc.collect()
+        torch.cuda.empty_cache()
     # -P keeps this folder off the child's path: it has file names that other packages might import.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:

@@ -19,15 +19,16 @@ def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
-    found = probe(options.checkpoint, options.batch, options.length, options.trust_remote_code)
+    found = probe(options.checkpoint, options.device, options.batch, options.length, options.trust_remote_code)
     print(json.dumps(found))
 
 
-def probe(checkpoint: Path, batch: int, length: int, trust_remote_code: bool) -> dict[str, Any]:
+def probe(checkpoint: Path, device: torch.device, batch: int, length: int, trust_remote_code: bool) -> dict[str, Any]:
     """Load, generate the last tokens of `batch` sequences of `length` tokens, and read the peak in bytes."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
@@ -35,7 +36,6 @@ def probe(checkpoint: Path, batch: int, length: int, trust_remote_code: bool) ->
     length = min(length, getattr(text_config, "max_position_embeddings", length))
     with torch.device("meta"):  # imports the model's code, which is not the checkpoint's to answer for
         AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     before = resident()
 
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=trust_remote_code)
@@ -54,8 +54,8 @@ def probe(checkpoint: Path, batch: int, length: int, trust_remote_code: bool) ->
         pad_token_id=0,
     )
 
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else highest() - before
-    return {"peak_bytes": peak, "batch": batch, "length": prompt + NEW_TOKENS, "device": device}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else highest() - before
+    return {"peak_bytes": peak, "batch": batch, "length": prompt + NEW_TOKENS, "device": device.type}
 
 
 def resident() -> int:

@@ -4,7 +4,6 @@ The graph is the whole model on a text at once: token ids [batch, sequence] to l
 both axes free, no KV cache. Texts of a batch that are shorter than the others are padded on the right.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import check_new, new_folder
 from regrow.errors import InputError
+from regrow.formats.source import copy_companions
 
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit (at least 1)."""
@@ -74,8 +74,7 @@ def write_onnx(model: PreTrainedModel, source: Path, out: Path) -> Graph:
             difference = max(difference, float((got - expected).abs().max()))
         if difference > TOLERANCE * max(1.0, float(expected.abs().max())):
             raise InputError(f"onnxruntime's logits differ by {difference:.2g} from those of {source}; nothing written")
-        for tokens in source.glob("*token*"):
-            shutil.copyfile(tokens, partial / tokens.name)
+        copy_companions(source, partial)
     return Graph(out / "model.onnx", difference)
 
 

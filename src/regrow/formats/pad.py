@@ -7,7 +7,6 @@ nothing through: padding changes no logit but for the order in which a sum is ta
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -23,13 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from regrow.checkpoint.files import check_new, new_folder, write_json
 from regrow.checkpoint.source import stored_form
 from regrow.errors import InputError
-from regrow.formats.source import LAYER, WIDTH_KEYS, Checkpoint, LayerWidths, layer_of
+from regrow.formats.source import LAYER, WIDTH_KEYS, Checkpoint, LayerWidths, copy_companions, layer_of
 
 OUTPUT_AXES = {"q_proj": "queries", "k_proj": "keys", "v_proj": "keys", "gate_proj": "channels", "up_proj": "channels"}
 """Linears whose output axis is as wide as the layer, and which of its widths that is."""
 INPUT_AXES = {"o_proj": "queries", "down_proj": "channels"}
 """Linears whose input axis is."""
-COPIED = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
 SHARD_SIZE = "5GB"
 
 
@@ -61,8 +59,7 @@ def pad_checkpoint(source: Checkpoint, out: Path, multiple: int = 1) -> LayerWid
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(partial / "model.safetensors.index.json", index)
         write_json(partial / "config.json", described)
-        for file in {file for pattern in COPIED for file in source.folder.glob(pattern)}:
-            shutil.copyfile(file, partial / file.name)
+        copy_companions(source.folder, partial)
     return wide
 
 

@@ -1,6 +1,7 @@
 """A checkpoint folder, read tensor by tensor; nothing in it is run."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ FLOATS = ("F32", "F16", "BF16")
 """As safetensors names them."""
 WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """Where the config of every family that is exported has its widths."""
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab.json", "merges.txt",
+    "generation_config.json",
+)  # fmt: skip
+"""What lies beside the weights of a checkpoint and holds for them in any format: patterns of file names."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -31,6 +37,12 @@ class LayerWidths:
     def queries(self) -> int:
         """Query heads per KV head."""
         return self.heads // self.kv_heads if self.kv_heads else 0
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Tokenizer, chat template and settings of generation, as they are."""
+    for file in {file for pattern in COMPANIONS for file in source.glob(pattern)}:
+        shutil.copyfile(file, out / file.name)
 
 
 class Checkpoint:

@@ -1,1 +1,1 @@
-"""Results for people: a Markdown report and the checkpoint's model card (floor 3)."""
+"""Results for people: reports (page, Markdown, terminal), pictures, the checkpoint's model card (floor 3)."""

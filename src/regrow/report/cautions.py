@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from regrow.data.corpus import HELD_OUT
 from regrow.report.words import short_count
 
 MUCH_WORSE = 1.5
@@ -66,7 +67,7 @@ def _text(results: dict[str, Any]) -> Iterator[str]:
         )
     elif own:
         yield "No text was given: the model was trained on text that it wrote itself."
-    elif measured["source"].endswith("(held-out documents)"):
+    elif measured["source"].endswith(HELD_OUT):
         yield (
             "It was evaluated on documents held out of the text that it was trained on: other kinds of text may have "
             "suffered more."

@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from regrow.report.markdown import own_text_line, target_line
-from regrow.report.words import plain, short_name
+from regrow.report.markdown import asked_lines
+from regrow.report.words import figure, plain, quoted, short_name
 
 
 def show(results: dict[str, Any], folder: Path, console: Console) -> None:
     """Before and after, a completion of each model, and where everything lies."""
     title = f"{short_name(results['model'])} · {results['recipe']}"
-    table = Table("", "dense", "cut", "pruned and recovered", title=title)
+    table = Table("", "dense", "cut", "pruned and recovered", title=escape(title))
     quality, size = results["perplexity"], results["size"]
     for name in quality["dense"]:
-        table.add_row(f"perplexity, {name}", *(f"{quality[kind][name]['value']:.2f}" for kind in quality))
+        table.add_row(f"perplexity, {name}", *(figure(quality[kind][name]["value"], ".2f") for kind in quality))
     table.add_row("parameters", f"{size['dense']['total']:,}", "", f"{size['pruned']['total']:,}")
     table.add_row(
         "multiply-accumulates a token",
@@ -34,27 +35,22 @@ def show(results: dict[str, Any], folder: Path, console: Console) -> None:
             for phase in ("prefill", "decode"):
                 label = f"{phase} tokens/s, batch {dense['batch']}"
                 table.add_row(label, f"{dense[phase]['median']:,.0f}", "", f"{pruned[phase]['median']:,.0f}")
-    console.print(table)
+    console.print(table, markup=False)
     sparsity = results["sparsity"]
     console.print(
         f"removed {sparsity['units']:.2%} of the units, {sparsity['block']:.2%} of the block parameters, "
         f"{sparsity['total']:.2%} of all parameters"
     )
-    for key, tell in (("target", target_line), ("own_text", own_text_line)):
-        if key in results:
-            console.print(plain(tell(results[key])), markup=False, highlight=False)
+    for line in asked_lines(results):
+        console.print(plain(line), markup=False, highlight=False)
     for item in results["completions"]:
-        console.print(f"\n[b]prompt[/b] {_one_line(item['prompt'])}")
-        for kind in ("dense", "cut", "pruned"):
+        console.print()
+        for kind in ("prompt", "dense", "cut", "pruned"):
             console.print(f"[b]{kind}[/b] ", end="")
-            console.print(_one_line(item[kind]), markup=False, highlight=False)
+            console.print(quoted(item[kind]), markup=False, highlight=False)
     console.print(
         f"\ncheckpoint {folder / 'model'}\nreport     {folder / 'report.html'}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -56,7 +56,11 @@ def plain(text: str) -> str:
     return text.replace("**", "").replace("`", "")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures: bool = False) -> str:
+    """A table in Markdown.
+
+    Args:
+        figures: all columns but the first are, and stand to the right.
+    """
+    lines = [head, ["---", *(["---:" if figures else "---"] * (len(head) - 1))], *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

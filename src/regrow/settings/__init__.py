@@ -3,7 +3,7 @@
 Every field documents itself once; that text is what `regrow recipes --explain` and the docs show.
 """
 
-from regrow.settings.base import MixtureRule, Section, Stage
+from regrow.settings.base import Bos, MixtureRule, Section, Stage, Template
 from regrow.settings.data import Data, Generate, TextSource
 from regrow.settings.output import Evaluation, Output
 from regrow.settings.pruning import Analysis, Compensation, Lora, Pruning, Search
@@ -11,6 +11,7 @@ from regrow.settings.training import Distillation, Recovery, Training
 
 __all__ = [
     "Analysis",
+    "Bos",
     "Compensation",
     "Data",
     "Distillation",
@@ -24,6 +25,7 @@ __all__ = [
     "Search",
     "Section",
     "Stage",
+    "Template",
     "TextSource",
     "Training",
 ]

@@ -9,6 +9,8 @@ TrialShare = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]
 Stage = Literal["pretrain", "instruct"]
+Bos = Literal["document", "once", "none"]
+Template = Literal["auto", "alpaca", "chat"]
 MixtureRule = Literal["fixed", "degradation", "sheared", "drpruning"]
 
 

@@ -1,10 +1,8 @@
 """Where the text comes from."""
 
-from typing import Literal
-
 from pydantic import Field
 
-from regrow.settings.base import Count, Length, Section, Share, Stage
+from regrow.settings.base import Bos, Count, Length, Section, Share, Stage, Template
 
 
 class TextSource(Section):
@@ -41,7 +39,7 @@ class Data(Section):
         description="Instructions to train on after the text, responses only: a .jsonl, .json or .parquet file or a "
         "data set on the hub, of records with instruction, input and output, or with messages.",
     )
-    template: Literal["auto", "alpaca", "chat"] = Field(
+    template: Template = Field(
         default="auto",
         description="How instructions become text. alpaca: the Alpaca prompt. chat: the tokenizer's chat template. "
         "auto: chat if the tokenizer has one.",
@@ -57,7 +55,7 @@ class Data(Section):
         description="Share of the documents of each source held out for the validation loss.",
     )
     sequence_length: int = Field(default=256, ge=8, description="Tokens in a training window.")
-    bos: Literal["document", "once", "none"] = Field(
+    bos: Bos = Field(
         default="document",
         description="Where the tokenizer's BOS goes: before each document, once at the start of the text, nowhere.",
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from regrow.settings.base import Count, Length, Section
+from regrow.settings.base import Bos, Count, Length, Section
 
 
 class Evaluation(Section):
@@ -13,9 +13,7 @@ class Evaluation(Section):
     windows: tuple[Length, ...] = Field(
         default=(256,), min_length=1, description="Perplexity's window lengths; 128 and 2048 are the literature's."
     )
-    bos: Literal["document", "once", "none"] = Field(
-        default="document", description="Where BOS goes in the text evaluated."
-    )
+    bos: Bos = Field(default="document", description="Where BOS goes in the text evaluated.")
     max_windows: Count | None = Field(
         default=None, description="Evaluate at most so many windows; null: all of the text."
     )
