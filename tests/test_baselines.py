@@ -243,6 +243,7 @@ def test_probes_measure_the_slope_along_what_they_would_add(plain) -> None:
         exact = sum(float((gradients[name] * z[name]).sum()) for name in groups.linears)
         assert slope == pytest.approx(exact, rel=1e-2, abs=1e-3)
     name = groups.linears[0]
+    assert not torch.equal(*(probes.direction(name, each, model.device) for each in (seed, other)))
     terms = (slope * probes.direction(name, s, model.device) for s, slope in ((seed, first), (other, second)))
     torch.testing.assert_close(probes.gradient(name), sum(terms) / 2)
     with probes.perturbed(seed, 0.1):

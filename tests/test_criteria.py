@@ -165,6 +165,13 @@ def backward(model, gates: Gates, scorer: Scorer, seed: int = 0) -> None:
         language_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
 
 
+def test_a_closed_scorer_holds_no_moments_of_inputs() -> None:
+    scorer = scorer_for("obs")[-1]
+    assert scorer._inputs
+    scorer.close()
+    assert not scorer._inputs
+
+
 @pytest.mark.parametrize("name", sorted(CRITERIA))
 def test_every_criterion_scores_every_unit(name: str) -> None:
     model, groups, gates, scorer = scorer_for(name)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regrow
+from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus, Source
 from regrow.data.tokens import Batch, Windows, batches
 from regrow.errors import InputError
@@ -405,6 +406,27 @@ def test_layers_are_matched_by_their_numbers() -> None:
         terms = objective.loss(learner.model, batch, lesson)[1]
     assert number(terms["hidden"]) == pytest.approx(number(hidden_distance(left, lesson.hidden[1:])))
     assert number(terms["hidden"]) != pytest.approx(wanted)
+
+
+def test_a_layer_that_is_closed_is_matched_no_more_than_one_that_is_gone() -> None:
+    first = []
+    for teacher in ("model", "self"):
+        settings = {
+            "training.steps": 1, "training.batch_size": 2, "lora.dropout": 0.0, "pruning.calibration_batches": 2,
+            "distillation.weight": 0.0, "distillation.hidden_weight": 1.0, "distillation.teacher": teacher,
+            "pruning.sparsity": 0.5, "pruning.kinds": ["layer"],
+        }  # fmt: skip
+        model = build("llama-gqa")
+        with_lora(model, fill=False)
+        text = Corpus((Source("text", "pretrain", 1.0, random_text(20, 10), random_text(4, 10)),))
+        done = train(
+            model, prunable_groups(model), load_recipe("shortgpt", settings), text, Silent(),
+            teacher_folder=Path("unused"), on_cut=lambda event: None, on_validation=lambda history: None,
+        )  # fmt: skip
+        assert len(done.plan.removed_layers) == 1
+        first.append(done.history.steps[0])
+    assert first[1]["hidden"] == pytest.approx(first[0]["hidden"], abs=1e-6)
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"])
 
 
 def gradients_of(learner: Learner) -> list[torch.Tensor]:

@@ -591,6 +591,26 @@ def test_shares_follow_what_the_losses_are_foretold_to_come_to() -> None:
     assert len(state.seen) == 19
 
 
+def test_what_is_gated_off_counts_as_removed_where_shares_are_found() -> None:
+    """DRPruning foretells losses once something is removed, be it cut (a teacher on disk) or closed (`self`)."""
+    rounds = []
+    for teacher in ("auto", "self"):
+        settings = {
+            "training.steps": 16, "training.batch_size": 2, "training.eval_interval": 100, "lora.dropout": 0.0,
+            "recovery.interval": 1, "recovery.mixture": "drpruning", "pruning.sparsity": 0.5,
+            "distillation.weight": 0.5, "distillation.teacher": teacher,
+        }  # fmt: skip
+        model = build("llama-gqa")
+        done = train(
+            model, with_lora(model, fill=False), load_recipe("magnitude", settings), corpus("pretrain", "pretrain"),
+            Silent(), teacher_folder=Path("unused"), on_cut=lambda event: None, on_validation=lambda history: None,
+        )  # fmt: skip
+        rounds.append(done.history.mixture)
+    assert sum("foretold" in each for each in rounds[0]) == sum("foretold" in each for each in rounds[1]) > 0
+    for cut, closed in zip(*rounds, strict=True):
+        assert closed["weights"] == pytest.approx(cut["weights"], rel=1e-3)
+
+
 def test_nothing_is_foretold_above_what_has_been_seen() -> None:
     losses = Losses(1.0, 1.0)
     mix = mix_of(corpus("pretrain", "pretrain"), losses, steps=80, mixture="drpruning")

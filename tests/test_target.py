@@ -637,6 +637,22 @@ def test_a_run_for_perplexity(checkpoint: Path, text: Path, tmp_path: Path, monk
         run(checkpoint, text, tmp_path / "out", fresh=True, lora__rank=3, **given, **asked)
 
 
+def test_a_trial_chooses_by_joint_damage_where_the_run_would(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores known from the forecast do not take the place of the batches' own, which interactions want."""
+
+    def choose(*given: object) -> None:
+        raise StopIteration
+
+    monkeypatch.setattr("regrow.recovery.pruner.least_joint_damage", choose)
+    with pytest.raises(StopIteration):
+        run(
+            checkpoint, text, tmp_path, "magnitude", 1, pruning__criterion="gate-fisher", pruning__interactions=2,
+            pruning__target="perplexity=+900%", pruning__target_trials=1,
+        )  # fmt: skip
+
+
 @pytest.mark.usefixtures("lean")
 def test_no_trial_holds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(regrow.InputError, match=r"none of 1 trials holds it; the best is validation perplexity \d+"):

@@ -148,7 +148,7 @@ class Aim:
         predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, seconds, known, prior)
         share = self.journal.once("sparsity", predicted)  # a run that goes on elsewhere has another latency table
         self.progress.say(f"{self.target.text}: sparsity {share:.4f} by the latency table")
-        return recipe.with_sparsity(share), scores if recipe.pruning.schedule == "one-shot" else None
+        return recipe.with_sparsity(share), None if recipe.pruning.scores_anew else scores
 
     def allows(self, recipe: Recipe, groups: Groups) -> Allows:
         """What a search has to mind: a model that has lost so much is, by the latency table, as fast as asked.

@@ -105,7 +105,7 @@ class Trials:
         )  # fmt: skip
         release(model)
         search, trials = Search(dense, math.log(most), [(share, loss) for share, loss in curve]), list[Trial]()
-        known = scores if recipe.pruning.schedule == "one-shot" else None
+        known = None if recipe.pruning.scores_anew else scores
         while len(trials) < recipe.pruning.target_trials and (share := search.propose()) is not None:
             folder = self._folder(len(trials))
             loss = self._trial(folder, share, dense, known, fresh, train_into)

@@ -42,6 +42,8 @@ class Objective:
         self.teacher = teacher
         self.layers = layers
         self.layer_numbers = layer_numbers
+        self.closed: frozenset[int] = frozenset()
+        """Decoder layers that are there but compute nothing any more, by their numbers in the teacher."""
         self._steps: Counter[str] = Counter()
         self._seconds = 0.0
         self._bytes = 0
@@ -81,7 +83,9 @@ class Objective:
         terms = {"ce": ce, "kl": kl}
         if self.layers is not None:
             numbers = range(len(hidden)) if self.layer_numbers is None else self.layer_numbers
-            distance = hidden_distance(hidden, [lesson.hidden[number] for number in numbers], batch.scored_BT)
+            open_ = [place for place, number in enumerate(numbers) if number not in self.closed]
+            taught = [lesson.hidden[numbers[place]] for place in open_]
+            distance = hidden_distance([hidden[place] for place in open_], taught, batch.scored_BT)
             loss = loss + settings.hidden_weight * distance
             terms["hidden"] = distance.detach()
         return loss, terms

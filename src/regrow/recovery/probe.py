@@ -97,7 +97,7 @@ class Probes:
 
     def direction(self, name: str, seed: int, device: torch.device) -> Tensor:
         """`z` of one linear, float32 `[out, in]`; the same on every device."""
-        chance = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+        chance = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         return torch.randn(linear_shape(self.linears[name]), generator=chance).to(device)
 
     def gradient(self, name: str) -> Tensor:

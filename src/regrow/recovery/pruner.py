@@ -229,6 +229,7 @@ class Pruner:
         else:
             self._fade(0.0)
             self.settled_plan = self.plan
+            self.learner.objective.closed = frozenset(self.plan.removed_layers)
             self._half_space = None
 
     def finish(self) -> None:
@@ -272,6 +273,7 @@ class Pruner:
             self.plan = cut_plan
             self._cut()
         self.plan, self.settled_plan = plan, settled_plan
+        self.learner.objective.closed = frozenset(settled_plan.removed_layers)
         self._fading = own.under("fading")
         for name, value in own.under("gates").items():
             self.gates.set(name, value)

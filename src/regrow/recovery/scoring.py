@@ -85,6 +85,7 @@ class Scorer:
     def close(self) -> None:
         """Leave the model as it was found."""
         self._require_weight_gradients([], False)
+        self._inputs = {}
 
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""

@@ -253,7 +253,7 @@ class Loop:
                     self.progress.say(f"step {step}: update skipped, the loss ({loss:.3g}) or a gradient is not finite")
                 seconds = round(time.perf_counter() - began, 3)
                 self.history.steps.append({"step": step, "loss": loss, **self.learner.terms, "seconds": seconds})
-                self._tell(step, loss, pruner.cut_plan.sparsity.block)
+                self._tell(step, loss, pruner.settled_plan.sparsity.block)
 
     def _prepare(self, step: int, pruner: Pruner) -> bool:
         """Whatever comes before a step; whether training goes on."""
@@ -263,7 +263,7 @@ class Loop:
             self._go_over(step, pruner)
         # The last stage, like the patience, ends no earlier than the model is its true self.
         waits = self.originals is not None and step in self.mix.stages[-1].steps
-        removed, aim = pruner.cut_plan.sparsity.block, self.recipe.pruning.sparsity
+        removed, aim = pruner.settled_plan.sparsity.block, self.recipe.pruning.sparsity
         self.mix.before_step(step, pruner.finished and not waits, removed, aim)
         self._track_rounds()
         return not self._has_ended(step, pruner)

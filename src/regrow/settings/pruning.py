@@ -141,6 +141,11 @@ class Pruning(Section):
         default=0.9, ge=0, lt=1, description="Decay of the scores' moving average; null: plain mean."
     )
 
+    @property
+    def scores_anew(self) -> bool:
+        """Whether a choice needs more than scores that were taken before: later ones, or those of every batch."""
+        return self.schedule != "one-shot" or self.interactions > 1
+
 
 class Analysis(Section):
     """How sensitive each layer is, measured before anything is cut."""
