@@ -239,6 +239,17 @@ def test_a_criterion_of_ones_own(tmp_path) -> None:
     assert criterion.score(evidence).tolist() == [1.0, 2.0]
 
 
+def test_a_criterions_file_may_hold_what_python_may_hold(tmp_path) -> None:
+    file = tmp_path / "random.py"  # no other module of that name is in its way, nor is it in theirs
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport random\n\n"
+        "@dataclass\nclass Weight:\n    by: float\n\n"
+        "def one(evidence):\n    return Weight(random.choice([2.0])).by * evidence.gate.mean\n"
+    )
+    evidence = Evidence("g", "ffn", 2, (), GateMoments(torch.tensor([2.0, -4.0]), torch.ones(2), 2))
+    assert find_criterion(f"{file}:one").score(evidence).tolist() == [2.0, -4.0]
+
+
 def test_a_criterion_that_gives_too_few_scores_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def short(evidence):\n    import torch\n    return torch.zeros(1)\n")

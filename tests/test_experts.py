@@ -296,21 +296,33 @@ def test_experts_and_hidden_channels_reach_a_target_together(kinds: tuple[str, .
 
 
 def test_how_many_experts_go_by_hand(mixtral: Groups) -> None:
-    """Counted, their share rounded; else one more in every layer until they bring enough. Two of four have to stay."""
+    """Counted: their share, rounded up; else one more in every layer until it is enough. Two of four have to stay."""
     nothing = {group.name: 0 for group in mixtral}
 
     def offered(wanted: int, **settings: object) -> list[set[int]]:
         pruning = Pruning(kinds=("expert", "ffn"), **settings)
         return [set(each.values()) for each in expert_choices(mixtral, nothing, pruning, frozenset(), wanted)]
 
-    for sparsity, count in ((0.1, 0), (0.3, 1), (0.4, 2), (0.5, 2), (0.9, 2)):
+    for sparsity, count in ((0.1, 1), (0.25, 1), (0.3, 2), (0.5, 2)):
         assert offered(10**9, basis="units", sparsity=sparsity) == [{count}]
+    with pytest.raises(InputError, match=r"at most 2 of 4 experts may go in each layer; use at most 0\.5"):
+        offered(10**9, basis="units", sparsity=0.51)
     one = len(mixtral.layers) * expert_price(mixtral, 0)
     assert [len(offered(wanted)) - 1 for wanted in (0, 1, one, one + 1, 9 * one)] == [0, 1, 1, 2, 2]
     assert offered(9 * one) == [{0}, {1}, {2}]
     assert expert_price(mixtral, 0) == mixtral.residual.units * (1 + 3 * mixtral.by_name("layers.0.expert0.ffn").units)
     assert offered(9 * one, cap=0.3) == [{0}, {1}]
     assert offered(9 * one, floor=0.6) == [{0}, {1}]
+
+
+def test_experts_are_counted_whatever_share_of_the_layers_that_would_be() -> None:
+    """Of so many layers a third is a whole one, which may not go."""
+    config = build("Mixtral").config
+    config.num_hidden_layers = 4
+    groups = find_groups(AutoModelForCausalLM.from_config(config))
+    pruning = Pruning(kinds=("expert",), basis="units", sparsity=0.4)
+    plan = choose(groups, Plan.whole(groups), some_scores(groups), pruning)
+    assert [len(plan.groups[f"layers.{n}.expert"].keep) for n in range(4)] == [2] * 4
 
 
 def test_folded_channels_are_the_worst_of_every_expert_that_stays() -> None:

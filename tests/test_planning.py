@@ -104,6 +104,17 @@ def test_global_takes_the_cheapest_damage_wherever_it_is() -> None:
     assert len(plan.groups["layers.1.ffn"].keep) == 30
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "most"), [("cap", 0.57, 57), ("cap", 0.29, 29), ("floor", 0.07, 93), ("floor", 0.55, 45)]
+)
+def test_limits_are_not_a_unit_off_by_what_floats_round(name: str, share: float, most: int) -> None:
+    groups = groups_of("llama-gqa")
+    ffn = replace(groups.by_name("layers.0.ffn"), units=100)
+    pruning = Pruning(shape="free", **{name: share})
+    (only,) = demands(replace(groups, groups=(ffn,)), {ffn.name: 0}, pruning, frozenset())
+    assert only.limit == {ffn.name: most}
+
+
 def test_of_two_that_multiples_bring_the_one_whose_next_is_worth_more_gets_them_back() -> None:
     """One channel of each of two layers goes; whole pairs: both of the layer whose second is worth less."""
     groups = groups_of("llama-gqa")

@@ -22,6 +22,7 @@ from regrow.checkpoint.peft_folder import Adapter
 from regrow.checkpoint.shape import describe, pruned_config
 from regrow.checkpoint.stock import prunable_groups
 from regrow.criteria.registry import find_criterion
+from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import check_reach, choose
@@ -397,7 +398,13 @@ ALL = ["attention", "ffn", "hidden"]
 PLAIN = {"distillation.weight": 0.0, "compensation.method": "none", "search.evaluations": 0, "search.judge_windows": 4}
 
 
-@pytest.mark.parametrize("name", ["magnitude", "taylor", "lhspg", "lora", "gate-fisher", "random"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "magnitude", "taylor", "lhspg", "lora", "gate-fisher", "random", "wanda", "wanda-norm", "flap", "mini-llm",
+        "taylor-second", "taylor-mix",
+    ],
+)  # fmt: skip
 def test_criteria_score_hidden_channels_and_leave_the_weights_alone(name: str, traced) -> None:
     """A head without an adapter is no copy of anything: what works in place on it would be a change to the model."""
     model, groups = copy.deepcopy(traced[0]), traced[1]
@@ -408,6 +415,7 @@ def test_criteria_score_hidden_channels_and_leave_the_weights_alone(name: str, t
         scorer = Scorer(model, plan, gates, criterion, None, seed=0, hidden=True)
         scorer.watch(groups)
         model.model.embed_tokens.weight.requires_grad_(True)  # in the place of an adapter
+        scorer.look(Batch(IDS))
         with scorer.recording(1.0):
             model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         head = model.lm_head.weight.grad

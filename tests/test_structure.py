@@ -440,6 +440,21 @@ def test_reductions_by_hand() -> None:
         assert [facet is wanted for facet, wanted in zip(averaged, (alone, mixed), strict=True)] == [True] * 2
 
 
+def test_channels_that_a_softmax_normalises_go_together_or_not_at_all() -> None:
+    class SoftFFN(torch.nn.Module):
+        def __init__(self, ffn: torch.nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.gate_proj(x).softmax(-1) * self.up_proj(x))
+
+    model = build("llama-gqa")
+    for layer in model.model.layers:
+        layer.mlp = SoftFFN(layer.mlp)
+    assert {group.kind: group.units for group in find_groups(model)} == {"attention": 3, "ffn": 1}
+
+
 def test_heads_are_seen_behind_values_that_are_clipped_in_place() -> None:
     few = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     config = OlmoConfig(**few, num_attention_heads=4, num_key_value_heads=2, clip_qkv=8.0)

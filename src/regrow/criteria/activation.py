@@ -60,17 +60,13 @@ def mini_llm(evidence: Evidence) -> Float[Tensor, " units"]:
 
 def _wanda_columns(linear: Linear) -> Float[Tensor, " in"]:
     assert linear.inputs is not None
-    total = torch.zeros(linear.weight.shape[1], device=linear.weight.device)
-    for rows in linear.row_blocks():
-        total += linear.effective_weight(rows).abs_().sum(0)
+    total = linear.per_position(lambda rows: linear.effective_weight(rows).abs_())
     return total / len(linear.weight) * linear.inputs.norm_C
 
 
 def _fluctuation(linear: Linear) -> Float[Tensor, " in"]:
     assert linear.inputs is not None
-    total = torch.zeros(linear.weight.shape[1], device=linear.weight.device)
-    for rows in linear.row_blocks():
-        total += linear.effective_weight(rows).square_().sum(0)
+    total = linear.per_position(lambda rows: linear.effective_weight(rows).square_())
     return total * linear.inputs.variance_C
 
 

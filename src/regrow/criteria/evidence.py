@@ -76,14 +76,18 @@ class Linear:
 
     def sum_over_units(self, entries: Callable[[slice], Float[Tensor, "rows in"]]) -> Float[Tensor, " units"]:
         """Sum a value per entry of the weight, given some rows at a time, over all that each unit owns; on the CPU."""
-        per_position = torch.zeros(self.weight.shape[self.axis], device=self.weight.device)
+        return self.per_unit(self.per_position(entries))
+
+    def per_position(self, entries: Callable[[slice], Float[Tensor, "rows in"]]) -> Float[Tensor, " positions"]:
+        """The same over each row (axis 0) or column (axis 1), where the weight is."""
+        total = torch.zeros(self.weight.shape[self.axis], device=self.weight.device)
         for rows in self.row_blocks():
             values = entries(rows)
             if self.axis == 0:
-                per_position[rows] = values.sum(1)
+                total[rows] = values.sum(1)
             else:
-                per_position += values.sum(0)
-        return self.per_unit(per_position)
+                total += values.sum(0)
+        return total
 
     def per_unit(self, per_position: Float[Tensor, " positions"]) -> Float[Tensor, " units"]:
         """Sum a value per row (axis 0) or column (axis 1) over each unit's positions; on the CPU, as gates' moments."""

@@ -44,12 +44,9 @@ def _sum_over_units(linear: Linear, squared: bool) -> Float[Tensor, " units"]:
     a, b, grad_a, grad_b = linear.lora_a, linear.lora_b, linear.lora_a_grad, linear.lora_b_grad
     if a is None or b is None or grad_a is None or grad_b is None:
         return torch.zeros(len(linear.positions))
-    per_position = torch.zeros(linear.weight.shape[linear.axis], device=linear.weight.device)
-    for rows in linear.row_blocks():
+
+    def entries(rows: slice) -> Float[Tensor, "rows in"]:
         product = lora_gradient(a, b[rows], grad_a, grad_b[rows]).mul_(linear.effective_weight(rows))
-        product = product.square_() if squared else product.abs_()
-        if linear.axis == 0:
-            per_position[rows] = product.sum(1)
-        else:
-            per_position += product.sum(0)
-    return linear.per_unit(per_position)
+        return product.square_() if squared else product.abs_()
+
+    return linear.sum_over_units(entries)

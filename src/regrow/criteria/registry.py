@@ -1,6 +1,7 @@
 """Criteria by name, and a user's own by file."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -172,10 +173,11 @@ def find_criterion(name: str) -> Criterion:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"criterion {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"regrow_criterion_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"criterion {name!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

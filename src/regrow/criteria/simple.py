@@ -1,10 +1,12 @@
 """Scores that look at no data: the floor that every other criterion has to beat."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regrow.criteria.evidence import Evidence
+from regrow.criteria.evidence import Evidence, Linear
 
 
 def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
@@ -15,15 +17,12 @@ def magnitude(evidence: Evidence) -> Float[Tensor, " units"]:
     """
     total = torch.zeros(evidence.units)
     for linear in evidence.consumers or evidence.linears:
-        per_position = torch.zeros(linear.weight.shape[linear.axis], device=linear.weight.device)
-        for rows in linear.row_blocks():
-            squares = linear.effective_weight(rows).square_()
-            if linear.axis == 0:
-                per_position[rows] = squares.sum(1)
-            else:
-                per_position += squares.sum(0)
-        total += linear.per_unit(per_position)
+        total += linear.sum_over_units(partial(_squares, linear))
     return total.sqrt_()
+
+
+def _squares(linear: Linear, rows: slice) -> Float[Tensor, "rows in"]:
+    return linear.effective_weight(rows).square_()
 
 
 def random(evidence: Evidence) -> Float[Tensor, " units"]:

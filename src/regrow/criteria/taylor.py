@@ -1,5 +1,7 @@
 """LLM-Pruner: Taylor scores from true gradients of the weights (arXiv 2305.11627)."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -46,11 +48,4 @@ def _second(linear: Linear, rows: slice) -> Float[Tensor, "rows in"]:
 
 
 def _summed_in_rows(linear: Linear) -> Float[Tensor, " units"]:
-    per_position = torch.zeros(linear.weight.shape[linear.axis], device=linear.weight.device)
-    for rows in linear.row_blocks():
-        product = _first(linear, rows)
-        if linear.axis == 0:
-            per_position[rows] = product.sum(1)
-        else:
-            per_position += product.sum(0)
-    return linear.per_unit(per_position.abs_())
+    return linear.per_unit(linear.per_position(partial(_first, linear)).abs_())

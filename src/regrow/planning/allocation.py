@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from regrow.errors import InputError
+from regrow.planning.counts import Counts
 from regrow.planning.curves import by_curves, measured_damage
-from regrow.planning.demand import Counts, Demand, demands, kernel_multiple, out_of_reach, settle_counts
+from regrow.planning.demand import Demand, demands, kernel_multiple, out_of_reach, settle_counts
 from regrow.planning.depth import emptied_layers, layer_choices, layer_damage, least_damaging
 from regrow.planning.experts import (
     expert_choices,
@@ -203,7 +204,8 @@ def _ways(
                 damage = _total_damage(folded, before, counts, given) + besides
                 ways.append(Candidate(tuple(sorted(layers)), unfold(groups, counts, experts), damage, exact))
     if not ways and short:
-        raise out_of_reach(groups, short[0], layers, pruning)
+        tightest = min(short, key=lambda demand: (demand.by_layers + demand.within()) / demand.whole)
+        raise out_of_reach(groups, tightest, layers, pruning)
     if not ways:
         multiple = pruning.multiple or max(
             (kernel_multiple(group.units) for group in groups if group.kind.startswith("ffn")), default=1

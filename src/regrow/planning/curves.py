@@ -8,7 +8,8 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
-from regrow.planning.demand import Counts, Demand, settle_counts
+from regrow.planning.counts import Counts
+from regrow.planning.demand import Demand, settle_counts
 from regrow.planning.sensitivity import Curve, Prior
 from regrow.structure.groups import Group
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from regrow.errors import InputError
+from regrow.planning.counts import Counts, at_least, at_most
 from regrow.planning.depth import layer_choices, layer_price, layers_wanted, outer_layers
 from regrow.planning.experts import expert_choices, expert_limit, experts_bring, fold
 from regrow.planning.sensitivity import Prior
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
-
-Counts = dict[str, int]
-"""Group name -> units removed of the original ones; all of them in a layer that goes whole."""
 
 UNIT_NAMES = {
     "attention": "KV heads",
@@ -165,7 +163,7 @@ def demands(
     free = tuple(replace(g, widths=None) for g in free) if pruning.shape == "free" else _one_width(free)
     free = tuple(g for g in free if g.widths is None or len(g.widths) > 1)
     limit = {
-        g.name: min(g.units - max(1, math.ceil(pruning.floor * g.units)), int(pruning.cap * g.units)) for g in free
+        g.name: min(g.units - max(1, at_least(pruning.floor, g.units)), at_most(pruning.cap, g.units)) for g in free
     }
 
     def demand(part: tuple[Group, ...], price: Mapping[str, int], whole: int, wanted: int, by_layers: int) -> Demand:
@@ -173,7 +171,7 @@ def demands(
 
     if pruning.basis != "units":
         whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
-        wanted = math.ceil(pruning.sparsity * whole - 1e-6)
+        wanted = at_least(pruning.sparsity, whole)
         by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers) + by_experts
         return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
     asked = []
@@ -182,8 +180,10 @@ def demands(
         units = sum(group.units for group in groups if group.kind == kind)
         by_layers = sum(group.units for group in groups if group.kind == kind and group.layer in layers)
         price = dict.fromkeys((group.name for group in part), 1)
-        asked.append(demand(part, price, units, math.ceil(pruning.sparsity * units - 1e-6), by_layers))
-    return asked or [demand((), {}, len(groups.layers), layers_wanted(groups, pruning), len(layers))]
+        asked.append(demand(part, price, units, at_least(pruning.sparsity, units), by_layers))
+    bring_layers = "layer" in pruning.kinds or "expert" not in pruning.kinds  # experts are counted on their own
+    wanted = layers_wanted(groups, pruning) if bring_layers else 0
+    return asked or [demand((), {}, len(groups.layers), wanted, len(layers))]
 
 
 def _one_width(groups: tuple[Group, ...]) -> tuple[Group, ...]:

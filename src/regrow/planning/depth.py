@@ -1,10 +1,10 @@
 """Whole layers beside widths: which may go, in which order, and what they bring."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
+from regrow.planning.counts import at_least, at_most
 from regrow.settings import Pruning
 from regrow.structure.groups import Groups, Layer
 
@@ -17,7 +17,7 @@ def emptied_layers(groups: Groups, counts: Mapping[str, int]) -> frozenset[int]:
 def outer_layers(groups: Groups, pruning: Pruning) -> set[int]:
     """Numbers of the first and last layers that the recipe protects."""
     layers = len(groups.layers)
-    return {*range(int(pruning.protect_first * layers)), *range(layers - pruning.protect_last, layers)}
+    return {*range(at_most(pruning.protect_first, layers)), *range(layers - pruning.protect_last, layers)}
 
 
 def layer_price(layer: Layer, pruning: Pruning) -> int:
@@ -27,8 +27,8 @@ def layer_price(layer: Layer, pruning: Pruning) -> int:
 
 def layers_wanted(groups: Groups, pruning: Pruning) -> int:
     """Layers to remove when units of each kind are counted: their own share, which must not overshoot the widths'."""
-    share = pruning.sparsity * len(groups.layers)
-    return math.ceil(share - 1e-6) if set(pruning.kinds) == {"layer"} else math.floor(share + 1e-6)
+    rounded = at_least if set(pruning.kinds) == {"layer"} else at_most
+    return rounded(pruning.sparsity, len(groups.layers))
 
 
 def layer_damage(groups: Groups, number: int, scores: Mapping[str, Tensor]) -> float:
@@ -64,7 +64,7 @@ def layer_choices(
     count = len(groups.layers)
     free = {group.layer for group in groups} - outer_layers(groups, pruning) - chosen
     order = least_damaging(groups, free, gone, scores, pruning)
-    most = min(count - max(1, math.ceil(pruning.floor * count)), int(pruning.cap * count))
+    most = min(count - max(1, at_least(pruning.floor, count)), at_most(pruning.cap, count))
     order = order[: max(0, most - len(chosen))]
     if pruning.basis == "units":
         yield chosen.union(order[: max(0, layers_wanted(groups, pruning) - len(chosen))])

@@ -4,7 +4,6 @@ A tensor holds all experts of a layer, so they keep the same number of channels 
 allocation they are *folded*: a group whose k-th unit is the k-th worst channel of every expert that stays.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from regrow.errors import InputError
+from regrow.planning.counts import Counts, at_least, at_most
 from regrow.planning.depth import emptied_layers, outer_layers
 from regrow.settings import Pruning
 from regrow.structure.groups import Group, Groups
-
-Counts = dict[str, int]
 
 
 def folded_name(group: Group) -> str:
@@ -110,7 +109,7 @@ def expert_choices(
     most = min(expert_limit(group, pruning) for group in free)
     first = max(gone[group.name] for group in free)
     if pruning.basis == "units":
-        first = most = max(first, min(most, math.floor(pruning.sparsity * max(g.units for g in free) + 0.5)))
+        first = most = max(first, _share_of_experts(max(group.units for group in free), most, pruning))
     for count in range(first, most + 1):
         chosen = now | {group.name: count for group in free}
         if count == first or all(_stays_possible(group, count) for group in free):
@@ -121,8 +120,23 @@ def expert_choices(
 
 def expert_limit(group: Group, pruning: Pruning) -> int:
     """The most experts that may go: a token still gets as many as it did."""
-    left = max(group.least, math.ceil(pruning.floor * group.units))
-    return max(0, min(group.units - left, int(pruning.cap * group.units)))
+    left = max(group.least, at_least(pruning.floor, group.units))
+    return max(0, min(group.units - left, at_most(pruning.cap, group.units)))
+
+
+def _share_of_experts(experts: int, most: int, pruning: Pruning) -> int:
+    """The sparsity of a layer's experts, counted.
+
+    Raises:
+        InputError: if so many may not go.
+    """
+    wanted = at_least(pruning.sparsity, experts)
+    if wanted > most:
+        raise InputError(
+            f"sparsity {pruning.sparsity} of units is out of reach: at most {most} of {experts} experts may go in each "
+            f"layer; use at most {at_most(100 * most / experts, 1) / 100}"
+        )
+    return wanted
 
 
 def _stays_possible(group: Group, count: int) -> bool:

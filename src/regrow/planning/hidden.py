@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from regrow.errors import InputError
-from regrow.planning.demand import Counts, reach
+from regrow.planning.counts import Counts, at_least, at_most
+from regrow.planning.demand import reach
 from regrow.planning.depth import emptied_layers, layer_price
 from regrow.planning.experts import emptied_experts
 from regrow.settings import Pruning
@@ -25,7 +26,7 @@ def removals(groups: Groups, pruning: Pruning, gone: int = 0) -> list[int]:
     if residual is None:
         return [0]
     units, step = residual.units, pruning.multiple or STEP
-    least = max(1, math.ceil(pruning.floor * units), units - int(pruning.cap * units))
+    least = max(1, at_least(pruning.floor, units), units - at_most(pruning.cap, units))
     possible = range(1, units + 1) if residual.widths is None else residual.widths
     left = {width for width in possible if width >= least and width % step == 0} | {units}
     return sorted(units - width for width in left if units - width >= gone) or [gone]
@@ -97,8 +98,8 @@ def reach_with_hidden(groups: Groups, pruning: Pruning, basis: str) -> int:
 
 def _wanted(groups: Groups, pruning: Pruning) -> int:
     if pruning.basis == "units":
-        return 0 if groups.residual is None else math.ceil(pruning.sparsity * groups.residual.units - 1e-6)
-    return math.ceil(pruning.sparsity * _whole(groups, pruning) - 1e-6)
+        return 0 if groups.residual is None else at_least(pruning.sparsity, groups.residual.units)
+    return at_least(pruning.sparsity, _whole(groups, pruning))
 
 
 def _whole(groups: Groups, pruning: Pruning) -> int:

@@ -2,7 +2,8 @@
 
 import math
 
-from regrow.planning.demand import Counts, Demand, settle_counts
+from regrow.planning.counts import Counts
+from regrow.planning.demand import Demand, settle_counts
 
 BISECTIONS = 60
 

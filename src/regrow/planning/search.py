@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from regrow.planning.counts import Counts
 from regrow.structure.groups import Group
-
-Counts = dict[str, int]
-"""Group name -> units removed."""
 
 
 @dataclass(frozen=True)

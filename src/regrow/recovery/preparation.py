@@ -22,11 +22,12 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import evaluation_mode
 from regrow.planning.allocation import final_counts, lose, settle, uniform_candidates
+from regrow.planning.counts import Counts
 from regrow.planning.demand import most_removed
 from regrow.planning.experts import fold, folded_name, unfold
 from regrow.planning.hidden import the_rest
 from regrow.planning.plan import Plan
-from regrow.planning.search import Counts, Ladder, exchange_search
+from regrow.planning.search import Ladder, exchange_search
 from regrow.planning.sensitivity import Prior
 from regrow.processes import ALONE, Processes
 from regrow.progress import Progress, Silent

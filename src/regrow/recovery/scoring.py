@@ -90,7 +90,8 @@ class Scorer:
     def watch(self, groups: Groups) -> None:
         """Ask for the gradients that the criterion needs, of a model's groups as they are now."""
         self._layers = groups.layers
-        self.measured.watch(groups.groups)
+        stream = [groups.residual] if self.hidden and groups.residual is not None else []
+        self.measured.watch([*groups, *stream])
         if "inputs" in self.criterion.needs:
             for group in groups:
                 if len(group.consumers) == 1 and group.expert is None:

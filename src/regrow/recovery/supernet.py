@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import check_room
+from regrow.planning.counts import Counts
 from regrow.planning.depth import emptied_layers
-from regrow.planning.search import Counts
 from regrow.progress import Progress
 from regrow.recovery.cached import top_distribution
 from regrow.recovery.compensate import Compensator, Units, Write

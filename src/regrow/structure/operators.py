@@ -105,6 +105,11 @@ def _rms_norm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: An
     return walk.elementwise(_values([args[0], *args[2:3]]), shape)
 
 
+def _softmax(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
+    walk.average(args[0], [args[1]])
+    return walk.elementwise(args[:1], shape)
+
+
 def _embedding(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     weight: Value = args[0]
     columns = [facet for facet in weight.facets if facet.shape[0] == 1]
@@ -127,10 +132,6 @@ def _matmul(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any)
 
 
 def _addmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
-    return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
-
-
-def _baddbmm(walk: Walk, args: Sequence[Any], kwargs: dict[str, Any], shape: Any) -> Value:
     return walk.elementwise([args[0], walk.contract(args[1], args[2], shape)], shape)
 
 
@@ -295,7 +296,7 @@ RULES: dict[str, Rule] = {
         _names(
             "add sub mul div pow neg abs exp log sqrt rsqrt reciprocal square sigmoid tanh silu gelu relu mish "
             "softplus erf sin cos expm1 clamp clamp_min clamp_max maximum minimum where masked_fill to float gt ge lt "
-            "le eq ne _to_copy clone contiguous detach alias lift_fresh_copy dropout softmax _softmax log_softmax "
+            "le eq ne _to_copy clone contiguous detach alias lift_fresh_copy dropout "
             "hardswish hardsigmoid hardtanh leaky_relu elu celu selu relu6 log_sigmoid log1p log2 exp2 floor "
             "ceil round sign rsub multiply subtract divide true_divide bitwise_not bitwise_and bitwise_or logical_not "
             "logical_and logical_or nan_to_num add_ mul_ sub_ div_ relu_ silu_ clamp_ "
@@ -315,11 +316,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("mean sum amax amin var"), _reduce),
     "aten.layer_norm": _layer_norm,
     "aten.rms_norm": _rms_norm,
+    **dict.fromkeys(_names("softmax _softmax log_softmax"), _softmax),
     "aten.embedding": _embedding,
     "aten.linear": _linear,
     **dict.fromkeys(_names("matmul bmm mm"), _matmul),
-    "aten.addmm": _addmm,
-    "aten.baddbmm": _baddbmm,
+    **dict.fromkeys(_names("addmm baddbmm"), _addmm),
     "aten.scaled_dot_product_attention": _attention,
     **dict.fromkeys(_names("split split_with_sizes chunk"), _split),
     **dict.fromkeys(_names("cat concat concatenate"), _cat),
