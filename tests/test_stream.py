@@ -369,6 +369,8 @@ def test_the_verbs(command: CommandLine, tmp_path: Path) -> None:
 # --- before a run ---------------------------------------------------------------------------------
 
 
+NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
+"""Bytes of a weight, its share of the scales and of their own among them."""
 SIXTEEN_TOKENS = {
     "lora.rank": 2, "lora.dropout": 0.0, "training.batch_size": 2, "data.sequence_length": 8, "pruning.sparsity": 0.5,
     "pruning.calibration_batches": 1,
@@ -465,7 +467,7 @@ def test_the_memory_model_of_training_counts_what_a_recipe_asks_for(checkpoint: 
     assert train(distillation__weight=0.7, distillation__teacher="cached") == train()
     others = 4 * (sizes.parameters - linears)
     assert train(training__quantization="int8") == others + linears // 2 + step
-    assert train(training__quantization="nf4") == others + linears * 9 // 16 + step, "an nf4 base is cut at the end"
+    assert train(training__quantization="nf4") == others + round(linears * NF4) + step, "an nf4 base is cut at the end"
     parted = recipe.override({"training.offload": "shards", "training.gradient_checkpointing": True})
     assert sizes.matrices == linears
     each = [
@@ -491,7 +493,7 @@ def test_the_memory_model_of_training_counts_what_a_recipe_asks_for(checkpoint: 
         "the last steps need less"
     )
     # a third of the layers in 32 bits is more than all of them in 4
-    bound = train(training__quantization="nf4", **layer_by_layer) - linears * 9 // 16 + 4 * linears // 2 // 3
+    bound = train(training__quantization="nf4", **layer_by_layer) - round(linears * NF4) + 4 * linears // 2 // 3
     assert train(training__quantization="nf4", **layer_by_layer, **share) == bound, (
         "a layer of three is more than 4 bits"
     )
@@ -510,7 +512,7 @@ def test_the_memory_model_of_scoring_and_saving_counts_what_a_recipe_asks_for(ch
     assert found["save"] - OVERHEAD == 8 * left
     in_4_bits = recipe.override({"training.quantization": "nf4", "training.original_share": 0.2})
     scored = estimate_memory(sizes, in_4_bits, frozenset({"gate"}), torch.float32, torch.float32)["score"]
-    assert scored - OVERHEAD == others + linears * 9 // 16 + 4 * sizes.matrices // 3 + step - RECOMPUTED
+    assert scored - OVERHEAD == others + round(linears * NF4) + 4 * sizes.matrices // 3 + step - RECOMPUTED
 
     def save(streamed: bool = False, **settings: object) -> int:
         changed = recipe.override({key.replace("__", "."): value for key, value in settings.items()})

@@ -58,12 +58,12 @@ class InputMoments:
         return second_KK.sub_(torch.outer(self.mean_C[kept_K], self.mean_C[kept_K])) if centred else second_KK
 
     def times(self, rows_OC: Tensor, centred: bool = False) -> Tensor:
-        """Rows (float64) times one of the two, which is not made; `[O, C]`."""
+        """`rows @ E[x xᵀ]`, or rows times the covariance; `[O, C]`, float64. The matrix itself is not made."""
         product_OC = (rows_OC @ self.gram_CC).div_(self.tokens)
         return product_OC.sub_(torch.outer(rows_OC @ self.mean_C, self.mean_C)) if centred else product_OC
 
     def energies_C(self, centred: bool = False) -> Tensor:
-        """Their diagonal."""
+        """`E[x²]` of every channel, or its variance; `[C]`."""
         second_C = self.gram_CC.diagonal() / self.tokens
         return second_C - self.mean_C.square() if centred else second_C
 

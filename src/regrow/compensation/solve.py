@@ -98,9 +98,14 @@ def cut_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor) -> Te
 
 def repaired_errors(weight_OC: Tensor, moments: InputMoments, units_UP: Tensor, damping: float) -> Tensor:
     """`tr(W_u ((H⁻¹)_uu)⁻¹ W_uᵀ)`: what is left of it after the others are refitted (optimal brain surgeon); `[U]`."""
-    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping))[0])
+    inverse_CC = _damped_inverse(moments, damping)
     weight_UOP = weight_OC.double()[:, units_UP].transpose(0, 1)
     return _quadratic(weight_UOP, torch.linalg.inv(_blocks(inverse_CC, units_UP)))
+
+
+def _damped_inverse(moments: InputMoments, damping: float) -> Tensor:
+    """`(H + damping · mean(diag H) I)⁻¹` for `H = E[x xᵀ]`; `[C, C]`."""
+    return torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping))[0])
 
 
 def _damped(second_CC: Tensor, damping: float) -> Tensor:
@@ -137,7 +142,7 @@ def elimination_order(
         stop: how many units to put in order; by default all but one.
     """
     weight_OC = weight_OC.double().clone()
-    inverse_CC = torch.cholesky_inverse(_cholesky(_damped(moments.second_CC, damping))[0])
+    inverse_CC = _damped_inverse(moments, damping)
     stop = len(units_UP) - 1 if stop is None else stop
     left = torch.arange(len(units_UP), device=weight_OC.device)
     order: list[Tensor] = []

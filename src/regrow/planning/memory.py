@@ -3,8 +3,8 @@
 The model (bytes; P base parameters of b_w bytes, R adapter parameters, T tokens in a forward pass, L layers, d hidden
 size, F FFN width, V vocabulary, b_a bytes of an activation):
 
-    weights      b_w P (quantised linears: 1 or 9/16 each; offloaded matrices: one layer's, and this process' part)
-    adapters     16 R: weight, gradient and AdamW's two moments in float32
+    weights      b_w P (quantised linears: 1 or 0.516 each; offloaded matrices: one layer's, and this process' part)
+    adapters     20 R: weight, gradient, AdamW's two moments and a copy of the best so far, in float32
     activations  b_a T L (8d + 4F)          checkpointed b_a T (L d + 8d + 4F)
     logits       2 T V b_a: they and their gradient; losses are taken a few positions at a time
     teacher      b_t P for a copy of the model, and its logits, T V b_a
@@ -35,8 +35,8 @@ from regrow.structure.trace import decoder_layers
 
 ADAPTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENTS_BYTES = 8
-QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Of a weight; nf4 has a float32 scale for every 64."""
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Of a weight; nf4 has a scale of one byte for every 64, and a float32 for 256 of those."""
 OVERHEAD = 128 * 2**20
 
 
@@ -192,9 +192,9 @@ def _teacher(sizes: Sizes, recipe: Recipe, tokens: int, whole: int, b_a: int, b_
     settings = recipe.distillation
     if not settings.on:
         return 0, 0
-    states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
     if settings.teacher == "cached":
         return 0, 0
+    states = b_a * tokens * sizes.layers * sizes.hidden if settings.hidden_weight else 0
     if settings.teacher_dtype in QUANTISED_BYTES:
         of_linear = QUANTISED_BYTES[settings.teacher_dtype]
         whole = round(b_w * (sizes.parameters - sizes.block_parameters) + of_linear * sizes.block_parameters)
