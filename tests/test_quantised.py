@@ -16,11 +16,13 @@ import torch
 from conftest import QUICK, build, go_through, make_tokenizer, random_keep, with_lora
 from safetensors.torch import load_file, save_file
 from test_resume import Calling, Fault, assert_same, corpus
+from test_target import TABLE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, PreTrainedModel, Qwen2Config
 
 import regrow
-from regrow.checkpoint.journal import Journal
+from regrow.aim import Aim
+from regrow.checkpoint.journal import Forgetful, Journal
 from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.offloaded import load
 from regrow.checkpoint.originals import Originals
@@ -31,8 +33,10 @@ from regrow.data.corpus import read_corpus
 from regrow.data.tokens import Batch, batches
 from regrow.errors import InputError
 from regrow.planning.plan import Plan
+from regrow.planning.target import parse_target
 from regrow.progress import Silent
 from regrow.recipe import load_recipe
+from regrow.recovery.average import Average
 from regrow.recovery.compensate import Compensated, Compensator
 from regrow.recovery.learner import SECOND_PEAK, Learner
 from regrow.recovery.outcome import Trained
@@ -469,7 +473,7 @@ def recovered(
     done = train(
         model, groups, recipe, corpus("regrow"), progress, teacher_folder=out / "teacher",
         on_cut=on_cut, on_validation=lambda history: None, journal=Journal(out, progress.say),
-        track=progress.track, originals=Originals(str(folder)) if recipe.training.ends_on_originals else None,
+        track=progress.track, originals=Originals.wanted(str(folder), recipe.training),
     )  # fmt: skip
     return done, model, progress
 
@@ -613,6 +617,47 @@ def test_scores_are_those_of_the_original_weights(
     assert (rounded - wanted).abs().max() > 1e-2 * wanted.abs().max()
     layer = load_model(str(folder)).model.layers[0]
     assert 0 < most[0] <= sum(p.nbytes for p in layer.parameters() if p.ndim > 1)
+
+
+class Noting(Forgetful):
+    """A journal that can be asked what was noted."""
+
+    def __init__(self) -> None:
+        self.noted: dict[str, State] = {}
+
+    def write(self, stage: str, state: State, *_: object, **__: object) -> None:
+        self.noted[stage] = state
+
+
+@pytest.mark.parametrize("asked", ["perplexity=+400%", "speedup=1.2x"])
+def test_a_target_is_settled_by_the_original_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr("regrow.aim.sparsity_for_speedup", lambda *given: 0.2)
+    found: list[Tensor] = []
+    for kind, share in (("none", 0.0), ("nf4", 0.0), ("nf4", 0.5)):
+        settings = {"training.quantization": kind, "training.original_share": share, "lora.dropout": 0.0}
+        model = load_model(str(folder), quantization=kind)
+        attach_lora(model, known_groups(folder).linears, rank=3, alpha=6, dropout=0.0)
+        aim = Aim(parse_target(asked), str(folder), tmp_path, Silent(), Noting(), latency=TABLE)
+        given: list[Average | None] = []
+
+        def train_into(model: Any, recipe: Any, folder: Any, scores: Average | None, given: Any = given) -> Trained:
+            given.append(scores)
+            raise Fault
+
+        with pytest.raises(Fault):
+            recipe = load_recipe("regrow", {**LAST, **settings})
+            aim.recover(recipe, model, corpus("regrow"), lambda model=model: model, train_into)
+        assert given[0] is not None
+        parts = [each.flatten() for each in given[0].scores.values()]
+        if aim.target.kind == "perplexity":
+            noted = [aim.journal.noted[stage].values["found"] for stage in ("dense-loss", "forecast")]
+            parts += [torch.tensor(each).flatten() for each in noted]
+        found.append(torch.cat(parts))
+    wanted, rounded, ours = found
+    assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (rounded - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
 def test_activations_are_recomputed_for_as_long_as_asked(folder: Path) -> None:

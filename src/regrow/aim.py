@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.biases import added_biases
 from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.save import bytes_besides_parameters, weight_bytes
 from regrow.checkpoint.shape import zero_biases
 from regrow.checkpoint.stock import prunable_groups
@@ -30,6 +32,7 @@ from regrow.recovery.average import Average
 from regrow.recovery.forecast import measure_scores
 from regrow.recovery.outcome import Trained
 from regrow.recovery.preparation import Allows, anything
+from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.trials import TrainInto, Trial, Trials, smallest
 
@@ -127,22 +130,28 @@ class Aim:
         Raises:
             InputError: if no trial holds a perplexity, or a speed-up is out of reach after all.
         """
-        scores = None
+        scores, originals = None, Originals.wanted(self.name, recipe.training)
         if self.target.kind == "perplexity":
-            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal, prior)
+            trials = Trials(self.name, self.folder, recipe, corpus, self.progress, self.journal, prior, originals)
             model, trained, self.trials = trials.search(self.target, model, fresh, train_into)
             return model, trained, recipe.with_sparsity(smallest(self.trials).sparsity)
         if self.target.kind == "speedup":
-            recipe, scores = self._settle_speedup(recipe, model, corpus, prior)
+            recipe, scores = self._settle_speedup(recipe, model, corpus, prior, originals)
         return model, train_into(model, recipe, self.folder, scores), recipe
 
     def _settle_speedup(
-        self, recipe: Recipe, model: PreTrainedModel, corpus: Corpus, prior: Prior | None
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        corpus: Corpus,
+        prior: Prior | None,
+        originals: Originals | None,
     ) -> tuple[Recipe, Average | None]:
         """The recipe with the least sparsity whose predicted speed-up is the target; scores, if they were needed."""
         groups, scores = prunable_groups(model), None
         if recipe.pruning.allocation != SCORELESS or "layer" in recipe.pruning.kinds:
-            scores = measure_scores(model, groups, recipe, corpus, self.progress, self.journal, self.processes)
+            with originals.borrowed(model, Gates(model, groups.groups)) if originals else nullcontext():
+                scores = measure_scores(model, groups, recipe, corpus, self.progress, self.journal, self.processes)
         known = scores.scores if scores else {group.name: torch.zeros(group.units) for group in groups}
         seconds = self._seconds(recipe)
         predicted = partial(sparsity_for_speedup, self.target, groups, recipe.pruning, seconds, known, prior)

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from regrow.checkpoint.files import parse_json, write_bytes, write_json
 from regrow.checkpoint.journal import Forgetful
+from regrow.checkpoint.originals import Originals
 from regrow.checkpoint.stock import prunable_groups
 from regrow.data.corpus import Corpus
 from regrow.errors import InputError
@@ -32,6 +34,8 @@ from regrow.recovery.average import Average
 from regrow.recovery.forecast import cut_losses, measure_scores
 from regrow.recovery.mixing import validation_loss
 from regrow.recovery.outcome import FILES, Trained, read_trained
+from regrow.structure.gates import Gates
+from regrow.structure.groups import Groups
 from regrow.structure.quantised import release
 
 CURVE_POINTS = 8
@@ -53,26 +57,21 @@ class Trial:
     holds: bool
 
 
+@dataclass
 class Trials:
     """The search: a loop around the training part of the walk."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        recipe: Recipe,
-        corpus: Corpus,
-        progress: Progress,
-        journal: Forgetful,
-        prior: Prior | None = None,
-    ) -> None:
-        self.name = name
-        self.folder = folder
-        self.recipe = recipe
-        self.corpus = corpus
-        self.progress = progress
-        self.journal = journal
-        self.prior = prior
+    name: str
+    """The model's."""
+    folder: Path
+    """The run's."""
+    recipe: Recipe
+    corpus: Corpus
+    progress: Progress
+    journal: Forgetful
+    prior: Prior | None = None
+    originals: Originals | None = None
+    """Of a quantised model that ends on them: what it is measured with before."""
 
     def search(
         self, target: Target, model: PreTrainedModel, fresh: Callable[[], PreTrainedModel], train_into: TrainInto
@@ -90,21 +89,11 @@ class Trials:
             InputError: if no trial holds; the message says which came closest.
         """
         recipe, groups = self.recipe, prunable_groups(model)
-        dense = self.journal.once("dense-loss", lambda: validation_loss(model, self.corpus, recipe))
-        most = target.most_perplexity(math.exp(dense))
-        self.progress.say(f"validation perplexity: dense {math.exp(dense):.3f}, to hold {most:.3f}")
-        # The one place where what is known of the whole model is measured; every trial shares it.
-        scores = measure_scores(model, groups, recipe, self.corpus, self.progress, self.journal)
-        largest = share_of(reach(groups, recipe.pruning, prior=self.prior), groups)
-        shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
-        curve = self.journal.once(
-            "forecast",
-            lambda: cut_losses(
-                model, groups, recipe, scores.scores, self.corpus, shares, self.progress, self.prior
-            )
-        )  # fmt: skip
+        with self.originals.borrowed(model, Gates(model, groups.groups)) if self.originals else nullcontext():
+            dense, scores, curve = self._measure(target, model, groups)
         release(model)
-        search, trials = Search(dense, math.log(most), [(share, loss) for share, loss in curve]), list[Trial]()
+        most = target.most_perplexity(math.exp(dense))
+        search, trials = Search(dense, math.log(most), curve), list[Trial]()
         known = None if recipe.pruning.scores_anew else scores
         while len(trials) < recipe.pruning.target_trials and (share := search.propose()) is not None:
             folder = self._folder(len(trials))
@@ -123,6 +112,27 @@ class Trials:
             if left_over not in [self._folder(number) for number in range(len(trials))]:
                 shutil.rmtree(left_over)
         return *self._load(self._folder(trials.index(best)), fresh()), trials
+
+    def _measure(
+        self, target: Target, model: PreTrainedModel, groups: Groups
+    ) -> tuple[float, Average, list[tuple[float, float]]]:
+        """What is known of the whole model, which every trial shares: its loss, its scores, what cuts would do."""
+        recipe = self.recipe
+        dense = self.journal.once("dense-loss", lambda: validation_loss(model, self.corpus, recipe))
+        perplexity = math.exp(dense)
+        self.progress.say(
+            f"validation perplexity: dense {perplexity:.3f}, to hold {target.most_perplexity(perplexity):.3f}"
+        )
+        scores = measure_scores(model, groups, recipe, self.corpus, self.progress, self.journal)
+        largest = share_of(reach(groups, recipe.pruning, prior=self.prior), groups)
+        shares = [float(share) for share in np.linspace(0, largest, CURVE_POINTS + 1)[1:]]
+        curve = self.journal.once(
+            "forecast",
+            lambda: cut_losses(
+                model, groups, recipe, scores.scores, self.corpus, shares, self.progress, self.prior
+            )
+        )  # fmt: skip
+        return dense, scores, [(share, loss) for share, loss in curve]
 
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number + 1)

@@ -311,7 +311,7 @@ class Walk:
                 model, groups, recipe, text.corpus, self.progress, teacher_folder=folder / "teacher",
                 on_cut=record_cut, on_validation=lambda seen: self.books.leave(folder / "history.json", vars(seen)),
                 scores=scores, prior=prior, track=track, journal=journal, processes=self.processes,
-                originals=Originals(self.name) if recipe.training.ends_on_originals else None,
+                originals=Originals.wanted(self.name, recipe.training),
                 allows=self.aim.allows(recipe, groups) if self.aim else anything,
             )  # fmt: skip
         scaling = {SCALING: repr(recipe.lora.alpha / recipe.lora.rank)}

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from regrow.checkpoint.load import weights_folder
 from regrow.checkpoint.source import Source, first_names
+from regrow.settings import Training
 from regrow.structure.gates import Gates
 from regrow.structure.offload import InFile, Offloaded, come_and_go
 from regrow.structure.quantised import quantised_linears, stand_in
@@ -32,6 +33,11 @@ class Originals:
             name: of the model: a folder, or a repository on the hub.
         """
         self.name = name
+
+    @classmethod
+    def wanted(cls, name: str, training: Training) -> "Originals | None":
+        """Those of a model, if its training ends on them."""
+        return cls(name) if training.ends_on_originals else None
 
     def put(self, model: PreTrainedModel, gates: Gates) -> dict[str, nn.Module]:
         """Let plain linears whose weights lie in the files take the place of a whole model's quantised ones.

@@ -1,6 +1,7 @@
 """What is known of a model before any of it is cut: its scores, and what cuts by them would do."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from regrow.recovery.mixing import calibration_batches, validation_loss
 from regrow.recovery.pruner import Pruner
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
+from regrow.structure.offload import is_offloaded
 
 
 def measure_scores(
@@ -57,7 +59,8 @@ def measure_scores(
             average.go_on(done)
             return average
         progress.stage("score", max(one_shot.pruning.calibration_batches, 1))
-        with journal.timing("score"):
+        # Weights that come layer by layer would otherwise stay until the backward pass, all of them.
+        with journal.timing("score"), learner.recomputing() if is_offloaded(model) else nullcontext():
             pruner.calibrate(progress.advance)
         journal.write("target-scores", average.state())
         return average
