@@ -375,3 +375,19 @@ class Hearing(Silent):
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+
+def test_a_device_without_float64_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device("auto").type == "cpu"
+    zeros = torch.zeros
+
+    def on_apple(size: int, dtype: torch.dtype = torch.float32, device: object = None) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
+        return zeros(size, dtype=dtype)
+
+    monkeypatch.setattr("torch.zeros", on_apple)
+    with pytest.raises(InputError, match="device 'mps' has no float64, in which losses and scores are added up"):
+        pick_device("mps")

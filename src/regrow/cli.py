@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a repository on the hub.")]
-DEVICE_HELP = "cpu, cuda, cuda:1, …; auto: the first GPU, else the CPU."
+DEVICE_HELP = "cpu, cuda, cuda:1, …; auto: the first CUDA GPU, else the CPU."
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 SOURCE_HELP = "A .txt, .jsonl (field text), .json or .parquet file, or a data set on the hub (wikitext, c4)."
 

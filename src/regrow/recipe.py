@@ -36,7 +36,7 @@ class Recipe(Section):
     name: str = Field(default="custom", description="Shown in reports.")
     description: str = Field(default="", description="One line on what it is.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Source of all chance in the run.")
-    device: str = Field(default="auto", description="auto: the first GPU, else the CPU.")
+    device: str = Field(default="auto", description="auto: the first CUDA GPU, else the CPU.")
     data: Data = Data()
     generate: Generate = Generate()
     lora: Lora = Lora()

@@ -29,16 +29,20 @@ from regrow.structure.quantised import Quantization, settle
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device a recipe asks for; `auto` is the first GPU, else the CPU.
+    """The device a recipe asks for; `auto` is the first CUDA GPU, else the CPU.
 
     Raises:
-        InputError: if there is no such device here.
+        InputError: if there is no such device here, or none that has float64.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except TypeError as error:  # so mps says it
+        raise InputError(
+            f"device {name!r} has no float64, in which losses and scores are added up; choose cpu, cuda or auto"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not to be had here; choose cpu, cuda, cuda:1, … or auto") from error
     return device

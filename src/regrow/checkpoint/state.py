@@ -42,12 +42,10 @@ def named(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def chance() -> dict[str, Tensor]:
-    """The states of torch's random generators, of the CPU and of every accelerator."""
+    """The states of torch's random generators, of the CPU and of every GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -56,8 +54,6 @@ def set_chance(states: dict[str, Tensor]) -> None:
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
-        elif device == "mps":
-            torch.mps.set_rng_state(state)
         elif int(device.removeprefix("cuda:")) < torch.cuda.device_count():  # perhaps it is another machine
             torch.cuda.set_rng_state(state, device)
 
