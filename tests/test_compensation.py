@@ -242,20 +242,20 @@ def test_on_the_calibration_tokens_a_refit_is_never_worse(family: str) -> None:
     assert len(set(errors.values())) == len(errors)
 
 
-def test_blending_goes_back_to_the_plain_cut_and_forth() -> None:
-    model = build("llama-biases")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blending_goes_back_to_the_plain_cut_and_forth(dtype: torch.dtype) -> None:
+    model = build("llama-biases").to(dtype)
     groups = find_groups(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with Gates(model, groups.groups) as gates:
         compensator = Compensator(model, gates, Compensation(method="least-squares"))
         done = compensator.run(groups, random_keep(groups, 1), [IDS], Silent())
         full = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        compensator.blend(done, 0.0)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter, before[name])
+        for share in (0.3, 0.7, 0.0):
+            compensator.blend(done, share)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
         compensator.blend(done, 1.0)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, full[name])
+    assert all(torch.equal(parameter, full[name]) for name, parameter in model.named_parameters())
     assert any(not torch.equal(full[name], before[name]) for name in full)
 
 

@@ -52,6 +52,26 @@ EXACT, MANY_SWEEPS = 1024, 16
 after these sweeps the factors take away the same share of the error, to some thousandths."""
 
 
+Index = tuple[slice | Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a refit adds to some entries of a parameter."""
+
+    parameter: Tensor
+    index: Index
+    before: Tensor
+    """What they were. This, and what is added, lies on the CPU."""
+    added: Tensor
+
+    @torch.no_grad()
+    def put(self, share: float) -> None:
+        """Add a share of it to what they were, rounded once: step by step, a coarse dtype would round every time."""
+        before, added = (part.to(self.parameter.device).float() for part in (self.before, self.added))
+        self.parameter[self.index] = torch.add(before, added, alpha=share).to(self.parameter.dtype)
+
+
 @dataclass
 class Compensated:
     """What a pass has done; `blend` can scale it."""
@@ -60,9 +80,7 @@ class Compensated:
     """Group name -> numbers of the units that stay, among those there were."""
     repaired: dict[str, float] = field(default_factory=dict)
     """Group name -> share of the cut's output error that the refit took away, on the tokens seen; 0: left out."""
-    changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Parameters written to, and what was added to each; on the CPU."""
-    blend: float = 1.0
+    changes: list[Change] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ class Write:
     """What some entries of a parameter become."""
 
     parameter: Tensor
-    index: tuple[slice | Tensor, ...]
+    index: Index
     values: Tensor
 
     @torch.no_grad()
@@ -282,24 +300,22 @@ class Compensator:
         if not after < before:  # nothing to repair, or rounding to the weights' dtype outweighs it
             return 0.0
         if bias is not None and extra is not None:
-            self._add(bias, extra, done)
+            self._add(bias, (slice(None),), extra, done)
         for write in writes:
             write.do()
         if not writes and self.settings.method == "least-squares":
-            change_OC = torch.zeros_like(weight_OC)
-            change_OC[:, kept_K] = change_OK
             expert, axis = group.consumers[0].expert, group.consumers[0].axis
-            if expert is None:
-                self._add(parameter, change_OC if axis == 1 else change_OC.T, done)
-            else:
-                self._add(parameter[expert], change_OC if axis == 2 else change_OC.T, done)
+            last = axis == parameter.ndim - 1
+            index: Index = (slice(None), kept_K) if last else (kept_K,)
+            place = parameter if expert is None else parameter[expert]
+            self._add(place, index, change_OK if last else change_OK.T, done)
         return 1 - after / before
 
-    def _add(self, parameter: Tensor, change: Tensor, done: Compensated) -> None:
+    def _add(self, parameter: Tensor, index: Index, added: Tensor, done: Compensated) -> None:
         assert kept_as(parameter) is None, "a quantised weight is not written to"
-        change = change.to(parameter.dtype)
-        parameter.add_(change)
-        done.changes.append((parameter.data, change.cpu()))
+        before = parameter.detach()[index].to("cpu", copy=True)
+        done.changes.append(Change(parameter.detach(), index, before, added.to("cpu", parameter.dtype)))
+        done.changes[-1].put(1.0)
 
     def written_to(self, group: Group) -> list[Tensor]:
         """What `writes` writes to."""
@@ -355,12 +371,10 @@ class Compensator:
             Write(linear.lora_a[columns], (slice(None), kept_K), factor_a.to(linear.lora_a.dtype)),
         ]
 
-    @torch.no_grad()
     def blend(self, done: Compensated, share: float) -> None:
-        """Scale a pass's changes: 0 takes them back, 1 is the refit in full."""
-        for parameter, change in done.changes:
-            parameter.add_(change.to(parameter.device), alpha=share - done.blend)
-        done.blend = share
+        """Scale a pass's changes: 0 takes them back, to the bit, 1 is the refit in full."""
+        for change in done.changes:
+            change.put(share)
 
     def _bias(self, group: Group) -> nn.Parameter | None:
         if group.expert is not None:
