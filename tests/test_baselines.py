@@ -325,6 +325,16 @@ def test_selection_on_the_prefix_sees_what_has_gone_before(plain) -> None:
         ("magnitude", {"compensation.selection": "prefix"}, "criterion of inputs alone"),
         ("wanda-sp", {"search.evaluations": 4}, "goes without a search"),
         ("mini-llm", {"pruning.schedule": "cubic"}, "one-shot only"),
+        (
+            "regrow",
+            {"pruning.decay_steps": 8},
+            "decay_steps=8 lets units fade that .*=least-squares has already",
+        ),
+        (
+            "lorashear",
+            {"compensation.method": "bias", "analysis.enabled": False, "pruning.allocation": "global"},
+            "pruning.schedule=lhspg lets units fade that compensation.method=bias has already made up for",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(recipe: str, settings: dict[str, object], words: str) -> None:

@@ -16,7 +16,7 @@ from regrow.checkpoint.files import check_folder, new_folder, write_json
 from regrow.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from regrow.checkpoint.save import needs_remote_code, save_checkpoint
 from regrow.checkpoint.shape import describe, layer_widths, pruned_config
-from regrow.checkpoint.verify import verify_checkpoint
+from regrow.checkpoint.verify import Verification, verify_checkpoint
 from regrow.errors import InputError, first_sentence
 from regrow.planning.plan import Plan
 from regrow.structure.adapters import merge_lora
@@ -41,6 +41,11 @@ def save(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer")
     save_checkpoint(model, tokenizer, folder, dtype=dtype, shard_size="20KB", extras={"README.md": "# a card\n"})
     return folder
+
+
+def test_a_check_with_regrow_in_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="had imported regrow"):
+        Verification("LlamaForCausalLM", "5", 0.0, 1.0, regrow_imported=True).check(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-biases", "mistral", "qwen2", "qwen3-tied"])

@@ -146,6 +146,8 @@ def test_what_launchers_say() -> None:
     assert read_launch({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2"}) == Launch(4, 3, 2, "WORLD_SIZE")
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     assert read_launch(mpi) == Launch(2, 1, 2, "OMPI_COMM_WORLD_SIZE")
+    for local in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"):
+        assert read_launch({**mpi, local: "1"}).local == 1
     for wrong in ({"RANK": "1"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "2"}):
         with pytest.raises(InputError, match="launcher's"):
             read_launch(wrong)

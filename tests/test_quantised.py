@@ -660,6 +660,7 @@ def test_a_target_is_settled_by_the_original_weights(
     assert (rounded - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
+@pytest.mark.filterwarnings("error:.gradient_checkpointing_disable:FutureWarning")
 def test_activations_are_recomputed_for_as_long_as_asked(folder: Path) -> None:
     for always in (False, True):
         model = load_model(str(folder))

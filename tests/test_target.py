@@ -660,6 +660,12 @@ def test_no_trial_holds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.usefixtures("lean")
+def test_a_cap_that_leaves_nothing_to_try(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(regrow.InputError, match=r"at most 0\.\d% of the blocks can be removed, too little for a trial"):
+        run(checkpoint, text, tmp_path / "out", pruning__target="perplexity=+100%", pruning__cap=0.02)
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ NUMBERS = {
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
 }
 """How many processes there are -> which of them this is; of torchrun, then of several MPIs."""
+LOCAL = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+"""How many processes are on this machine, as the same say it."""
 HOW = "torchrun --nproc-per-node {count} -m regrow …"
 
 
@@ -47,7 +49,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             "accelerate launch was asked for several processes, but has started one by itself; start them with "
             + HOW.format(count="N")
         )
-    return Launch(count, rank, _number(environment, "LOCAL_WORLD_SIZE", count), variable)
+    local = next((name for name in LOCAL if name in environment), LOCAL[0])
+    return Launch(count, rank, _number(environment, local, count), variable)
 
 
 def rank() -> int:

@@ -52,6 +52,7 @@ def check_settings(recipe: Recipe) -> None:
     check_hidden(recipe)
     check_one_shot(recipe)
     check_masks(recipe)
+    check_fade(recipe)
     check_prefix(recipe)
     check_distillation(recipe)
     check_tracker(recipe.output.tracker)
@@ -77,6 +78,24 @@ def check_one_shot(recipe: Recipe) -> None:
         raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
     if pruning.interactions > 1 and "gate" not in needs:
         raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
+
+
+def check_fade(recipe: Recipe) -> None:
+    """Refuse a refit of units that then fade: while they do, what is lost with them would be there twice.
+
+    Raises:
+        InputError: naming the settings.
+    """
+    pruning, method = recipe.pruning, recipe.compensation.method
+    fading = {
+        "pruning.schedule=lhspg": pruning.schedule == "lhspg",
+        f"pruning.decay_steps={pruning.decay_steps}": pruning.decay_steps > 0 and pruning.schedule != "learned-mask",
+    }
+    if method != "none" and (setting := next((name for name, fades in fading.items() if fades), None)):
+        raise InputError(
+            f"{setting} lets units fade that compensation.method={method} has already made up for; set that to none, "
+            "or " + ("another schedule" if pruning.schedule == "lhspg" else "pruning.decay_steps=0")
+        )
 
 
 def check_masks(recipe: Recipe) -> None:

@@ -105,6 +105,11 @@ class Trials:
                 f"trial {len(trials)}: sparsity {share:.3f}, validation perplexity {trial.recovered:.3f}: "
                 f"{'holds' if trial.holds else 'too much'}"
             )
+        if not trials:
+            raise InputError(
+                f"target {target.text!r}: at most {max(curve[-1][0], 0):.1%} of the blocks can be removed, too little "
+                "for a trial; raise pruning.cap, or widen pruning.kinds"
+            )
         if not any(trial.holds for trial in trials):
             raise _none_holds(trials, target, most)
         best = smallest(trials)

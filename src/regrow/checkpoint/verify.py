@@ -75,6 +75,11 @@ class Verification:
                 f"the model in {folder} is not the one that was trained: losses are {told} (nats per token, allowed "
                 f"difference {self.loss_allowed:.3g}); if none is far off, set output.dtype=float32"
             )
+        if self.regrow_imported:
+            raise InputError(
+                f"the process that loaded {folder} had imported regrow, so nothing tells that the model loads without "
+                "it; take away what imports it as Python starts (a .pth file, sitecustomize)"
+            )
         if not self.passed:
             raise InputError(
                 f"the saved checkpoint {folder} does not compute what the model in memory does: logits differ by "

@@ -51,6 +51,7 @@ class Step:
     loss: float
     """Mean loss per token, nats (NLL, or what the objective mixes); not finite if the update was skipped."""
     gradient_norm: float
+    """The 2-norm before clipping; infinite or not a number if the gradient was."""
     skipped: bool
 
 
@@ -90,6 +91,14 @@ def attach(model: PreTrainedModel, groups: Groups, lora: Lora) -> None:
     )  # fmt: skip
 
 
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Within this context transformers does not say that newer 5.x has other names: these serve all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class Learner:
     """Trains the adapters of a model; everything else is frozen."""
 
@@ -126,8 +135,7 @@ class Learner:
 
     def checkpoint_activations(self) -> None:
         """From now on recompute activations in the backward pass."""
-        with warnings.catch_warnings():  # newer 5.x has another name for it; this one serves all
-            warnings.simplefilter("ignore")
+        with _old_names():
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @contextmanager
@@ -136,7 +144,8 @@ class Learner:
         self.checkpoint_activations()
         yield
         if not self.training.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            with _old_names():
+                self.model.gradient_checkpointing_disable()
 
     @property
     def autocast(self) -> AbstractContextManager[object]:

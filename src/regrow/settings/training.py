@@ -30,7 +30,9 @@ class Training(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 autocast on hardware that has it, else float32."
+        default="auto",
+        description="bfloat16 autocast: on GPUs that have it (auto), everywhere (bfloat16) or nowhere (float32). "
+        "Without it the weights' own dtype is computed in: float32 on a CPU, on a GPU as the checkpoint is stored.",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="none",
