@@ -74,7 +74,7 @@ def check_one_shot(recipe: Recipe) -> None:
         "pruning.interactions": pruning.interactions > 1,
         f"pruning.criterion={pruning.criterion}": bool(needs & {"inputs", "probes"}),
     }
-    for setting in (name for name, wanted in asked.items() if wanted and pruning.schedule != "one-shot"):
+    if pruning.schedule != "one-shot" and (setting := next((name for name, wanted in asked.items() if wanted), None)):
         raise InputError(f"{setting} goes with pruning.schedule=one-shot only, not {pruning.schedule}")
     if pruning.interactions > 1 and "gate" not in needs:
         raise InputError(f"pruning.interactions needs gate scores; criterion {pruning.criterion} has none")
@@ -216,7 +216,7 @@ def check_hidden(recipe: Recipe) -> None:
         "pruning.shape=free": recipe.pruning.shape == "free",
         "distillation.hidden_weight": recipe.distillation.hidden_weight > 0,
     }
-    for setting in (name for name, wanted in asked.items() if wanted):
+    if setting := next((name for name, wanted in asked.items() if wanted), None):
         raise InputError(f"{setting} does not go with fewer hidden channels; take hidden out of pruning.kinds")
 
 

@@ -72,7 +72,7 @@ class Processes:
         return value
 
     def same_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The main process' tensors, on the CPU."""
+        """The main process' tensors: in it the very same, elsewhere copies on the CPU."""
         return dict(tensors)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -189,7 +189,7 @@ class Together(Processes):
 
     def same(self, value: T) -> T:
         """See `Processes`."""
-        told = self._broadcast(json.dumps(value).encode())
+        told = self._broadcast(json.dumps(value).encode() if self.is_main else b"")
         return value if self.is_main else json.loads(told)
 
     def same_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

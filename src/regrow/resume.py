@@ -82,7 +82,7 @@ def check_spared(folder: Path, model: str, recipe: Recipe, file: str, fresh: boo
         parts = (path, *path.iterdir()) if path.is_dir() else (path,)
         # A link that lies in a folder that goes is lost as well, wherever it leads.
         steps = {step for part in parts for end in (part.absolute(), part.resolve()) for step in (end, *end.parents)}
-        for lost in {step.resolve() for step in steps} & going.keys():
+        if lost := next(iter({step.resolve() for step in steps} & going.keys()), None):
             raise InputError(f"{name}: this run would replace or delete {going[lost]}; choose another --out")
 
 

@@ -139,10 +139,6 @@ class Journal(Forgetful):
         seconds: dict[str, float] = json.loads((entry / VALUES).read_text(encoding="utf-8"))["seconds"]
         return seconds
 
-    def clear(self) -> None:
-        """Forget everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _entries(self, stage: str | None = None) -> list[Path]:
         """Those of a stage, or all, oldest first."""
         there = self.folder.iterdir() if self.folder.is_dir() else ()

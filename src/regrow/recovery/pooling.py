@@ -25,15 +25,12 @@ def add_up(processes: Processes, moments: Sequence[object]) -> None:
 
 
 def add_up_at_main(processes: Processes, moments: Sequence[object]) -> None:
-    """As `add_up`, and nothing is left elsewhere: what comes later can be added again, and a state is whole."""
+    """As `add_up`; afterwards only the main process holds the sums, the others zeros.
+
+    So a later call does not count them twice, and the main process' state tells all.
+    """
     add_up(processes, moments)
-    if not processes.is_main:
-        forget(moments)
-
-
-def forget(moments: Sequence[object]) -> None:
-    """Begin anew, all sums and counts at zero."""
-    for sums in map(vars, moments):
+    for sums in map(vars, () if processes.is_main else moments):
         for name, value in sums.items():
             if isinstance(value, Tensor):
                 value.zero_()

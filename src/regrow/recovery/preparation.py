@@ -159,60 +159,8 @@ class Preparation:
 
     def _searched(self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None) -> Counts:
         """How many units each group had best lose."""
-        settings = self.recipe.search
-        nothing = {group.name: 0 for group in groups}
-        present = {name: score.double() for name, score in scores.items()}
-        if pruning.shape == "uniform":
-            candidates = uniform_candidates(groups, nothing, present, pruning)
-            candidates.sort(key=lambda candidate: candidate.damage)
-            starts = [candidate.counts for candidate in candidates]
-            starts = ([each for each in starts if self.allows(each)] or starts)[: settings.evaluations]
-            ladder = Ladder(
-                {g.name: tuple(sorted({0} | {counts[g.name] for counts in starts})) for g in groups},
-                {group.name: group.cost for group in groups},
-            )
-        else:
-            folded, gone, worst = fold(groups, nothing, present, nothing)
-            ladder = Ladder.of(folded, most_removed(folded, pruning, prior), settings.levels)
-            ways = [final_counts(folded, gone, worst, way, prior) for way in _allocations(pruning, prior)]
-            amount = min(sum(g.cost * counts[g.name] for g in folded) for counts in ways)
-            starts = [ladder.nearest(counts, amount) for counts in ways]
-        supernet = Supernet(self.model, groups, self.gates, self.compensator, self.scratch)
-        rungs = {g.name: ladder.rungs.get(g.name, ladder.rungs.get(folded_name(g), ())) for g in groups}
-        supernet.build(rungs, scores, self.batches[: self._batches_of(settings.windows)], self.progress)
-        fitness = Fitness(supernet, self.batches[-self._batches_of(settings.judge_windows) :])
-        self.progress.stage("search", len(starts) if pruning.shape == "uniform" else settings.evaluations)
-
-        def measured(counts: Counts) -> float:
-            value = fitness(counts)
-            self.progress.advance(1, f"divergence {value:.4f}")
-            return value
-
-        if pruning.shape == "uniform":
-            values = [measured(counts) for counts in starts]
-            finite = [math.inf if math.isnan(value) else value for value in values]
-            order = sorted(range(len(starts)), key=lambda number: finite[number])
-            nearest = [number for number in order[: self.recipe.finalists] if math.isfinite(finite[number])]
-            self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
-            best = order[0]
-            if len(nearest) > 1:
-                trained = self._trained([starts[number] for number in nearest], supernet, fitness)
-                best = nearest[int(np.argmin(trained))]
-                self.done.search |= {"finalists": nearest, "divergence_trained": trained}
-            counts, value = starts[best], finite[best]
-        else:
-
-            def whole(counts: Counts) -> Counts:
-                return unfold(groups, counts, nothing)
-
-            allowed = [each for each in starts if self.allows(whole(each))]
-            found = exchange_search(
-                allowed or starts, ladder, amount, lambda each: measured(whole(each)), settings.evaluations,
-                self.recipe.seed, (lambda each: self.allows(whole(each))) if allowed else anything,
-            )  # fmt: skip
-            counts, value = whole(settle(folded, found.counts, pruning, prior)), found.fitness
-            self.done.search = {"starts": len(starts), "trace": list(found.trace)}
-        supernet.close()
+        among = self._among_all if pruning.shape == "uniform" else self._by_exchange
+        counts, value = among(groups, scores, pruning, prior)
         if not math.isfinite(value):
             raise InputError(
                 "search: no candidate's divergence from the dense model is finite; look for NaN or infinity in the "
@@ -220,6 +168,75 @@ class Preparation:
             )
         self.done.search["best"] = value
         return counts
+
+    def _among_all(
+        self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None
+    ) -> tuple[Counts, float]:
+        """The best of the uniform shapes and its divergence: each is measured, the finalists again after training."""
+        nothing, present = _before(groups, scores)
+        candidates = uniform_candidates(groups, nothing, present, pruning)
+        candidates.sort(key=lambda candidate: candidate.damage)
+        starts = [candidate.counts for candidate in candidates]
+        starts = ([each for each in starts if self.allows(each)] or starts)[: self.recipe.search.evaluations]
+        ladder = Ladder(
+            {g.name: tuple(sorted({0} | {counts[g.name] for counts in starts})) for g in groups},
+            {group.name: group.cost for group in groups},
+        )
+        supernet, fitness = self._built(groups, ladder, scores, len(starts))
+        values = [self._measured(fitness, counts) for counts in starts]
+        finite = [math.inf if math.isnan(value) else value for value in values]
+        order = sorted(range(len(starts)), key=lambda number: finite[number])
+        nearest = [number for number in order[: self.recipe.finalists] if math.isfinite(finite[number])]
+        self.done.search = {"candidates": [_widths(groups, each) for each in starts], "divergence": values}
+        best = order[0]
+        if len(nearest) > 1:
+            trained = self._trained([starts[number] for number in nearest], supernet, fitness)
+            best = nearest[int(np.argmin(trained))]
+            self.done.search |= {"finalists": nearest, "divergence_trained": trained}
+        supernet.close()
+        return starts[best], finite[best]
+
+    def _by_exchange(
+        self, groups: Groups, scores: Mapping[str, Tensor], pruning: Pruning, prior: Prior | None
+    ) -> tuple[Counts, float]:
+        """What exchanging units between groups leads to, from what the allocations give, and its divergence."""
+        settings, (nothing, present) = self.recipe.search, _before(groups, scores)
+        folded, gone, worst = fold(groups, nothing, present, nothing)
+        ladder = Ladder.of(folded, most_removed(folded, pruning, prior), settings.levels)
+        ways = [final_counts(folded, gone, worst, way, prior) for way in _allocations(pruning, prior)]
+        amount = min(sum(g.cost * counts[g.name] for g in folded) for counts in ways)
+        starts = [ladder.nearest(counts, amount) for counts in ways]
+        supernet, fitness = self._built(groups, ladder, scores, settings.evaluations)
+
+        def whole(counts: Counts) -> Counts:
+            return unfold(groups, counts, nothing)
+
+        allowed = [each for each in starts if self.allows(whole(each))]
+        found = exchange_search(
+            allowed or starts, ladder, amount, lambda each: self._measured(fitness, whole(each)), settings.evaluations,
+            self.recipe.seed, (lambda each: self.allows(whole(each))) if allowed else anything,
+        )  # fmt: skip
+        counts = whole(settle(folded, found.counts, pruning, prior))
+        self.done.search = {"starts": len(starts), "trace": list(found.trace)}
+        supernet.close()
+        return counts, found.fitness
+
+    def _built(
+        self, groups: Groups, ladder: Ladder, scores: Mapping[str, Tensor], count: int
+    ) -> tuple[Supernet, Fitness]:
+        """What can be set to the rungs of a ladder, and what judges it; so many candidates are about to be."""
+        search = self.recipe.search
+        supernet = Supernet(self.model, groups, self.gates, self.compensator, self.scratch)
+        rungs = {g.name: ladder.rungs.get(g.name, ladder.rungs.get(folded_name(g), ())) for g in groups}
+        supernet.build(rungs, scores, self.batches[: self._batches_of(search.windows)], self.progress)
+        fitness = Fitness(supernet, self.batches[-self._batches_of(search.judge_windows) :])
+        self.progress.stage("search", count)
+        return supernet, fitness
+
+    def _measured(self, fitness: Fitness, counts: Counts) -> float:
+        value = fitness(counts)
+        self.progress.advance(1, f"divergence {value:.4f}")
+        return value
 
     def _trained(self, candidates: Sequence[Counts], supernet: Supernet, fitness: Fitness) -> list[float]:
         """How far each candidate is from the dense model after a short training of its adapters, nats a token.
@@ -291,6 +308,11 @@ class Preparation:
         best = min(finite, key=lambda share: trials[share]) if finite else 0.0  # the plain cut
         self.compensator.blend(done, best)
         return {"blend": best, "validation_loss": {str(share): loss for share, loss in trials.items()}}
+
+
+def _before(groups: Groups, scores: Mapping[str, Tensor]) -> tuple[Counts, dict[str, Tensor]]:
+    """What each group has lost before anything is chosen, and what its units are worth, in float64."""
+    return {group.name: 0 for group in groups}, {name: score.double() for name, score in scores.items()}
 
 
 def _allocations(pruning: Pruning, prior: Prior | None) -> list[Pruning]:

@@ -59,10 +59,22 @@ class Scorer:
         processes: Processes = ALONE,
         mask: Callable[[Group], Tensor] | None = None,
     ) -> None:
+        """Nothing is measured yet.
+
+        Args:
+            plan: what there is to score.
+            gates: on the model.
+            decay: of the moving average of scores; None: a plain mean.
+            seed: of what a criterion draws.
+            depth: whether whole layers are scored, by a criterion that can.
+            hidden: whether hidden channels are.
+            perturbations: directions tried with each batch, for criteria without a backward pass.
+            processes: those that share the batches.
+            mask: of a group, how likely each unit's learned mask is open; if masks are learned.
+        """
         self.processes = processes
         self.model = model
         self.mask = mask
-        """Of a group, how likely each unit's learned mask is open; if masks are learned."""
         self.gates = gates
         self.criterion = criterion
         self.depth = depth and "depth" in criterion.scores

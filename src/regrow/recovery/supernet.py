@@ -72,13 +72,12 @@ class Supernet:
         self.groups = groups
         self.gates = gates
         self.compensator = compensator
-        self._groups = {group.name: group for group in groups}
         self._rungs: dict[str, dict[int, Rung]] = {group.name: {} for group in groups}
         self._whole: dict[str, list[Aside]] = {}
         """Group name -> what makes the parameters whole again that its refits write to."""
         self.scratch = scratch
         self._shelf = Shelf(scratch)
-        self._now: Counts = dict.fromkeys(self._groups, 0)
+        self._now: Counts = dict.fromkeys(self._rungs, 0)
 
     def build(
         self,
@@ -154,10 +153,10 @@ class Supernet:
         for name, count in counts.items():
             if count == self._now[name]:
                 continue
-            units = self._groups[name].units
+            group = self.groups.by_name(name)
             # A router wants experts to choose among also in a layer whose own gate is closed.
-            left = units if self._groups[name].kind == "expert" else units - count
-            rung = Rung(np.arange(left)) if count in (0, units) else self._rungs[name][count]
+            left = group.units if group.kind == "expert" else group.units - count
+            rung = Rung(np.arange(left)) if count in (0, group.units) else self._rungs[name][count]
             # In a weight a refit sets all that its units use, and what others use meets closed gates; but of an adapter
             # it may need fewer ranks than the one before.
             if count == 0 or self.compensator.settings.carrier == "adapter":

@@ -74,24 +74,18 @@ def train(
         InputError: if training diverges.
         Stopped: if a signal asks for it: after the step under way, its state noted.
     """
-    loop = Loop(model, recipe, corpus, progress, on_cut, on_validation, track, journal, processes, originals)
+    loop = Loop(
+        model, recipe, corpus, progress, on_cut=on_cut, on_validation=on_validation, track=track, journal=journal,
+        processes=processes, originals=originals,
+    )  # fmt: skip
     # A teacher may need the whole weights, and what is left of nf4 ones would have to be rounded anew at every cut.
     # What has been cut is not replaced by its original either.
     early = not (recipe.distillation.needs_whole_weights or recipe.training.quantization == "nf4" or originals)
     prepare = preparer(model, recipe, corpus, progress, journal, teacher_folder.parent, processes, originals, allows)
     with Pruner(
-        model,
-        groups,
-        recipe,
-        loop.learner,
-        calibration_batches(corpus, recipe),
-        loop.record_cut,
-        early,
-        prepare,
-        scores,
-        prior,
-        journal.timing,
-    ) as pruner:
+        model, groups, recipe, loop.learner, calibration_batches(corpus, recipe), on_event=loop.record_cut,
+        cut_early=early, prepare=prepare, scores=scores, prior=prior, timing=journal.timing,
+    ) as pruner:  # fmt: skip
         loop.score(pruner, known=scores is not None)
         if recipe.distillation.on and recipe.training.steps:
             with journal.timing("teach"):
@@ -113,12 +107,13 @@ class Loop:
         recipe: Recipe,
         corpus: Corpus,
         progress: Progress,
+        *,
         on_cut: Callable[[CutEvent], None],
         on_validation: Callable[[History], None],
         track: Track,
         journal: Forgetful,
         processes: Processes,
-        originals: Originals | None = None,
+        originals: Originals | None,
     ) -> None:
         """Arguments as for `train`."""
         self.processes = processes
