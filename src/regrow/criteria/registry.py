@@ -181,6 +181,7 @@ def find_criterion(name: str) -> Criterion:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise InputError(f"criterion {name!r}: {path} fails to load: {type(error).__name__}: {error}") from error
     score = vars(module).get(function)
     if not callable(score):
