@@ -365,8 +365,10 @@ def test_a_second_analysis_finds_the_first(checkpoint: Path, text: Path, tmp_pat
     assert Sensitivity.parse((tmp_path / "sensitivity.json").read_text()) == first
     assert first.conditions.windows == 4
     assert "</svg>" in (tmp_path / "sensitivity.svg").read_text()
+    (tmp_path / "sensitivity.svg").unlink()
     second, progress = again()
     assert second == first
+    assert "</svg>" in (tmp_path / "sensitivity.svg").read_text()
     assert "sensitivity" not in progress.stages
     assert "not measured again" in progress.said[0]
     third, progress = again(shares=(0.5,))

@@ -275,7 +275,7 @@ TEXTS = [
     case("field of lists", file("a.jsonl", '{"text": ["x"]}'), PRUNE_ON + "a.jsonl", "'text' holds", "another field"),
     case(
         "broken records", file("a.jsonl", '{"text": "x"}\n{"text": \n'), PRUNE_ON + "a.jsonl",
-        "a.jsonl is not one JSON object a line", "row 1",
+        "a.jsonl is not one JSON object a line", "line 2",
     ),
     case("records that are lists", file("a.jsonl", "[1]\n[2]\n"), PRUNE_ON + "a.jsonl", "not one JSON object a line"),
     case("broken array", file("a.json", '[{"text": "x"}'), PRUNE_ON + "a.json", "is not an array of JSON objects"),

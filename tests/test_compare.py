@@ -143,6 +143,9 @@ def test_a_grid_can_grow_but_not_change(compared, started: list[str]) -> None:
         compared(threads=4)
     with pytest.raises(InputError, match="a sparsity is named twice"):
         compared(sparsities=(0.5, 0.5))
+    for key, option in (("seed", "--seeds"), ("pruning.sparsity", "--sparsity")):
+        with pytest.raises(InputError, match=f"{key} is what a comparison goes through; give {option}"):
+            lay_out(["magnitude"], [0.5], 1, {key: 0.3}, Path("out"))
     for own, option in (("seed=7", "--seeds"), ("pruning.sparsity=0.3", "--sparsity")):
         with pytest.raises(InputError, match=f"would be the same in 2 rounds; give {option} one only"):
             lay_out([f"magnitude@{own}"], [0.2, 0.5], 2, {}, Path("out"))

@@ -58,6 +58,22 @@ def test_records_without_text_are_dropped(
     assert load_documents(str(path), "body") == ["one", "two"]
 
 
+def test_fields_of_lines_may_come_late_or_change(tmp_path: Path) -> None:
+    """What a schema made of the first ten megabytes would not hold."""
+    lines: list[dict[str, object]] = [{"text": "once upon a time " * 60, "title": None}] * 10_500
+    as_lines(
+        tmp_path / "a.jsonl", [*lines, {"text": "2020-01-01", "title": "x", "url": 3}, {"url": "y"}, {"text": "z"}]
+    )
+    assert load_documents(str(tmp_path / "a.jsonl"))[10_500:] == ["2020-01-01", "z"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "\\ud800"}', "[" * 100_000, "1", '{"text": 1e5}{', '{"text": "a\tb"}'])
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
+    with pytest.raises(InputError, match=r"a\.jsonl is not one JSON object a line: line 3: "):
+        load_documents(str(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "byte-order-mark"])
 def test_text(start: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"

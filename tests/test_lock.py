@@ -17,7 +17,7 @@ from conftest import QUICK, CommandLine, Done, plan_of, random_keep
 import regrow
 from regrow.checkpoint.files import LOCK_FILE, check_folder
 from regrow.checkpoint.load import load_model
-from regrow.checkpoint.lock import alone_in, alone_with
+from regrow.checkpoint.lock import alone_in, alone_in_new, alone_with
 from regrow.checkpoint.peft_folder import Adapter
 from regrow.errors import InputError
 from regrow.progress import Silent
@@ -253,3 +253,14 @@ def test_a_file_is_had_alone(tmp_path: Path) -> None:
         with alone_with(file.with_name("other.gguf")):
             file.touch()
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("not mounted", target_is_directory=True)
+    for enter in (alone_in, alone_in_new):
+        with (
+            pytest.raises(InputError, match="out is a link to not mounted, which is not there"),
+            enter(tmp_path / "out"),
+        ):
+            pass
+    assert not (tmp_path / "not mounted").exists()

@@ -203,6 +203,7 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
     conditions = conditions_of(local_folder(model), loaded.dtype, recipe, held_out, calibration)
     if folder is not None and (known := _stored(folder / SENSITIVITY, conditions)) is not None:
         progress.say(f"{folder / SENSITIVITY} holds this analysis already; not measured again")
+        _leave(folder, known, recipe)
         return known
     whole = find_groups(loaded)
     criterion, adapted = find_criterion(recipe.analysis.criterion), bool(whole.expert_ranks(recipe.lora))
@@ -212,9 +213,13 @@ def _analyze(model: str, data: str, folder: Path | None, recipe: Recipe, progres
     found = analyse(loaded, find_groups(loaded), recipe, held_out, scored_on, conditions, progress)
     if folder is not None:
         write_json(folder / SENSITIVITY, found.to_json())
-        protected = found.protected(recipe.analysis.protect)
-        write_text(folder / "sensitivity.svg", to_svg(draw_sensitivity(found, protected)))
+        _leave(folder, found, recipe)
     return found
+
+
+def _leave(folder: Path, found: Sensitivity, recipe: Recipe) -> None:
+    """The picture, also of an analysis that is there: what is protected may be another share now."""
+    write_text(folder / "sensitivity.svg", to_svg(draw_sensitivity(found, found.protected(recipe.analysis.protect))))
 
 
 def _analysis_text(data: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[Windows, Windows]:

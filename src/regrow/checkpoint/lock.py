@@ -19,8 +19,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     behind locks nothing.
 
     Raises:
-        InputError: if another process has it; nothing in it is touched then.
+        InputError: if another process has it, and nothing in it is touched then; or if it is a link that leads nowhere.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{folder} is a link to {folder.readlink()}, which is not there; make that, or give another")
     with _alone(folder / LOCK_FILE, f"works in {folder}; wait for its end, or give another folder"):
         yield
 

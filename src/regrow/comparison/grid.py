@@ -108,14 +108,19 @@ def lay_out(
         settings: `key.path` -> value, for all; a contender's own come last.
 
     Raises:
-        InputError: if a contender or a sparsity is named twice, a contender's own seed or sparsity stands against
-            several, or a recipe or setting is wrong.
+        InputError: if a contender or a sparsity is named twice, a seed or sparsity is a setting of all or stands
+            against several, or a recipe or setting is wrong.
     """
     taking_part = [Contender.parse(label) for label in contenders]
     if len({each.label for each in taking_part}) < len(taking_part):
         raise InputError("a contender is named twice; name each once")
     if len({f"{sparsity:g}" for sparsity in sparsities}) < len(sparsities):
         raise InputError("a sparsity is named twice; name each once")
+    for key, option in (("seed", "--seeds"), ("pruning.sparsity", "--sparsity")):
+        if key in settings:
+            raise InputError(
+                f"{key} is what a comparison goes through; give {option}, or RECIPE@{key}=… for one recipe"
+            )
     for each in taking_part:
         for key, option, count in (("seed", "--seeds", seeds), ("pruning.sparsity", "--sparsity", len(sparsities))):
             if key in each.settings and count > 1:

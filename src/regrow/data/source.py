@@ -3,6 +3,7 @@
 import bisect
 import glob
 import itertools
+import json
 import operator
 import random
 import re
@@ -144,6 +145,9 @@ def _from_records(path: Path, limit: int) -> Iterator[Record]:
     if not path.stat().st_size:
         return
     suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        yield from _from_lines(path)
+        return
     datasets.disable_progress_bars()
     try:
         kind = "parquet" if suffix == ".parquet" else "json"
@@ -156,12 +160,41 @@ def _from_records(path: Path, limit: int) -> Iterator[Record]:
             builder.download_and_prepare()
             if builder.info.splits["train"].num_examples:
                 yield from builder.as_dataset("train")
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
             where = tempfile.gettempdir()
             raise InputError(f"{path} cannot be read: {cause.strerror} (it is unpacked in {where})") from error
         raise InputError(f"{path} is not {FORMS[suffix]}: {_reason(cause)}") from error
+
+
+def _from_lines(path: Path) -> Iterator[Record]:
+    """The records of a file of one a line, as it is read. Each has the fields that it has: one schema would fit few."""
+    seen = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                seen += 1
+                if line.strip():
+                    yield _object(line)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:  # read ahead of the lines
+        raise InputError(f"{path} is not {FORMS['.jsonl']}: {_reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = _reason(error).partition(": line ")[0]  # json's own count begins with each line
+        raise InputError(f"{path} is not {FORMS['.jsonl']}: line {seen}: {reason}") from error
+
+
+def _object(line: str) -> Record:
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}")
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("an escape stands for what is no character") from error
+    return found
 
 
 def _from_hub(source: str, text_field: str, split: str, max_characters: int) -> list[str]:
@@ -234,13 +267,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _field_of(records: Iterable[dict[str, object]], field: str, source: str) -> Iterator[str]:
-    for record in records:
-        if field not in record:
+    for number, record in enumerate(records):
+        if field not in record and not number:
             raise InputError(
                 f"{source} has no field {field!r} but {', '.join(record)}; say which one with "
                 "--set data.text_field=… (evaluate: --text-field)"
             )
-        text = record[field]
+        text = record.get(field)
         if text is None:
             continue
         if not isinstance(text, str):
