@@ -140,14 +140,17 @@ def _from_text(path: Path, limit: int) -> list[str]:
 
 def _from_records(path: Path, limit: int) -> Iterator[Record]:
     """The records of a file, one after another; a large one is read as it goes."""
-    import datasets
-
-    if not path.stat().st_size:
-        return
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         yield from _from_lines(path)
-        return
+    elif path.stat().st_size:
+        yield from _from_table(path, suffix, limit)
+
+
+def _from_table(path: Path, suffix: str, limit: int) -> Iterator[Record]:
+    """Those of a file of one schema."""
+    import datasets
+
     datasets.disable_progress_bars()
     try:
         kind = "parquet" if suffix == ".parquet" else "json"
@@ -187,6 +190,11 @@ def _from_lines(path: Path) -> Iterator[Record]:
 
 
 def _object(line: str) -> Record:
+    """What a line says.
+
+    Raises:
+        ValueError: if that is no JSON object, or holds half a surrogate pair, which no text can.
+    """
     found = json.loads(line)
     if not isinstance(found, dict):
         raise ValueError(f"a {type(found).__name__}")
@@ -208,7 +216,7 @@ def _hub_records(source: str, split: str) -> Iterable[Record]:
     import datasets
 
     name, _, configuration = source.partition(":")
-    known = {HUB_NAMES[name][0]: HUB_NAMES[name] for name in HUB_NAMES} | HUB_NAMES
+    known = HUB_NAMES | {entry[0]: entry for entry in HUB_NAMES.values()}
     repository, default, evaluation_split = known.get(name, (name, None, "test"))
     split = evaluation_split if split == "test" else split
     records: Iterable[Record] = datasets.load_dataset(repository, configuration or default, split=split, streaming=True)
