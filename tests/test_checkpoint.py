@@ -9,7 +9,7 @@ import torch
 import zoo
 from conftest import FAMILIES, build, logits, make_tokenizer, random_keep, uniform_keep, with_lora
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, RobertaConfig
 
 import regrow
 from regrow.checkpoint.files import check_folder, new_folder, write_json
@@ -224,6 +224,23 @@ def test_only_an_empty_folder_or_a_run_is_taken(tmp_path: Path) -> None:
         check_folder(tmp_path / "full" / "thesis.txt")
     write_json(tmp_path / "new" / "run.json", {})
     assert check_folder(tmp_path / "new")
+
+
+def test_a_model_that_sees_what_follows_is_refused(tmp_path: Path) -> None:
+    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    for name, seeing in (("encoder", False), ("decoder", True)):
+        config = RobertaConfig(**small, num_attention_heads=2, max_position_embeddings=16, is_decoder=seeing)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    with pytest.raises(InputError, match=r'sees the tokens that it is to predict.*"is_decoder": true'):
+        load_model(str(tmp_path / "encoder"))
+    load_model(str(tmp_path / "decoder"))
+
+
+def test_a_causal_model_that_is_no_decoder_by_its_config_is_taken(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(zoo.FAMILIES["GPT-NeoX"]())
+    model.save_pretrained(tmp_path)
+    assert model.config.is_decoder is False
+    load_model(str(tmp_path))
 
 
 def test_the_tokenizer_is_loaded(checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    OpenAIGPTConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
     SmolLM3Config,
@@ -51,7 +52,7 @@ from regrow.structure.finding import find_groups
 from regrow.structure.gates import Gates
 from regrow.structure.groups import Groups
 from regrow.structure.per_layer import rearrange
-from regrow.structure.similarity import Cosines
+from regrow.structure.similarity import Cosines, watching_layers
 
 CLOSE = 1e-4
 LAYERS = 4
@@ -95,6 +96,20 @@ def test_closed_layers_are_removed_layers(family: str, seed: int) -> None:
     assert linears == left.block_parameters == groups.block_parameters - plan.removed_block_parameters
     assert plan.sparsity.total == (groups.total_parameters - total) / groups.total_parameters
     assert plan.sparsity.block == (groups.block_parameters - linears) / groups.block_parameters
+
+
+def test_closed_layers_that_give_lists_are_removed_layers() -> None:
+    model = AutoModelForCausalLM.from_config(
+        OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    ).eval()
+    groups = find_groups(model)
+    plan = Plan.whole(groups).keeping({}, [1])
+    seen: list[str] = []
+    with plan_as_gates(model, groups, plan), watching_layers(model, groups.layers, lambda unit, _: seen.append(unit)):
+        masked = logits(model)
+    assert seen == [layer.unit for layer in groups.layers]
+    apply(model, groups, plan)
+    assert (masked - logits(model)).abs().max() < CLOSE
 
 
 def test_groups_after_layers_went_are_what_tracing_finds(family: str) -> None:

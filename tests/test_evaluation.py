@@ -13,7 +13,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from regrow.checkpoint.load import check_length, load_tokenizer, pick_device
 from regrow.checkpoint.offloaded import load
@@ -238,6 +246,17 @@ def test_timed_decoding_is_greedy_generation() -> None:
     # The end token is barred in `generate` until the last step and never in the timed loop.
     assert model.generation_config.eos_token_id not in torch.cat(fed, 1)
     assert torch.equal(torch.cat(fed, 1), expected)
+
+
+def test_a_model_that_keeps_nothing_is_given_everything_again() -> None:
+    config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = OpenAIGPTLMHeadModel(config).eval()
+    fed: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
+    measure_speed({"only": model}, (1,), 4, 3, repeats=1, warm_up=0)
+    handle.remove()
+    assert [ids.shape[1] for ids in fed] == [4, 5, 6, 7]
+    assert torch.equal(fed[-1], model.generate(fed[0], max_new_tokens=3, do_sample=False, pad_token_id=0))
 
 
 def test_prompts_are_clipped_to_the_smallest_model() -> None:

@@ -26,6 +26,7 @@ from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.evaluation.compare import plan_as_gates
 from regrow.planning.allocation import check_reach, choose
+from regrow.planning.hidden import removals
 from regrow.planning.plan import Plan
 from regrow.planning.target import parse_target, sparsity_for
 from regrow.preflight import check_settings
@@ -390,6 +391,18 @@ def test_a_llama_with_biases_whose_heads_do_not_divide_its_hidden_size_is_a_gran
     left = cut(model, groups, {RESIDUAL: np.arange(32)})
     described = pruned_config(model.config, groups, left)
     assert (described.model_type, described.hidden_size, described.head_dim) == ("granite", 32, 8)
+
+
+def test_a_stream_that_stays_whole_has_no_gates_and_loses_nothing() -> None:
+    model = zoo.hf.AutoModelForCausalLM.from_config(zoo.FAMILIES["Gemma"]())
+    groups = prunable_groups(model)
+    assert groups.residual is not None
+    pruning = Pruning(kinds=("attention", "ffn", "hidden"), sparsity=0.4)
+    assert removals(groups, pruning) == [0]
+    scores = {name: values for name, values in flat_scores(groups).items() if name != RESIDUAL}
+    plan = choose(groups, Plan.whole(groups), scores, pruning)
+    assert not plan.narrows
+    assert plan.sparsity.block >= 0.4
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -198,6 +198,50 @@ def test_where_nothing_can_be_traced_the_reason_is_told() -> None:
         find_groups(model)
 
 
+def test_layers_that_share_weights_are_refused() -> None:
+    model = build("llama-gqa")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(InputError, match=r"share weights \(model.layers.0.mlp.gate_proj.weight is model.layers.1.mlp"):
+        find_groups(model)
+
+
+class Routed(nn.Module):
+    """Tokens to two linears, in a row for each: how many there are depends on what they are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        rows = x_BTD.flatten(0, 1)
+        chosen = rows.sum(-1) > 0
+        sizes = torch.stack([chosen.sum(), (~chosen).sum()]).tolist()
+        given = [part(some) for part, some in zip(self.parts, rows.split(sizes), strict=True)]
+        return torch.cat(given).sum(0) + x_BTD
+
+
+def test_a_part_whose_sizes_depend_on_values_stays_whole() -> None:
+    model = build("llama-gqa")
+    for layer in model.model.layers:
+        layer.mlp = Routed(model.config.hidden_size)
+    groups = find_groups(model)
+    assert {group.kind for group in groups} == {"attention"}
+    assert list(groups.opaque) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def test_what_cannot_be_exported_is_told_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    class Choosing(nn.Module):
+        def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+            return x_BTD if x_BTD.sum() > 0 else -x_BTD
+
+    model = build("llama-gqa")
+    model.model.norm = Choosing()
+    with pytest.raises(InputError, match="cannot trace LlamaForCausalLM: Could not guard") as caught:
+        find_groups(model)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "not the graph besides"
+
+
 def test_reshape_keeps_what_batch_and_time_do_not_touch() -> None:
     heads = np.arange(6).reshape(1, 1, 6, 1)
     flat = reshape(heads, (2, 7, 6, 4), (2, 7, 24))

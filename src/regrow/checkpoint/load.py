@@ -64,7 +64,8 @@ def load_model(
             nothing of it.
 
     Raises:
-        InputError: if there is no such model, it is not a causal LM, or its files are damaged.
+        InputError: if there is no such model, it is not a causal LM, sees what follows a token, or its files are
+            damaged.
     """
     config = load_config(name, trust_remote_code)
     if Path(name).is_dir():
@@ -88,7 +89,10 @@ def load_model(
     if quantization != "none":
         settle(model)
         del model.config.quantization_config  # what comes of the model will be plain
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    model = model.to(device).eval()
+    if getattr(config, "is_decoder", True) is False:  # some causal models say so, too
+        _check_causal(name, model)
+    return model  # type: ignore[no-any-return]
 
 
 def compute_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -138,6 +142,19 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     if wrong:
         raise InputError(
             f"weights of {name} do not fit its config.json: {wrong[0]} ({len(wrong)} such tensors); get both anew"
+        )
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model whose predictions change with what comes after them: an encoder for masked tokens."""
+    first, second = (
+        model(torch.tensor([[3, 4, 5, last]], device=model.device), use_cache=False).logits[:, :-1] for last in (6, 7)
+    )
+    if not torch.equal(first, second):
+        raise InputError(
+            f"{name} sees the tokens that it is to predict, as models for masked tokens do; regrow prunes models that "
+            'do not: if it was trained to be one, set "is_decoder": true in its config.json'
         )
 
 

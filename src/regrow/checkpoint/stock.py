@@ -108,7 +108,8 @@ def hidden_widths(config: PretrainedConfig, groups: Groups) -> Widths:
     residual = groups.residual
     if residual is None:
         return Widths((), "tracing follows no one stream through all parts of its layers")
-    units, heads = residual.units, config.get_text_config().num_attention_heads
+    units = residual.units
+    heads = getattr(config.get_text_config(), "num_attention_heads", units)  # recurrent models have none
     try:
         whole = build_empty(config)
     except Exception as error:

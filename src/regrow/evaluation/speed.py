@@ -19,6 +19,9 @@ from regrow.checkpoint.load import most_positions
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import inference
 
+CACHES = ("past_key_values", "cache_params")
+"""Under which names models give, and take, what they keep of what they have read."""
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -130,7 +133,10 @@ def _clip(models: Mapping[str, PreTrainedModel], prompt: int, new_tokens: int) -
 
 
 def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds for the prompt, and seconds for the greedy new tokens after it."""
+    """Seconds for the prompt, and seconds for the greedy new tokens after it.
+
+    A model that keeps nothing of what it has read reads everything again for each token.
+    """
     _wait(model.device)
     start = clock()
     output = model(input_ids=ids_BT, use_cache=True)
@@ -138,7 +144,9 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callab
     read = clock()
     for _ in range(new_tokens):
         next_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True)
+        kept = {key: output[key] for key in CACHES if key in output}
+        ids_BT = next_B1 if kept else torch.cat([ids_BT, next_B1], 1)
+        output = model(input_ids=ids_BT, use_cache=True, **kept)
     _wait(model.device)
     return read - start, clock() - read
 

@@ -86,8 +86,8 @@ def lose(
     keep = {}
     multiples = {group.name: group.multiple for group in groups}
     for name, count in counts.items():
-        if name != RESIDUAL and layer_of(name) in newly:
-            continue
+        if name not in gone or (name != RESIDUAL and layer_of(name) in newly):
+            continue  # hidden channels of which none may go have no scores
         units, multiple = plan.parts[name].units, multiples.get(name, 1)
         left = -(-(units - math.floor(count * fraction + 0.5)) // multiple) * multiple
         now = max(gone[name], units - left)

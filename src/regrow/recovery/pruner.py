@@ -19,6 +19,7 @@ from regrow.criteria.registry import find_criterion
 from regrow.data.tokens import Batch
 from regrow.errors import InputError
 from regrow.planning.allocation import choose
+from regrow.planning.hidden import removals
 from regrow.planning.interactions import least_joint_damage
 from regrow.planning.plan import Plan
 from regrow.planning.schedule import cut_events, fade_ends
@@ -99,7 +100,7 @@ class Pruner:
         self.settled_plan = self.plan
         """What it computes as, apart from units that still fade: its tensors, and (not cutting early) closed gates."""
         self.depth = "layer" in self.pruning.kinds
-        self.hidden = "hidden" in self.pruning.kinds
+        self.hidden = "hidden" in self.pruning.kinds and len(removals(groups, self.pruning)) > 1
         self.gates = Gates(
             model, groups.groups, groups.layers if self.depth else (), groups.residual if self.hidden else None
         )

@@ -24,6 +24,7 @@ from regrow.recovery.losses import FullTarget, Target
 from regrow.structure.adapters import adapter_parameters, adapters_off, take_off
 from regrow.structure.gates import Gates
 from regrow.structure.offload import Offloaded, come_and_go
+from regrow.structure.prefix import states_in
 from regrow.structure.quantise import quantisable, quantise
 from regrow.structure.quantised import Quantization, copy_into, held_bytes, kept_as, quantised_linears
 from regrow.structure.trace import unhook
@@ -189,8 +190,8 @@ def layer_outputs(model: nn.Module, layers: str | None) -> Iterator[list[Tensor]
     """The outputs `[B, T, D]` of a list of decoder layers, filled in by a forward pass within this context."""
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(states_in(output))
 
     found = model.get_submodule(layers).children() if layers else ()
     handles = [layer.register_forward_hook(keep) for layer in found]

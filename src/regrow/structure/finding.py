@@ -29,9 +29,11 @@ def find_groups(model: PreTrainedModel) -> Groups:
     below): B is cut with the rows, A with the columns, the rank axis never.
 
     Raises:
-        InputError: if the model cannot be traced; the message names the module and the operator.
+        InputError: if the model cannot be traced, the message names the module and the operator; or if layers share
+            weights.
     """
     path, layers = decoder_layers(model)
+    _check_own_weights(model, path)
     alike = distinct_layers(layers)
     found = trace(skeleton(model, [numbers[0] for numbers in alike]), path)
 
@@ -75,6 +77,17 @@ def find_groups(model: PreTrainedModel) -> Groups:
         opaque=opaque,
         experts=dict(sorted(_weights_of_experts(model, found, path, alike, sliced), key=lambda one: _natural(one[0]))),
     )  # fmt: skip
+
+
+def _check_own_weights(model: PreTrainedModel, path: str) -> None:
+    """Refuse layers that share weights: what one of them loses, the others would."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.get_submodule(path).named_parameters(prefix=path, remove_duplicate=False):
+        first = owners.setdefault(id(parameter), name)
+        if first.removeprefix(f"{path}.").partition(".")[0] != name.removeprefix(f"{path}.").partition(".")[0]:
+            raise InputError(
+                f"layers of {type(model).__name__} share weights ({first} is {name}); regrow cannot prune this kind"
+            )
 
 
 def _groups(model: PreTrainedModel, found: Trace, path: str, alike: Sequence[Sequence[int]]) -> Iterator[Group]:

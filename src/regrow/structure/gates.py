@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from regrow.structure.experts import ExpertGates, Router, Sink, Watch, is_experts
 from regrow.structure.groups import RESIDUAL, Group, Layer, Slice
-from regrow.structure.prefix import sequences_in
+from regrow.structure.prefix import sequences_in, states_in, with_states
 from regrow.structure.residual import mask_hooks, writers
 from regrow.structure.trace import decoder_layers
 
@@ -220,9 +220,7 @@ class Gates:
         return (self._on_stream(args[0], unit_of_channel), *args[1:])
 
     def _write_stream(self, unit_of_channel: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        gated = self._on_stream(first, unit_of_channel)
-        return (gated, *rest) if isinstance(output, tuple) else gated
+        return with_states(output, self._on_stream(states_in(output), unit_of_channel))
 
     def _on_stream(self, x: Tensor, unit_of_channel: Tensor) -> Tensor:
         if self._sink is None or not torch.is_grad_enabled():
@@ -264,9 +262,7 @@ class Gates:
         return (self._reported(x, gate, report), *args[1:])
 
     def _gate_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        gated = self._gated(name, args[0], first)
-        return (gated, *rest) if isinstance(output, tuple) else gated
+        return with_states(output, self._gated(name, args[0], states_in(output)))
 
     def _gated(self, name: str, in_BTD: Tensor, out_BTD: Tensor) -> Tensor:
         gate = float(self._values[name])

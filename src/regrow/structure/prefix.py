@@ -29,6 +29,17 @@ def sequences_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return len(args[0] if args else kwargs["hidden_states"])
 
 
+def states_in(output: Any) -> Tensor:
+    """The hidden states `[B, T, D]` in what a decoder layer gives; some families give more beside them."""
+    states: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return states
+
+
+def with_states(output: Any, states_BTD: Tensor) -> Any:
+    """What a decoder layer gives, with other hidden states."""
+    return type(output)([states_BTD, *output[1:]]) if isinstance(output, tuple | list) else states_BTD
+
+
 class LayerWalk:
     """Stands before one decoder layer, holding its inputs for every batch."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regrow.structure.groups import Layer
+from regrow.structure.prefix import states_in
 
 
 @dataclass
@@ -41,7 +42,7 @@ def watching_layers(model: nn.Module, layers: Sequence[Layer], sink: Callable[[s
     """Within this context every forward pass hands `sink` each layer's `Layer.unit` and cosines, `[B, T]` float32."""
 
     def look(unit: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        out_BTD = output[0] if isinstance(output, tuple) else output
+        out_BTD = states_in(output)
         with torch.no_grad():
             sink(unit, functional.cosine_similarity(args[0].float(), out_BTD.float(), dim=-1))
 

@@ -12,9 +12,11 @@ Not covered: models whose forward pass branches on tensor values, and layers tha
 """
 
 import copy
+import io
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,7 +143,8 @@ def export(bones: PreTrainedModel) -> torch.export.ExportedProgram:
     ids = torch.zeros(TOKENS, dtype=torch.long, device="meta")
     try:
         # Without gradients from the start: a block of a model's own without them would be one opaque operator.
-        with warnings.catch_warnings(), torch.no_grad():
+        # Without a word: where it fails, it prints the whole graph.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(bones, (ids,), {"use_cache": False}, strict=False)
     except Exception as error:
@@ -283,7 +286,7 @@ class _Tracing:
             if rule is None:
                 raise UnknownOperator(name)
             self.learnt.module = module_of(node)
-            return rule(self.learnt, args, kwargs, _shapes(node.meta["val"]))
+            return rule(self.learnt, args, kwargs, _shapes(name, node.meta["val"]))
         except UnknownOperator as error:
             raise _Unruled(str(error), module_of(node)) from error
 
@@ -335,8 +338,12 @@ def _blank(meta: Any, among: Facet | None = None) -> Any:
     return meta
 
 
-def _shapes(meta: Any) -> Any:
-    return [tuple(item.shape) for item in meta] if isinstance(meta, list | tuple) else tuple(meta.shape)
+def _shapes(name: str, meta: Any) -> Any:
+    if isinstance(meta, list | tuple):
+        return [_shapes(name, item) for item in meta]
+    if not all(isinstance(size, int) for size in meta.shape):
+        raise UnknownOperator(f"{name} of a size that depends on values")
+    return tuple(meta.shape)
 
 
 def operator_name(target: Any) -> str:
