@@ -199,6 +199,7 @@ MODELS = [
     case("file as model", file("a.gguf", b"GGUF"), "inspect a.gguf", "a.gguf is a file", "give the folder"),
     case("bench of one model twice", nothing, "bench LLAMA LLAMA", "named twice"),
     case("no config", file("model/x", ""), PRUNE_MODEL, "model holds no config.json", "give the folder"),
+    case("run for its checkpoint", file("model/model/config.json", "{}"), PRUNE_MODEL, "is a run's folder", "give"),
     case("config is not JSON", config_file("{"), PRUNE_MODEL, "config.json of model cannot be read", "JSON", ANEW),
     case("config is a list", config_file("[]"), EVALUATE_MODEL, "config.json of model", "not a JSON object", ANEW),
     case("config is empty", config_file("{}"), "inspect model", "Unrecognized model in model; get it anew"),
@@ -674,6 +675,6 @@ def test_paths_are_taken_wherever_names_are(
         (tmp_path / "my.yaml").write_text("name: mine\n")
         with pytest.raises(InputError, match=r"there is no text file absent\.txt"):
             use(Path("absent.txt"))
-    found = regrow.evaluate(Path("model"), Path("text.jsonl"), windows=[16], max_windows=1)
+    found = regrow.evaluate(Path("model"), Path("text.jsonl"), windows=16, max_windows=1)
     assert found["model"] == "model"
     assert found["perplexity"]["window-16"]["source"] == "text.jsonl"

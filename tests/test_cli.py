@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import regrow
 from regrow.cli import app, main
-from regrow.console import SPIN_COUNT, share_cores
+from regrow.console import SPIN_COUNT, expand_home, share_cores
 from regrow.recipe import Recipe, dump_recipe, explain_fields, load_recipe, shipped_recipes
 from regrow.terminal import terminal_progress
 
@@ -64,6 +64,31 @@ def test_an_encoding_that_lacks_a_character_is_no_error(monkeypatch: pytest.Monk
         main()
     screen.flush()
     assert b"?" in screen.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("--out=~/x", "--out=HOME/x"), ("--out=~", "--out=HOME"), ("data.source=~/x", "data.source=HOME/x"),
+        ("--out=~x/y", "--out=~x/y"), ("--out=a~/b", "--out=a~/b"), ("~/x=~/y", "~/x=~/y"),
+    ],
+)  # fmt: skip
+def test_home_is_read_where_shells_leave_it(given: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["regrow", "prune", given])
+    expand_home()
+    assert sys.argv == ["regrow", "prune", read.replace("HOME", "/home/me")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("printing", [["--version"], ["recipes", "--explain"]], ids=["little", "much"])
+def test_printing_to_a_full_disk(printing: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "regrow", *printing], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("regrow: no space left to write what is printed")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -15,9 +15,11 @@ from regrow.cli_reuse import apply, export, report, scatter
 from regrow.console import (
     AsJson,
     Trust,
+    expand_home,
     given_up,
     going_on_later,
     print_anything,
+    printed,
     quiet,
     share_cores,
     shown_progress,
@@ -46,8 +48,10 @@ def main() -> None:
     """Run the command line: an `InputError` is one line on standard error and exit code 2."""
     share_cores()
     print_anything()
+    expand_home()
     try:
-        app()
+        with printed():
+            app()
     except InputError as error:
         tell(error)
         sys.exit(2)

@@ -1,8 +1,10 @@
 """What all verbs of the command line share."""
 
+import errno
 import io
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -42,6 +44,31 @@ def print_anything() -> None:
     """Let standard output show a question mark for what its encoding (a C locale's, say) has no character for."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
         sys.stdout.reconfigure(errors="replace")
+
+
+def expand_home() -> None:
+    """Read `~` in `--out=~/x` and `--set data.source=~/x`, too; shells do so only where a word begins with it."""
+    home = os.path.expanduser("~")
+    sys.argv[1:] = [re.sub(r"^([-\w.]+=)~(?=/|$)", lambda found: f"{found[1]}{home}", word) for word in sys.argv[1:]]
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """Within this context what is printed is written out.
+
+    Raises:
+        InputError: if standard output leads to a full disk.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest would fail at exit, once more
+        raise InputError("no space left to write what is printed; free some and run again") from error
 
 
 def quiet() -> None:

@@ -12,6 +12,11 @@ def listed(names: str | Path | Iterable[str | Path]) -> list[str]:
     return [str(name) for name in ([names] if isinstance(names, str | Path) else names)]
 
 
+def numbered(numbers: int | Iterable[int]) -> list[int]:
+    """Whole numbers; a single one stands for a list of it."""
+    return [numbers] if isinstance(numbers, int) else list(numbers)
+
+
 def gathered(given: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings as `key.path` -> value: what is given by name, None left out, and what overrides it.
 

@@ -30,7 +30,7 @@ from regrow.evaluation.compare import local_folder, measure_perplexities
 from regrow.evaluation.memory import measure_memory
 from regrow.evaluation.size import measure_size
 from regrow.evaluation.speed import measure_speed, ratios
-from regrow.given import gathered, listed
+from regrow.given import gathered, listed, numbered
 from regrow.planning.sensitivity import Conditions, Sensitivity
 from regrow.progress import Progress, Silent
 from regrow.recipe import Recipe, load_recipe
@@ -51,7 +51,7 @@ def evaluate(
     model: str | Path,
     data: str | Path,
     *,
-    windows: Sequence[int] = (256,),
+    windows: int | Sequence[int] = (256,),
     bos: Bos = "document",
     text_field: str = "text",
     max_windows: int | None = None,
@@ -69,14 +69,14 @@ def evaluate(
     Raises:
         InputError: if something given cannot work.
     """
-    model, data = str(model), str(data)
-    _check_protocols(windows, bos, max_windows)
-    for length in windows:
+    model, data, lengths = str(model), str(data), numbered(windows)
+    _check_protocols(lengths, bos, max_windows)
+    for length in lengths:
         check_length(load_config(model, trust_remote_code), length)
     tokenizer = load_tokenizer(model, trust_remote_code)
     documents = load_documents(data, text_field, split="test")
     protocols = [
-        make_windows(documents, tokenizer, length, bos=bos, source=data).first(max_windows) for length in windows
+        make_windows(documents, tokenizer, length, bos=bos, source=data).first(max_windows) for length in lengths
     ]
     loaded = load_model(model, pick_device(device), trust_remote_code=trust_remote_code)
     check_vocabulary(loaded, tokenizer, model)
@@ -101,7 +101,7 @@ def _check_protocols(windows: Sequence[int], bos: str, max_windows: int | None) 
 def bench(
     models: str | Path | Sequence[str | Path],
     *,
-    batches: Sequence[int] = (1, 4),
+    batches: int | Sequence[int] = (1, 4),
     prompt: int = 128,
     new_tokens: int = 32,
     repeats: int = 5,
@@ -115,10 +115,15 @@ def bench(
     Raises:
         InputError: if a model cannot be loaded or is named twice, or there is nothing to measure.
     """
-    models = listed(models)
+    models, prompts = listed(models), numbered(batches)
     if len(set(models)) != len(models):
         raise InputError("bench: the same model is named twice; ratios to itself say nothing")
-    counts = {"models": len(models), "batch": min(batches, default=0), "prompt": prompt, "new-tokens": new_tokens}
+    counts = {
+        "models": len(models),
+        "batch": min(prompts, default=0),
+        "prompt": prompt,
+        "new-tokens": new_tokens,
+    }
     for name, count in {**counts, "repeats": repeats}.items():
         if count < 1:
             raise InputError(f"bench: {name} = {count}; give at least 1")
@@ -130,7 +135,7 @@ def bench(
     loaded = {name: load_model(name, where, trust_remote_code=trust_remote_code) for name in models}
     sizes = {name: asdict(measure_size(model)) for name, model in loaded.items()}
     progress.stage("speed")
-    speed = measure_speed(loaded, batches=batches, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
+    speed = measure_speed(loaded, batches=prompts, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
     del loaded
     progress.stage("memory", len(models))
     memory = {}

@@ -234,6 +234,8 @@ def _read_config(name: str) -> dict[str, Any]:
         raise InputError(f"{name} is a file; give the folder of a Hugging Face checkpoint")
     if looks_like_path(name) and not path.is_dir():
         raise InputError(f"there is no model folder {name}; give a checkpoint's folder, or a repository on the hub")
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(f"{name} is a run's folder, which keeps its checkpoint in {path / 'model'}; give that")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
