@@ -32,7 +32,7 @@ def check_offer(config: PretrainedConfig, groups: Groups, pruning: Pruning) -> l
     if pruning.shape == "free":
         check_free(config, groups)
         return parts
-    offered = {group.kind.rstrip("0123456789") for group in groups if group.widths and len(group.widths) > 1}
+    offered = {group.base_kind for group in groups if group.widths and len(group.widths) > 1}
     hidden = hidden_widths(config, groups) if "hidden" in pruning.kinds else Widths((), "")
     if len(hidden.counts) > 1:
         offered.add("hidden")

@@ -203,7 +203,7 @@ def _possible(config: PretrainedConfig, groups: Groups, whole: PreTrainedModel, 
 
 def _as_wide(groups: Groups, group: Group) -> tuple[str, ...]:
     """A group's kind; of an FFN also the kinds that lie beside one of its kind and are as wide."""
-    alike = [each for each in groups if each.kind.startswith("ffn") and each.units == group.units]
+    alike = [each for each in groups if each.base_kind == "ffn" and each.units == group.units]
     beside = {each.layer for each in alike if each.kind == group.kind}
     return tuple(sorted({each.kind for each in alike if each.layer in beside} | {group.kind}))
 

@@ -166,7 +166,7 @@ def _kinds(groups: Groups) -> dict[str, Group]:
 
 def _points(group: Group) -> list[int]:
     """Widths to measure, ascending, the whole not among them: the nearest that a plan comes to by default."""
-    step = kernel_multiple(group.units) if group.kind.startswith("ffn") else 1
+    step = kernel_multiple(group.units) if group.base_kind == "ffn" else 1
     possible = [
         units for units in group.widths or range(1, group.units + 1) if units % step == 0 or units == group.units
     ]

@@ -208,7 +208,7 @@ def _ways(
         raise out_of_reach(groups, tightest, layers, pruning)
     if not ways:
         multiple = pruning.multiple or max(
-            (kernel_multiple(group.units) for group in groups if group.kind.startswith("ffn")), default=1
+            (kernel_multiple(group.units) for group in groups if group.base_kind == "ffn"), default=1
         )
         raise InputError(
             f"no multiples of {multiple} channels reach sparsity {pruning.sparsity}; lower pruning.multiple"

@@ -59,11 +59,11 @@ class Demand:
 
     def of_kind(self, ffn: bool) -> list[Group]:
         """Its FFN groups, or all others."""
-        return [group for group in self.groups if group.kind.startswith("ffn") == ffn]
+        return [group for group in self.groups if (group.base_kind == "ffn") == ffn]
 
     def step(self, group: Group) -> int:
         """Units that go at a time."""
-        if not group.kind.startswith("ffn"):
+        if group.base_kind != "ffn":
             return 1
         return math.lcm(self.multiple or kernel_multiple(group.units), group.multiple)
 
@@ -156,9 +156,7 @@ def demands(
     spared = layers | protected_layers(groups, pruning)
     protected = prior.protected if prior is not None and pruning.shape == "free" else frozenset()
     free = tuple(
-        g
-        for g in groups
-        if g.layer not in spared and g.name not in protected and g.kind.rstrip("0123456789") in pruning.kinds
+        g for g in groups if g.layer not in spared and g.name not in protected and g.base_kind in pruning.kinds
     )
     free = tuple(replace(g, widths=None) for g in free) if pruning.shape == "free" else _one_width(free)
     free = tuple(g for g in free if g.widths is None or len(g.widths) > 1)
@@ -170,7 +168,7 @@ def demands(
         return Demand(part, price, wanted - by_layers, gone, limit, pruning.multiple, whole, by_layers)
 
     if pruning.basis != "units":
-        whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
+        whole = groups.parameters(pruning.basis)
         wanted = at_least(pruning.sparsity, whole)
         by_layers = sum(layer_price(layer, pruning) for layer in groups.layers if layer.number in layers) + by_experts
         return [demand(free, {group.name: group.cost for group in free}, whole, wanted, by_layers)]
@@ -190,10 +188,10 @@ def _one_width(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """Of FFNs of several widths (a shared expert's, the others', dense layers'), those of the one that holds most."""
     held: dict[int, int] = defaultdict(int)
     for group in groups:
-        if group.kind.startswith("ffn"):
+        if group.base_kind == "ffn":
             held[group.units] += group.units * group.cost
     width = max(held, key=held.__getitem__, default=0)
-    return tuple(group for group in groups if not group.kind.startswith("ffn") or group.units == width)
+    return tuple(group for group in groups if group.base_kind != "ffn" or group.units == width)
 
 
 def out_of_reach(groups: Groups, demand: Demand, layers: frozenset[int], pruning: Pruning) -> InputError:

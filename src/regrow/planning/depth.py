@@ -70,7 +70,7 @@ def layer_choices(
         yield chosen.union(order[: max(0, layers_wanted(groups, pruning) - len(chosen))])
         return
     prices = {layer.number: layer_price(layer, pruning) for layer in groups.layers}
-    whole = groups.block_parameters if pruning.basis == "block" else groups.total_parameters
+    whole = groups.parameters(pruning.basis)
     yield chosen
     for number in order:
         if sum(prices[n] for n in chosen) >= pruning.sparsity * whole:

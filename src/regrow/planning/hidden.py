@@ -76,7 +76,7 @@ def the_rest(groups: Groups, pruning: Pruning, removed: int) -> tuple[Groups, Pr
     if pruning.basis == "units":
         return less, rest
     amount = _wanted(groups, pruning) - removed * _price(groups, pruning)
-    share = (amount - 0.5) / _whole(less, pruning)  # half a parameter off: see `share_of`
+    share = (amount - 0.5) / less.parameters(pruning.basis)  # half a parameter off: see `share_of`
     return less, rest.model_copy(update={"sparsity": share})
 
 
@@ -99,11 +99,7 @@ def reach_with_hidden(groups: Groups, pruning: Pruning, basis: str) -> int:
 def _wanted(groups: Groups, pruning: Pruning) -> int:
     if pruning.basis == "units":
         return 0 if groups.residual is None else at_least(pruning.sparsity, groups.residual.units)
-    return at_least(pruning.sparsity, _whole(groups, pruning))
-
-
-def _whole(groups: Groups, pruning: Pruning) -> int:
-    return groups.total_parameters if pruning.basis == "total" else groups.block_parameters
+    return at_least(pruning.sparsity, groups.parameters(pruning.basis))
 
 
 def _price(groups: Groups, pruning: Pruning) -> int:
@@ -134,7 +130,7 @@ def _brought(groups: Groups, pruning: Pruning, share: float) -> float:
         layers = sum(layer_price(layer, pruning) for layer in groups.layers)
         return brought + share * (layers - channels * sum(layer.block_hidden for layer in groups.layers))
     for group in groups:
-        lost = share if group.kind.rstrip("0123456789") in pruning.kinds else 0.0
+        lost = share if group.base_kind in pruning.kinds else 0.0
         if group.expert is not None and "expert" in pruning.kinds:  # what is left of those experts that stay
             lost = 1 - (1 - lost) * (1 - share)
         brought += lost * group.units * (group.cost - channels * group.hidden)
@@ -160,7 +156,7 @@ def _out_of_reach(groups: Groups, pruning: Pruning, removed: int) -> InputError:
     if pruning.basis == "units":
         within = removed / max(units, 1)
     else:
-        within = reach_with_hidden(groups, pruning, pruning.basis) / _whole(groups, pruning)
+        within = reach_with_hidden(groups, pruning, pruning.basis) / groups.parameters(pruning.basis)
     return InputError(
         f"sparsity {pruning.sparsity} of {pruning.basis} is out of reach: with {units - removed} of {units} hidden "
         f"channels left, and as little as may be of the other kinds, {within:.3f} is removed; use at most "

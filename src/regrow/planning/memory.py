@@ -83,7 +83,7 @@ class Sizes:
             refit=max((_refit(model, each, beside[each.parameter]) for each in consumers), default=0),
             layers=len(groups.layers),
             hidden=config.hidden_size,
-            channels=max((group.units for group in groups if group.kind.startswith("ffn")), default=0),
+            channels=max((group.units for group in groups if group.base_kind == "ffn"), default=0),
             vocabulary=config.vocab_size,
         )
 

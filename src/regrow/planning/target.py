@@ -161,7 +161,7 @@ def share_of(removed: int, groups: Groups, basis: str = "block") -> float:
 
     Half a parameter less is asked for: the demand is rounded up, and rounding errors stay far from a whole number.
     """
-    return (removed - 0.5) / (groups.total_parameters if basis == "total" else groups.block_parameters)
+    return (removed - 0.5) / groups.parameters(basis)
 
 
 def with_share(pruning: Pruning, share: float) -> Pruning:

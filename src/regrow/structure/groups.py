@@ -88,6 +88,11 @@ class Group:
         return replace(self, units=len(units), slices=tuple(replace(s, index=s.index[units]) for s in self.slices))
 
     @property
+    def base_kind(self) -> str:
+        """The kind without the number that parts groups of one kind in a layer: `ffn` of `ffn2`."""
+        return self.kind.rstrip("0123456789")
+
+    @property
     def is_fused(self) -> bool:
         """Whether q, k and v come from one product: a unit then owns more rows of it than columns of the consumer."""
         widest = max((s.index.shape[1] for s in self.slices if not s.is_input), default=0)
@@ -183,7 +188,11 @@ class Groups(Sequence[Group]):
     def in_experts(self, kinds: Collection[str]) -> bool:
         """Whether any unit of these kinds is an expert, or lies within one."""
         of_experts = (group for group in self if group.expert is not None or group.kind == "expert")
-        return any(group.kind.rstrip("0123456789") in kinds for group in of_experts)
+        return any(group.base_kind in kinds for group in of_experts)
+
+    def parameters(self, basis: str) -> int:
+        """Of the whole model (`total`), or of what sparsity is a share of by default (`block`)."""
+        return self.total_parameters if basis == "total" else self.block_parameters
 
     def expert_ranks(self, lora: Lora) -> dict[str, int]:
         """The weights of experts that are to be adapted -> the rank of an expert's own factors."""
