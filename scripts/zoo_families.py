@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import transformers as hf
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TOKENS = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SIZES = {**TOKENS, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 3, "max_position_embeddings": 64}
@@ -92,6 +93,7 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "OLMo 2": lambda: hf.Olmo2Config(**GQA),
     "OLMo 3": lambda: hf.Olmo3Config(**GQA, **LOCAL),
     "Granite": lambda: hf.GraniteConfig(**GQA),
+    "Granite SWA": lambda: CONFIG_MAPPING["granite_swa"](**GQA, **LOCAL),
     "StarCoder2": lambda: hf.Starcoder2Config(**GQA, sliding_window=None),
     "SmolLM3": lambda: hf.SmolLM3Config(**GQA, no_rope_layers=[1, 1, 0]),
     "Cohere": lambda: hf.CohereConfig(**GQA, use_qk_norm=True),
@@ -142,6 +144,10 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "Qwen3-MoE": lambda: hf.Qwen3MoeConfig(**GQA, **EXPERTS, head_dim=12, moe_intermediate_size=16),
     "OLMoE": lambda: hf.OlmoeConfig(**GQA, **EXPERTS),
     "Granite MoE": lambda: hf.GraniteMoeConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
+    "Granite MoE SWA": lambda: CONFIG_MAPPING["granitemoe_swa"](
+        **GQA, **LOCAL, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "Mellum": lambda: hf.MellumConfig(**GQA, **LOCAL, **EXPERTS, head_dim=12, moe_intermediate_size=16),
     "ERNIE 4.5 MoE": lambda: hf.Ernie4_5_MoeConfig(
         **GQA, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=1, moe_layer_start_index=1
     ),

@@ -45,7 +45,7 @@ NO_FFN = {"BLOOM", "MPT"}
 MIXTURES = {
     "Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "Granite MoE", "gpt-oss", "ERNIE 4.5 MoE", "Phi-3.5-MoE", "FlexOlmo",
     "DeepSeek-V2", "Qwen3-Next", "MiniMax", "Jamba", "Granite 4", "Gemma 4 (MoE)",
-    "Granite MoE (shared)", "HunYuan MoE", "Cohere 2 MoE", "Qwen3.5 MoE",
+    "Granite MoE (shared)", "Granite MoE SWA", "Mellum", "HunYuan MoE", "Cohere 2 MoE", "Qwen3.5 MoE",
 }  # fmt: skip
 
 

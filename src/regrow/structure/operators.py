@@ -313,7 +313,7 @@ RULES: dict[str, Rule] = {
     "aten.select": _rearranged(_select),
     "aten.repeat_interleave": _rearranged(_repeat_interleave),
     "aten.repeat": _rearranged(_repeat),
-    **dict.fromkeys(_names("mean sum amax amin var"), _reduce),
+    **dict.fromkeys(_names("mean sum amax amin var logsumexp"), _reduce),
     "aten.layer_norm": _layer_norm,
     "aten.rms_norm": _rms_norm,
     **dict.fromkeys(_names("softmax _softmax log_softmax"), _softmax),
