@@ -45,7 +45,7 @@ def file(name: str, content: str | bytes) -> Maker:
 
     def make(checkpoint: Path, here: Path) -> None:
         path = here / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     return make

@@ -198,11 +198,8 @@ def test_what_is_within_reach_with_hidden_channels_is_a_plan(kinds: tuple[str, .
 @given(block=st.integers(10, 10**12), way=st.floats(0, 1))
 def test_a_share_stands_for_a_whole_number_of_parameters(block: int, way: float) -> None:
     removed = max(1, math.floor(way * block))
-
-    class Any:
-        block_parameters = block
-
-    assert math.ceil(share_of(removed, Any) * block - 1e-6) == removed  # type: ignore[arg-type]  # as `demands` rounds
+    groups = Groups((), (), (), block_parameters=block, total_parameters=2 * block)
+    assert math.ceil(share_of(removed, groups) * block - 1e-6) == removed, "as `demands` rounds"
 
 
 def run(
