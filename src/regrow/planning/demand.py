@@ -32,7 +32,7 @@ def kernel_multiple(width: int) -> int:
     """What a width is best a multiple of: 8 to 64 in wide matrices, 1 in narrow ones.
 
     In bfloat16 a GPU's kernels are several times slower on rows that do not end on 16 bytes, and a little on those that
-    do not end on 128 (measured: `benchmarks/README.md`).
+    do not end on 128 (measured: `benchmarks/results/gpu.md`).
     """
     power = 1 << max(width // FINEST, 1).bit_length() - 1
     return min(power, WIDEST_STEP) if power >= NARROWEST_STEP else 1
