@@ -57,7 +57,7 @@ def printed() -> Iterator[None]:
     """Within this context what is printed is written out.
 
     Raises:
-        InputError: if standard output leads to a full disk.
+        InputError: if standard output, or a file that nobody else speaks for, is on a full disk.
     """
     try:
         try:
@@ -68,7 +68,10 @@ def printed() -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest would fail at exit, once more
-        raise InputError("no space left to write what is printed; free some and run again") from error
+        # Writing to an open file, as to standard output, names none; opening one does.
+        raise InputError(
+            f"no space left to write {error.filename or 'what is printed'}; free some and run again"
+        ) from error
 
 
 def quiet() -> None:
