@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -172,7 +172,8 @@ def check_fewer_layers(config: PretrainedConfig) -> None:
     fewer = copy.deepcopy(config)
     rearrange(fewer.get_text_config(), range(1, total))
     try:
-        _, built = decoder_layers(build_empty(fewer))
+        # Read anew, as a checkpoint's is: some classes write other numbers than they hold.
+        _, built = decoder_layers(build_empty(AutoConfig.for_model(**fewer.to_dict())))
         pairs = list(zip(built, wanted, strict=True))
         refusal = next((told for one, other in pairs if (told := _mismatch(_shapes(one), _shapes(other)))), "")
         number = next((told for one, other in pairs if (told := _other_number(other, one))), "")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from regrow.checkpoint.load import most_positions
 from regrow.errors import InputError
 from regrow.evaluation.perplexity import inference
 
-CACHES = ("past_key_values", "cache_params")
-"""Under which names models give, and take, what they keep of what they have read."""
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Under which names models take what they have kept of what they have read; it is the first since transformers 5.24."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callab
     output = model(input_ids=ids_BT, use_cache=True)
     _wait(model.device)
     read = clock()
+    names = [name for name in CACHES if name in signature(model.forward).parameters]
     for _ in range(new_tokens):
         next_B1 = output.logits[:, -1:].argmax(-1)
-        kept = {key: output[key] for key in CACHES if key in output}
+        kept = {name: output[name] for name in names if name in output}
         ids_BT = next_B1 if kept else torch.cat([ids_BT, next_B1], 1)
         output = model(input_ids=ids_BT, use_cache=True, **kept)
     _wait(model.device)
