@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 from regrow.data.tokens import Batch, Windows
 from regrow.evaluation.memory_probe import highest, resident
-from regrow.evaluation.speed import measure_speed
+from regrow.evaluation.speed import cache_names, measure_speed
 from regrow.planning.allocation import choose
 from regrow.planning.plan import Plan
 from regrow.progress import Silent
@@ -229,11 +229,12 @@ def replayed_decoding(model: PreTrainedModel, batch: int, prompt: int, new_token
     repeats, first_steps = 5, 4
     ids_BT = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
     cache = StaticCache(config=model.config, max_cache_len=prompt + first_steps + repeats * new_tokens)
-    model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+    kept = {cache_names(model)[0]: cache}
+    model(input_ids=ids_BT, use_cache=True, **kept)
     next_B1, position_11 = ids_BT[:, -1:].clone(), torch.tensor([[prompt]], device=device)
 
     def step() -> None:
-        logits_B1V = model(input_ids=next_B1, past_key_values=cache, position_ids=position_11, use_cache=True).logits
+        logits_B1V = model(input_ids=next_B1, position_ids=position_11, use_cache=True, **kept).logits
         next_B1.copy_(logits_B1V[:, -1:].argmax(-1))
         position_11.add_(1)
 

@@ -21,7 +21,7 @@ from regrow.errors import InputError
 from regrow.evaluation.perplexity import inference
 
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Under which names models take what they have kept of what they have read; it is the first since transformers 5.24."""
+"""What models may call the argument for what they keep of what they have read; the first since transformers 5.24."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ def _clip(models: Mapping[str, PreTrainedModel], prompt: int, new_tokens: int) -
     return prompt
 
 
+def cache_names(model: PreTrainedModel) -> list[str]:
+    """Under which names a model takes what it has kept of what it has read; none if it keeps nothing."""
+    return [name for name in CACHES if name in signature(model.forward).parameters]
+
+
 def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds for the prompt, and seconds for the greedy new tokens after it.
 
@@ -143,7 +148,7 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callab
     output = model(input_ids=ids_BT, use_cache=True)
     _wait(model.device)
     read = clock()
-    names = [name for name in CACHES if name in signature(model.forward).parameters]
+    names = cache_names(model)
     for _ in range(new_tokens):
         next_B1 = output.logits[:, -1:].argmax(-1)
         kept = {name: output[name] for name in names if name in output}
