@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import transformers as hf
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TOKENS = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -225,3 +226,16 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
         **GQA, head_dim=12, num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 1e4}
     ),
 }
+
+NEWER: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "Apertus 1.5": lambda: CONFIG_MAPPING["apertus1p5_text"](**GQA, rope_parameters={"rope_theta": 1e4}),
+    "EXAONE 3.5": lambda: CONFIG_MAPPING["exaone"](**GQA),
+    "Lara Mini": lambda: CONFIG_MAPPING["lara_mini"](
+        **FOUR, **DELTA, **EXPERTS, sliding_window=6, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
+    "Sarvam MoE": lambda: CONFIG_MAPPING["sarvam_moe"](**GQA, **ROUTED, head_dim=12),
+    "Sarvam MLA": lambda: CONFIG_MAPPING["sarvam_mla"](**MHA, **LATENT, num_key_value_heads=8, first_k_dense_replace=1),
+}
+"""Families that transformers has had since 5.24; regrow takes older versions, too."""
+if Version(hf.__version__) >= Version("5.24"):
+    FAMILIES |= NEWER

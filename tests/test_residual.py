@@ -114,7 +114,7 @@ NO_HIDDEN = {
 NO_STREAM = {
     "Gemma 4 (E4B)", "Gemma 4 (E4B, sees)", "LFM2", "LFM2-MoE", "Qwen3.5", "Qwen3.5 MoE", "Qwen3-Next", "OLMo hybrid",
     "MiniMax", "Jamba", "Bamba", "Granite 4", "Falcon-H1", "Nemotron-H", "DeepSeek-V2",
-    "DeepSeek-V3", "GLM-4 MoE Lite", "MiniCPM3",
+    "DeepSeek-V3", "GLM-4 MoE Lite", "MiniCPM3", "Lara Mini", "Sarvam MLA",
 }  # fmt: skip
 """Families in which tracing follows no one stream."""
 
