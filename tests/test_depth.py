@@ -24,6 +24,8 @@ from transformers import (
     Qwen2MoeConfig,
     SmolLM3Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from zoo_families import FOUR
 
 import regrow
 from regrow.checkpoint.shape import describe
@@ -271,6 +273,14 @@ def test_a_class_that_makes_other_layers_under_other_numbers_is_refused() -> Non
     check_fewer_layers(zoo.FAMILIES["Llama"]())
     check_fewer_layers(LlamaConfig(num_hidden_layers=1))
     check_fewer_layers(LlamaConfig(num_hidden_layers=2, hidden_act="none"))  # no stock class builds it: nobody to ask
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="transformers has had Dory since 5.24")
+def test_fewer_layers_are_asked_of_a_config_as_it_is_read_again() -> None:
+    """Dory writes twice as many layers as it has, and parts that have to add up to them."""
+    config = CONFIG_MAPPING["dory"](**FOUR, head_dim=12, n_input_layers=1, n_output_layers=1)
+    with pytest.raises(InputError, match=r"depend on their numbers \(n_input_layers .* must equal num_hidden_layers\)"):
+        check_fewer_layers(config)
 
 
 def test_layers_before_those_of_experts_are_counted_anew() -> None:

@@ -143,12 +143,12 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, clock: Callab
 
     A model that keeps nothing of what it has read reads everything again for each token.
     """
+    names = cache_names(model)
     _wait(model.device)
     start = clock()
     output = model(input_ids=ids_BT, use_cache=True)
     _wait(model.device)
     read = clock()
-    names = cache_names(model)
     for _ in range(new_tokens):
         next_B1 = output.logits[:, -1:].argmax(-1)
         kept = {name: output[name] for name in names if name in output}
